@@ -1,0 +1,3 @@
+"""Kraken: data, model, training, conversion, engine and evaluation as a plain library."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,329 @@
+"""The configuration tree: frozen dataclasses, checked when built, JSON both ways.
+
+A run is a preset (`kraken.presets`) varied by dotted overrides on the command line. Nothing here is written back
+later, and no secret ever enters the tree: tokens and keys come from the environment.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import dacite
+
+T = TypeVar("T")
+
+VOCAB_MULTIPLE = 64
+"""Vocabularies are padded up to a multiple of this many ids: GPT-2's 50,257 become 50,304, as in nanoGPT."""
+
+GPT2_NUM_IDS = 50_257
+
+
+class ConfigError(ValueError):
+    """A setting that its user can mend; the message names the field, the value and the way out."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}={value} is not positive; choose a value above 0")
+
+
+def pad_vocab(num_ids: int) -> int:
+    """The padded vocabulary size V for a tokenizer of `num_ids` ids."""
+    return -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which text becomes which tokens."""
+
+    corpus: Literal["embedded"] = "embedded"
+    """Source of the documents. `embedded`: the Python standard library of the running interpreter, on every machine."""
+    tokenizer: Literal["trained", "gpt2"] = "trained"
+    """`trained`: byte-pair encoding trained on the training split. `gpt2`: OpenAI's GPT-2 ranks, which tiktoken downloads."""
+    num_trained_ids: int = 4096
+    """Byte-pair ids of a trained tokenizer, the 256 bytes included; `<|endoftext|>` comes on top."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out, chosen by a hash of each document's name."""
+    tokens_per_shard: int = 2**26
+    """Tokens per shard file; bounds what a worker writes between two resumable points."""
+
+    def __post_init__(self) -> None:
+        _require(
+            256 < self.num_trained_ids <= 2**20,
+            f"data.num_trained_ids={self.num_trained_ids} is outside 257..1048576; 4096 suits the embedded corpus",
+        )
+        _require(
+            0.0 < self.validation_fraction < 0.5,
+            f"data.validation_fraction={self.validation_fraction} is outside 0..0.5; 0.05 holds out a twentieth",
+        )
+        _require_positive("data", self, "tokens_per_shard")
+
+    @property
+    def num_ids(self) -> int:
+        """Ids the tokenizer can produce, `<|endoftext|>` included."""
+        return GPT2_NUM_IDS if self.tokenizer == "gpt2" else self.num_trained_ids + 1
+
+    @property
+    def vocab_size(self) -> int:
+        """The padded vocabulary V that a model needs for these tokens."""
+        return pad_vocab(self.num_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of a Kraken model. Letters in brackets are the shape letters of `kraken/model.py`."""
+
+    num_layers: int
+    """Layers; each holds `num_ways` independent sub-layers."""
+    width: int
+    """Embedding dimension of one way [D]."""
+    num_heads: int
+    """Attention heads over all ways together [W*N], as the published presets count them."""
+    num_ways: int
+    """Parallel sub-layers per layer, one per device at most [W]."""
+    context_length: int
+    """Longest sequence in tokens; learned positions end here."""
+    vocab_size: int
+    """Padded vocabulary [V]; ids past the tokenizer's own are never sampled."""
+    ffn_multiple: int = 2
+    """FFN hidden size as a multiple of the width [F = ffn_multiple * D]; the published presets use 2."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "model", self, *("num_layers", "width", "num_heads", "num_ways", "context_length", "vocab_size", "ffn_multiple")
+        )
+        ways = [w for w in range(1, self.num_heads + 1) if self.num_heads % w == 0]
+        _require(
+            self.num_heads % self.num_ways == 0,
+            f"model.num_heads={self.num_heads} is not divisible by model.num_ways={self.num_ways}; "
+            f"choose num_ways from {ways}",
+        )
+        _require(
+            self.width % self.heads_per_way == 0,
+            f"model.width={self.width} is not divisible by the {self.heads_per_way} heads of a way "
+            f"(model.num_heads={self.num_heads} / model.num_ways={self.num_ways}); "
+            f"choose a width that is a multiple of {self.heads_per_way}",
+        )
+        _require(
+            self.vocab_size % VOCAB_MULTIPLE == 0,
+            f"model.vocab_size={self.vocab_size} is not a multiple of {VOCAB_MULTIPLE}; "
+            f"choose {pad_vocab(self.vocab_size)}",
+        )
+
+    @property
+    def heads_per_way(self) -> int:
+        """Heads of one way [N]."""
+        return self.num_heads // self.num_ways
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one head [H]."""
+        return self.width // self.heads_per_way
+
+    @property
+    def ffn_size(self) -> int:
+        """Hidden channels of one way's FFN [F]."""
+        return self.ffn_multiple * self.width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Optimisation and its schedule. The number of workers is not here: it does not change the mathematics."""
+
+    steps: int
+    """Optimizer steps."""
+    sequences_per_step: int
+    """Global batch in sequences of the model's context length, over all workers and micro-batches."""
+    sequences_per_microbatch: int = 8
+    """Most sequences a worker runs through the model at once; the rest of its share is accumulated."""
+    learning_rate: float = 2.5e-4
+    """Peak learning rate."""
+    final_learning_rate_fraction: float = 0.1
+    """The cosine ends at this fraction of the peak."""
+    warmup_steps: int = 2000
+    """Linear warm-up from zero, in steps."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; gains of LayerNorm have none."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    seed: int = 1337
+    """Seeds the initial weights and the global order of the training windows."""
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Compute type; master weights stay float32 (float64 for `float64`). `auto`: bfloat16 where the device is fast at it."""
+    log_every: int = 10
+    """Steps between two reported metrics."""
+    validate_every: int = 100
+    """Steps between two validations; the last step always validates."""
+    validation_windows: int = 64
+    """Fixed windows of the validation split that a validation reads."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept on disk."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "train",
+            self,
+            *("steps", "sequences_per_step", "sequences_per_microbatch", "learning_rate", "clip_norm"),
+            *("log_every", "validate_every", "validation_windows", "checkpoint_every", "keep_checkpoints"),
+        )
+        _require(
+            0 <= self.warmup_steps <= self.steps,
+            f"train.warmup_steps={self.warmup_steps} is outside 0..train.steps={self.steps}; warm up for fewer steps",
+        )
+        for name in ("beta1", "beta2", "final_learning_rate_fraction"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1.0, f"train.{name}={value} is outside 0..1")
+        _require(self.weight_decay >= 0.0, f"train.weight_decay={self.weight_decay} is negative; 0 switches it off")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The PyTorch engine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    max_batch_size: int = 16
+    """Requests decoded together; each holds a cache of one context."""
+    max_queued_requests: int = 256
+    """Requests that may wait for a place in the batch; one more is refused."""
+
+    def __post_init__(self) -> None:
+        _require_positive("engine", self, "max_batch_size", "max_queued_requests")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation of a converted model through an engine."""
+
+    max_windows: int | None = None
+    """Validation windows to score; None scores the whole split."""
+    parity_windows: int = 4
+    """Windows on which the trainer's logits are compared with the engine's."""
+    parity_tokens: int = 32
+    """Greedy tokens decoded per parity window."""
+    parity_tolerance: float = 1e-3
+    """Largest absolute difference of logits (float32) that passes; a larger one refuses deployment."""
+
+    def __post_init__(self) -> None:
+        _require_positive("evaluate", self, "parity_windows", "parity_tokens", "parity_tolerance")
+        _require(
+            self.max_windows is None or self.max_windows > 0,
+            f"evaluate.max_windows={self.max_windows} is not positive; leave it out to score the whole split",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """The endpoint."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless changed."""
+    port: int = 8000
+    """HTTP port."""
+    model_name: str = "kraken"
+    """Name that clients put into `model`."""
+    num_replicas: int = 1
+    """Engine replicas behind the endpoint."""
+    cpus_per_replica: float = 0.0
+    """Logical CPUs that a replica reserves; 0 shares the cores, so that an idle endpoint never blocks training."""
+    gpus_per_replica: float = 0.0
+    """GPUs that a replica reserves."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
+        _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
+        _require_positive("serve", self, "num_replicas")
+        for name in ("cpus_per_replica", "gpus_per_replica"):
+            value = getattr(self, name)
+            _require(value >= 0, f"serve.{name}={value} is negative; 0 reserves none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """What training asks of the Ray cluster. It changes how fast a result comes, never which."""
+
+    num_workers: int = 2
+    """Ray Train workers; the global batch is divided among them."""
+    cpus_per_worker: int = 1
+    """CPUs, and torch threads, of a worker."""
+    gpus_per_worker: int = 0
+    """GPUs of a worker: 0 trains on the CPU over gloo, 1 on CUDA over NCCL."""
+    max_failures: int = 3
+    """Restarts of the worker group from its last checkpoint before training fails."""
+
+    def __post_init__(self) -> None:
+        _require_positive("cluster", self, "num_workers", "cpus_per_worker")
+        _require(
+            self.gpus_per_worker in (0, 1),
+            f"cluster.gpus_per_worker={self.gpus_per_worker} is neither 0 nor 1; add workers to use more GPUs",
+        )
+        _require(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; 0 never restarts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run of the pipeline, whole."""
+
+    name: str
+    """Name of the run; the preset's, unless changed."""
+    model: ModelConfig
+    train: TrainConfig
+    data: DataConfig = DataConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    engine: EngineConfig = EngineConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    storage: str = "storage"
+    """Folder or URI (`s3://...`) that holds every artefact; a relative path counts from where the command is given."""
+    experiment: str = "kraken"
+    """MLflow experiment of the run. The server comes from MLFLOW_TRACKING_URI, else a database in the storage folder."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name.strip()), "name is empty; give the run a name")
+        _require(
+            self.model.vocab_size == self.data.vocab_size,
+            f"model.vocab_size={self.model.vocab_size} does not fit the {self.data.num_ids} ids of "
+            f"data.tokenizer={self.data.tokenizer}; choose model.vocab_size={self.data.vocab_size}",
+        )
+        _require(
+            self.train.sequences_per_step % self.cluster.num_workers == 0,
+            f"train.sequences_per_step={self.train.sequences_per_step} is not divisible by "
+            f"cluster.num_workers={self.cluster.num_workers}; choose a multiple of {self.cluster.num_workers}",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Any section of the tree as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(config_class: type[T], values: dict[str, Any]) -> T:
+    """Build a section from plain JSON types.
+
+    Raises:
+        ConfigError: an unknown key, a missing key, a value of the wrong type or one that fails the section's checks.
+    """
+    try:
+        return dacite.from_dict(config_class, values, config=dacite.Config(strict=True))
+    except dacite.DaciteError as error:
+        raise ConfigError(f"{config_class.__name__}: {error}") from error
+
+
+def to_json(config: Any) -> str:
+    """Canonical JSON of a section: keys sorted, so that equal configs have equal text."""
+    return json.dumps(to_dict(config), sort_keys=True, indent=2)

@@ -1,0 +1,175 @@
+"""Conversion: training checkpoint <-> exchange folder (config.json, safetensors, tokenizer), from one table of names.
+
+Inside the project the ways are stacked: `h.3.attn.c_attn.weight` is [W, 3*D, D]. The exchange format names every way's
+matrix by itself, as the published code does: `transformer.h.{way}.3.attn.c_attn.weight` is [3*D, D]. That lets a device
+read its own ways and nothing else.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from kraken.checkpoint import load_model
+from kraken.config import ModelConfig
+from kraken.manifest import ArtefactError, Metric, write_atomically
+from kraken.model import Kraken
+from kraken.tokenizer import Tokenizer, require_same_tokenizer
+
+CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_SIZE = "5GB"
+
+SHARED_NAMES = {
+    "wte": "transformer.wte.weight",
+    "wpe": "transformer.wpe.weight",
+    "conjunction": "transformer.conjunction.weight",
+    "ln_f": "transformer.ln_f.weight",
+}
+"""Parameters that all ways share: our name -> the exchange name. Every other parameter has the ways stacked first."""
+
+
+def exchange_names(name: str, num_ways: int) -> list[str]:
+    """The exchange names of one of our parameters: one for a shared parameter, else one per way."""
+    if name in SHARED_NAMES:
+        return [SHARED_NAMES[name]]
+    prefix, layer, rest = name.split(".", 2)  # h.{layer}.{rest}
+    return [f"transformer.{prefix}.{way}.{layer}.{rest}" for way in range(num_ways)]
+
+
+def to_exchange(model: Kraken) -> dict[str, Tensor]:
+    """Every parameter under its exchange names, detached; the tied head is not stored a second time."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        names = exchange_names(name, model.config.num_ways)
+        parts = [parameter] if name in SHARED_NAMES else parameter.unbind(0)
+        # a way's matrix gets memory of its own: a file stores whole tensors, not views of one
+        tensors |= {key: part.detach().clone() for key, part in zip(names, parts, strict=True)}
+    return tensors
+
+
+def model_config_json(config: ModelConfig, num_ids: int, eot_id: int) -> dict[str, Any]:
+    """`config.json`: the shape in Hugging Face's terms where it has them."""
+    return {
+        "architectures": ["KrakenForCausalLM"],
+        "model_type": "kraken",
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.num_heads,
+        "num_ways": config.num_ways,
+        "max_position_embeddings": config.context_length,
+        "vocab_size": config.vocab_size,
+        "num_token_ids": num_ids,
+        "ffn_multiple": config.ffn_multiple,
+        "tie_word_embeddings": True,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "dtype": "float32",
+    }
+
+
+def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's shape, and the whole `config.json`.
+
+    Raises:
+        ArtefactError: the file is missing, damaged, or describes another kind of model.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path} is missing: {folder} is no exchange folder; make one with jobs.convert") from error
+    except ValueError as error:
+        raise ArtefactError(f"{path} is damaged ({error}); convert again") from error
+    if values.get("model_type") != "kraken":
+        raise ArtefactError(f"{path} describes model_type={values.get('model_type')!r}; only 'kraken' can be loaded")
+    try:
+        config = ModelConfig(
+            num_layers=values["num_hidden_layers"],
+            width=values["hidden_size"],
+            num_heads=values["num_attention_heads"],
+            num_ways=values["num_ways"],
+            context_length=values["max_position_embeddings"],
+            vocab_size=values["vocab_size"],
+            ffn_multiple=values["ffn_multiple"],
+        )
+    except KeyError as error:
+        raise ArtefactError(f"{path} lacks {error}; convert again") from error
+    return config, values
+
+
+def write_exchange(checkpoint_folder: Path, data_folder: Path, folder: Path) -> tuple[dict[str, Metric], dict[str, Any]]:
+    """Convert a checkpoint and the tokenizer of its data into an exchange folder.
+
+    Returns:
+        Metrics and details for the manifest, which the caller writes.
+    """
+    started_at = time.monotonic()
+    model, checkpoint = load_model(checkpoint_folder)
+    tokenizer = Tokenizer.load(data_folder)
+    require_same_tokenizer(
+        tokenizer.fingerprint, checkpoint.details["tokenizer_fingerprint"], str(data_folder), str(checkpoint_folder)
+    )
+    tensors = {name: tensor.to(torch.float32) for name, tensor in to_exchange(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE, is_main_process=True)
+    config = model_config_json(model.config, tokenizer.num_ids, tokenizer.eot_id)
+    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2))
+    generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2))
+    tokenizer.save(folder)
+    metrics = {
+        "parameters": Metric(model.num_parameters(), "parameters"),
+        "conversion_seconds": Metric(round(time.monotonic() - started_at, 3), "s"),
+    }
+    details = {"tokenizer_fingerprint": tokenizer.fingerprint, "checkpoint": checkpoint_folder.name}
+    return metrics, details
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Exchange name -> the safetensors file that holds it, for folders with and without an index."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / Path(file).name for name, file in weight_map.items()}
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing: {folder} is no exchange folder; make one with jobs.convert")
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
+    """Build the model of an exchange folder on the CPU, reading one parameter at a time.
+
+    Raises:
+        ArtefactError: files, names or shapes do not fit `config.json`.
+    """
+    config, _ = read_model_config(folder)
+    model = Kraken(config).to(dtype).requires_grad_(False)
+    files = weight_files(folder)
+    expected = {key for name, _ in model.named_parameters() for key in exchange_names(name, config.num_ways)}
+    if expected != files.keys():
+        missing, unexpected = sorted(expected - files.keys()), sorted(files.keys() - expected)
+        raise ArtefactError(
+            f"the weights in {folder} do not fit its {CONFIG_NAME}: missing {missing[:3]}, unexpected {unexpected[:3]}; "
+            "convert again"
+        )
+    opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
+    for name, parameter in model.named_parameters():
+        names = exchange_names(name, config.num_ways)
+        targets = [parameter] if name in SHARED_NAMES else parameter.unbind(0)
+        for key, target in zip(names, targets, strict=True):
+            tensor = opened[files[key]].get_tensor(key)
+            if tensor.shape != target.shape:
+                raise ArtefactError(
+                    f"{key} in {folder} is {list(tensor.shape)}, {CONFIG_NAME} asks for {list(target.shape)}; convert again"
+                )
+            target.copy_(tensor)
+    return model

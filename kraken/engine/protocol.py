@@ -1,0 +1,184 @@
+"""The contract between an engine and everything that uses one (evaluation, serving, command lines).
+
+Token ids in, token ids out. An engine runs on the event loop it was made in: `generate` is an async iterator, and
+leaving it early (`aclose`, cancellation) aborts the request and frees what it held.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(RuntimeError):
+    """The engine itself failed; the request may be good."""
+
+
+class EngineOverloaded(EngineError):
+    """The engine's queue is full; try again later."""
+
+
+class RequestError(ValueError):
+    """A request that can never be served; the message names the field, the value and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. The defaults are those of the OpenAI completions endpoint."""
+
+    max_tokens: int = 16
+    """Most tokens to generate; 0 only scores the prompt."""
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 from all."""
+    seed: int | None = None
+    """Equal seeds give equal tokens, whatever shares the batch; None draws a fresh one."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that end the completion; the id itself is reported as the last token."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0:
+            raise RequestError(f"max_tokens={self.max_tokens} is negative; 0 scores the prompt only")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise RequestError(f"temperature={self.temperature} is outside 0..100; 0 is greedy, 1 samples as trained")
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p={self.top_p} is outside (0, 1]; 1 draws from every token")
+        if self.top_k < 0:
+            raise RequestError(f"top_k={self.top_k} is negative; 0 draws from every token")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise RequestError(f"seed={self.seed} does not fit 64 bits; choose a smaller one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt to complete."""
+
+    id: str
+    """Unique among the requests in flight."""
+    prompt_ids: tuple[int, ...]
+    """At least one id. Prompt and `max_tokens` together fit the context; a prompt that is only scored (`max_tokens=0`)
+    may be one token longer, since its last token is never fed to the model."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_logprobs: int | None = None
+    """Report each generated token's log-probability and this many most likely ones; None reports neither."""
+    prompt_logprobs: bool = False
+    """Report the same for the prompt's tokens, ahead of the first generated one."""
+    return_logits: bool = False
+    """Also return raw float32 logits, of the prompt's positions and of every step; for parity checks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities under the model's own distribution (temperature 1, no truncation, padding ids masked)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(id, log-probability), most likely first; may or may not contain `token_id`. Floats are bit-equal to `logprob`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptOutput:
+    """What is known of the prompt; comes once, before any token, and only when asked for."""
+
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One entry per prompt token, None for the first, which nothing precedes."""
+    logits_TV: np.ndarray | None = None
+    """float32 [fed prompt tokens, ids of the tokenizer]; present when `return_logits` is set."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenOutput:
+    """One generated token."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    logits_V: np.ndarray | None = None
+    finish_reason: FinishReason | None = None
+    """Set on the last token: `stop` for a stop id, `length` for `max_tokens` or the end of the context."""
+
+
+Output = PromptOutput | TokenOutput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """What a user of an engine must know about the model it holds."""
+
+    name: str
+    """Kind of engine: `torch`, `echo`, ..."""
+    context_length: int
+    num_ids: int
+    """Ids of the tokenizer; every id below is valid, padding ids are never produced."""
+    eot_id: int
+    """The end-of-text id."""
+    tokenizer_fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """A snapshot; cheap enough for a health check."""
+
+    num_running: int
+    num_queued: int
+    num_finished: int
+    num_aborted: int
+    prompt_tokens: int
+    completion_tokens: int
+    healthy: bool
+
+
+class Engine(Protocol):
+    """See the module's docstring. Implementations: `TorchEngine`, `EchoEngine`."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def generate(self, request: Request) -> AsyncIterator[Output]:
+        """Yield the prompt's output (when asked for), then one output per token.
+
+        Raises:
+            RequestError: before the first output, for a request that cannot be served.
+            EngineOverloaded: before the first output, when the queue is full.
+            EngineError: at any time; the engine died.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and free what it holds; an unknown or finished id is not an error."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None:
+        """End every request and release the device; safe to call twice."""
+        ...
+
+
+def check_request(request: Request, info: EngineInfo) -> None:
+    """Refuse what no engine could serve with this model.
+
+    Raises:
+        RequestError: names the field, the value and the way out.
+    """
+    num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+    if num_prompt == 0:
+        raise RequestError("prompt is empty; give at least one token")
+    bad = next((i for i in request.prompt_ids if not 0 <= i < info.num_ids), None)
+    if bad is not None:
+        raise RequestError(f"prompt holds token id {bad}; this model's ids are 0..{info.num_ids - 1}")
+    limit = info.context_length + (max_tokens == 0)
+    if num_prompt + max_tokens > limit:
+        raise RequestError(
+            f"prompt of {num_prompt} tokens and max_tokens={max_tokens} exceed the context of {info.context_length}; "
+            "shorten the prompt or lower max_tokens"
+        )
+    for name, value in (("num_logprobs", request.num_logprobs),):
+        if value is not None and not 0 <= value <= info.num_ids:
+            raise RequestError(f"{name}={value} is outside 0..{info.num_ids}")

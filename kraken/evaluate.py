@@ -1,0 +1,132 @@
+"""Evaluation of a converted model, against any Engine: perplexity over a split, and parity with the trainer's model."""
+
+import asyncio
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kraken.data.loader import sequential_windows
+from kraken.data.shards import TokenShards
+from kraken.engine.protocol import Engine, Output, PromptOutput, Request, SamplingParams, TokenOutput
+from kraken.manifest import ArtefactError, Metric
+from kraken.model import Kraken
+from kraken.tokenizer import Tokenizer, require_same_tokenizer
+
+REQUESTS_IN_FLIGHT = 8
+"""Windows handed to the engine at once; it decides what shares a step."""
+
+Progress = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
+
+
+async def perplexity(
+    engine: Engine, shards: TokenShards, tokenizer: Tokenizer, max_windows: int | None, on_progress: Progress
+) -> dict[str, Metric]:
+    """Score a split through the engine: every token but the first exactly once, in windows of the full context.
+
+    Returns:
+        Loss in nats per token, its perplexity, and bits per byte of the scored text, all weighted by tokens.
+    Raises:
+        ArtefactError: the shards were made with another tokenizer than the engine's.
+    """
+    require_same_tokenizer(tokenizer.fingerprint, engine.info.tokenizer_fingerprint, "the data", "the engine")
+    spans = sequential_windows(shards.num_tokens, engine.info.context_length)[:max_windows]
+    bytes_per_id = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.num_ids)])
+    bytes_per_id[tokenizer.eot_id] = 0  # it ends a document but is no part of its text
+    slots = asyncio.Semaphore(REQUESTS_IN_FLIGHT)
+    done = itertools.count(1)
+
+    async def score(index: int, span: tuple[int, int]) -> tuple[float, int, int]:
+        async with slots:
+            ids = shards.read(*span)
+            request = Request(
+                id=f"perplexity-{index}",
+                prompt_ids=tuple(ids.tolist()),
+                sampling=SamplingParams(max_tokens=0),
+                prompt_logprobs=True,
+            )
+            outputs = await collect(engine, request)
+            logprobs = [entry.logprob for o in outputs if isinstance(o, PromptOutput) for entry in o.logprobs if entry]
+            on_progress(next(done), len(spans))
+            return -math.fsum(logprobs), len(logprobs), int(bytes_per_id[ids[1:]].sum())
+
+    scores = await asyncio.gather(*(score(index, span) for index, span in enumerate(spans)))
+    nats, num_tokens, num_bytes = (sum(column) for column in zip(*scores, strict=True))
+    loss = nats / num_tokens
+    return {
+        "validation_loss": Metric(loss, "nats/token"),
+        "validation_perplexity": Metric(math.exp(loss), "1"),
+        "bits_per_byte": Metric(nats / math.log(2) / num_bytes, "bits/byte"),
+        "scored_tokens": Metric(int(num_tokens), "tokens"),
+        "scored_bytes": Metric(int(num_bytes), "bytes"),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far an engine is from the trainer's model."""
+
+    max_abs_diff: float
+    """Largest absolute difference of logits, over prompts and generated tokens."""
+    num_tokens: int
+    """Greedy tokens compared."""
+    num_different: int
+    """Greedy tokens that differ where the trainer's two best logits are further apart than the tolerance."""
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_diff <= self.tolerance and self.num_different == 0
+
+    def require_passed(self) -> None:
+        """Raises:
+        ArtefactError: the engine is not the model that was trained.
+        """
+        if not self.passed:
+            raise ArtefactError(
+                f"parity failed: logits differ by {self.max_abs_diff:.2e} (evaluate.parity_tolerance={self.tolerance:.0e}) "
+                f"and {self.num_different} of {self.num_tokens} greedy tokens differ; convert again, or raise the "
+                "tolerance if the engine computes in a lower precision than float32"
+            )
+
+
+async def parity(
+    engine: Engine, model: Kraken, prompts: Sequence[Sequence[int]], num_tokens: int, tolerance: float
+) -> Parity:
+    """Compare an engine with the model whose training wrote the checkpoint.
+
+    The engine decodes greedily with its cache; the model runs the whole sequence at once, with none.
+    """
+    max_abs_diff, num_different, num_compared = 0.0, 0, 0
+    for index, prompt in enumerate(prompts):
+        request = Request(
+            id=f"parity-{index}",
+            prompt_ids=tuple(prompt),
+            sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
+            return_logits=True,
+        )
+        outputs = await collect(engine, request)
+        tokens = [o for o in outputs if isinstance(o, TokenOutput)]
+        generated = [o.token_id for o in tokens]
+        prompt_logits = [o.logits_TV for o in outputs if isinstance(o, PromptOutput)]
+        # the prompt's last position already predicts the first token, so decoding contributes one row less
+        found_TV = np.concatenate([*prompt_logits, *(o.logits_V[None] for o in tokens[1:] if o.logits_V is not None)])
+        with torch.inference_mode():
+            ids = torch.tensor([[*prompt, *generated[:-1]]])
+            expected_TV = model(ids)[0, :, : engine.info.num_ids].float().numpy()
+        max_abs_diff = max(max_abs_diff, float(np.abs(found_TV - expected_TV).max()))
+        predicting_TV = expected_TV[len(prompt) - 1 :]
+        best_two = np.sort(predicting_TV, axis=-1)[:, -2:]
+        decided = best_two[:, 1] - best_two[:, 0] > tolerance
+        num_different += int((decided & (predicting_TV.argmax(axis=-1) != generated)).sum())
+        num_compared += len(generated)
+    return Parity(max_abs_diff, num_compared, num_different, tolerance)
+
+
+async def collect(engine: Engine, request: Request) -> list[Output]:
+    """Every output of one request."""
+    return [output async for output in engine.generate(request)]

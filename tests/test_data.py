@@ -1,0 +1,191 @@
+"""Corpora, tokenizer, shards and loader."""
+
+import collections
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from kraken.config import DataConfig
+from kraken.data.corpora import EmbeddedCorpus, documents_of, open_corpus, split_of
+from kraken.data.loader import Loader, sequential_windows
+from kraken.data.prepare import unigram_entropy
+from kraken.data.shards import TokenShards, shard_name, write_shards
+from kraken.manifest import ArtefactError
+from kraken.tokenizer import END_OF_TEXT, RANKS_NAME, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    documents = tiny.corpus(tmp_path_factory.mktemp("corpus")).documents
+    return Tokenizer.train((document.text for document in documents), 300)
+
+
+class TestCorpus:
+    def test_the_embedded_corpus_is_the_standard_library(self) -> None:
+        corpus = open_corpus(DataConfig())
+        names = {document.name for document in corpus.documents}
+        assert "argparse.py" in names and "json/decoder.py" in names
+        assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.split("/"))]
+        num_bytes = sum(len(document.text.encode()) for document in corpus.documents)
+        assert 500 < len(names) < 1500 and 8e6 < num_bytes < 30e6
+
+    def test_fingerprint_follows_the_content(self, tmp_path: Path) -> None:
+        first = tiny.corpus(tmp_path).fingerprint
+        assert EmbeddedCorpus(tmp_path).fingerprint == first
+        (tmp_path / "document_000.py").write_text("changed")
+        assert EmbeddedCorpus(tmp_path).fingerprint != first
+
+    def test_splits_are_disjoint_whole_and_do_not_depend_on_the_corpus(self, tmp_path: Path) -> None:
+        corpus = tiny.corpus(tmp_path)
+        train, validation = ({d.name for d in documents_of(corpus, s, 0.2)} for s in ("train", "validation"))
+        assert not train & validation
+        assert train | validation == {document.name for document in corpus.documents}
+        held_out = sum(split_of(f"document {i}", 0.05) == "validation" for i in range(10_000))
+        assert 400 < held_out < 600
+
+    def test_no_documents_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ArtefactError, match="found no .py files"):
+            _ = EmbeddedCorpus(tmp_path).documents
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize("text", ["", "def f(x):\n\treturn x", "naïve 漢字 🙂\x00\r\n", f"a {END_OF_TEXT} b"])
+    def test_round_trip_is_exact(self, tokenizer: Tokenizer, text: str) -> None:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eot_id not in ids
+        assert b"".join(tokenizer.token_bytes(i) for i in ids) == text.encode()
+
+    def test_saved_and_loaded_it_is_the_same(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        tokenizer.save(tmp_path)
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.encode("def value 漢字") == tokenizer.encode("def value 漢字")
+        assert (loaded.num_ids, loaded.eot_id) == (301, 300)
+
+    def test_training_twice_gives_the_same_ranks(self, tmp_path: Path) -> None:
+        texts = [document.text for document in tiny.corpus(tmp_path).documents]
+        assert Tokenizer.train(texts, 280).fingerprint == Tokenizer.train(texts, 280).fingerprint
+
+    def test_documents_end_with_the_end_of_text_id(self, tokenizer: Tokenizer) -> None:
+        encoded = tokenizer.encode_documents(["def f", "class"], num_threads=2)
+        assert [ids.tolist() for ids in encoded] == [[*tokenizer.encode(t), 300] for t in ("def f", "class")]
+
+    def test_damaged_and_missing_files_are_refused(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        with pytest.raises(ArtefactError, match="holds no tokenizer"):
+            Tokenizer.load(tmp_path)
+        tokenizer.save(tmp_path)
+        ranks = (tmp_path / RANKS_NAME).read_text().splitlines()
+        ranks[260], ranks[261] = ranks[261].split()[0] + " 260", ranks[260].split()[0] + " 261"
+        (tmp_path / RANKS_NAME).write_text("\n".join(ranks))
+        with pytest.raises(ArtefactError, match="belongs to tokenizer"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / RANKS_NAME).write_text("not base64 at all")
+        with pytest.raises(ArtefactError, match="damaged"):
+            Tokenizer.load(tmp_path)
+
+    def test_too_little_text_is_an_error(self) -> None:
+        with pytest.raises(ArtefactError, match="yields only"):
+            Tokenizer.train(["abc"], 400)
+
+    def test_gpt2_without_ranks_says_how_to_provide_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import requests
+        import tiktoken.registry
+
+        def offline(*args: object, **kwargs: object) -> None:
+            raise requests.ConnectionError("no network")
+
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+        monkeypatch.setattr(requests, "get", offline)
+        with pytest.raises(ArtefactError, match="TIKTOKEN_CACHE_DIR"):
+            Tokenizer.gpt2()
+
+
+class TestShards:
+    def test_shards_read_as_one_array_whatever_their_size(self, tmp_path: Path) -> None:
+        documents = [np.arange(start, start + 37, dtype=np.uint32) for start in range(0, 370, 37)]
+        for tokens_per_shard in (1, 10, 64, 370, 1000):
+            folder = tmp_path / str(tokens_per_shard)
+            folder.mkdir()
+            assert write_shards(folder, "train", documents, 400, tokens_per_shard) == 370
+            shards = TokenShards(folder, "train", 400)
+            assert shards.num_tokens == 370
+            assert shards.read(0, 370).tolist() == list(range(370))
+            assert shards.read(63, 5).tolist() == [63, 64, 65, 66, 67]
+            sizes = [path.stat().st_size // 2 for path in sorted(folder.glob("*.bin"))]
+            assert all(size == tokens_per_shard for size in sizes[:-1]) and sum(sizes) == 370
+
+    def test_a_shard_is_a_flat_little_endian_array(self, tmp_path: Path) -> None:
+        write_shards(tmp_path, "train", [np.array([1, 258], dtype=np.uint32)], 300, 10)
+        assert (tmp_path / shard_name("train", 0)).read_bytes() == bytes([1, 0, 2, 1])
+
+    def test_large_vocabularies_take_four_bytes(self, tmp_path: Path) -> None:
+        write_shards(tmp_path, "train", [np.array([70_000], dtype=np.uint32)], 100_000, 10)
+        assert TokenShards(tmp_path, "train", 100_000).read(0, 1).tolist() == [70_000]
+
+    def test_bad_shards_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ArtefactError, match="holds no train shards"):
+            TokenShards(tmp_path, "train", 300)
+        with pytest.raises(ArtefactError, match="past the 300 ids"):
+            write_shards(tmp_path, "train", [np.array([300], dtype=np.uint32)], 300, 10)
+        with pytest.raises(ArtefactError, match="holds no tokens"):
+            write_shards(tmp_path, "train", [], 300, 10)
+        path = tmp_path / shard_name("train", 0)
+        path.write_bytes(b"\x01\x00\x02")
+        with pytest.raises(ArtefactError, match="truncated"):
+            TokenShards(tmp_path, "train", 300)
+        path.write_bytes(b"\xff\xff\x02\x00")
+        with pytest.raises(ArtefactError, match="shards are damaged"):
+            TokenShards(tmp_path, "train", 300).read(0, 2)
+
+    def test_unigram_entropy_is_that_of_the_frequencies(self, tmp_path: Path) -> None:
+        write_shards(tmp_path, "train", [np.array([0, 0, 1, 2], dtype=np.uint32)], 300, 10)
+        entropy = unigram_entropy(TokenShards(tmp_path, "train", 300))
+        assert entropy == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
+
+
+class TestLoader:
+    @pytest.fixture
+    def shards(self, tmp_path: Path) -> TokenShards:
+        write_shards(tmp_path, "train", [np.arange(1000, dtype=np.uint32)], 1000, 128)
+        return TokenShards(tmp_path, "train", 1000)
+
+    def test_a_batch_is_a_pure_function_of_seed_and_step(self, shards: TokenShards) -> None:
+        first, again, other = (Loader(shards, 16, 8, seed) for seed in (1, 1, 2))
+        inputs, targets = first.batch(5)
+        first.batch(0)
+        assert np.array_equal(again.batch(5)[0], inputs) and np.array_equal(first.batch(5)[0], inputs)
+        assert not np.array_equal(other.batch(5)[0], inputs)
+        assert np.array_equal(inputs + 1, targets)  # the corpus counts upwards
+
+    @pytest.mark.parametrize("num_ranks", [2, 4])
+    def test_ranks_share_the_global_batch(self, shards: TokenShards, num_ranks: int) -> None:
+        loader = Loader(shards, 16, 8, seed=1)
+        for step in (0, 3, 20):
+            parts = [loader.batch(step, rank, num_ranks)[0].numpy() for rank in range(num_ranks)]
+            assert np.array_equal(np.concatenate(parts), loader.batch(step)[0].numpy())
+
+    def test_an_epoch_visits_every_window_once_and_the_next_differs(self, shards: TokenShards) -> None:
+        loader = Loader(shards, 16, 1, seed=1)
+        per_epoch = loader.windows_per_epoch
+        epochs = [[loader.window_start(epoch * per_epoch + i) for i in range(per_epoch)] for epoch in (0, 1)]
+        for starts in epochs:
+            assert len({start % 16 for start in starts}) == 1
+            assert len(set(starts)) == per_epoch
+            assert max(starts) + 17 <= 1000
+        assert epochs[0] != epochs[1]
+
+    def test_too_short_a_split_is_an_error(self, shards: TokenShards) -> None:
+        with pytest.raises(ArtefactError, match="shorter than two windows"):
+            Loader(shards, 600, 1, seed=1)
+
+    @pytest.mark.parametrize("num_tokens", [2, 16, 17, 18, 100])
+    def test_sequential_windows_score_every_token_but_the_first_once(self, num_tokens: int) -> None:
+        scored = collections.Counter(
+            token for start, length in sequential_windows(num_tokens, 16) for token in range(start + 1, start + length)
+        )
+        assert scored == collections.Counter(range(1, num_tokens))

@@ -1,0 +1,410 @@
+"""Conversion, the PyTorch engine and evaluation: every path to a logit must give the same logit."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from kraken.checkpoint import load_model
+from kraken.config import EngineConfig
+from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
+from kraken.data.loader import split_windows
+from kraken.data.shards import TokenShards
+from kraken.engine.protocol import (
+    EngineError,
+    EngineOverloaded,
+    PromptOutput,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenOutput,
+)
+from kraken.engine.sampling import Draw, sample, uniform
+from kraken.engine.torch_engine import TorchEngine
+from kraken.evaluate import collect, parity, perplexity
+from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
+from kraken.model import Kraken, next_token_loss
+from kraken.tokenizer import META_NAME, Tokenizer
+from kraken.train import train
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefacts:
+    data: Path
+    checkpoint: Path
+    exchange: Path
+
+
+def convert(checkpoint: Path, data: Path, folder: Path) -> Path:
+    folder.mkdir()
+    metrics, details = write_exchange(checkpoint, data, folder)
+    finish_artefact(
+        folder,
+        started_at=time.monotonic(),
+        kind="convert",
+        fingerprint="tiny",
+        config={},
+        parents={},
+        metrics=metrics,
+        details=details,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
+    root = tmp_path_factory.mktemp("engine")
+    tiny.prepared(root / "data")
+    train(tiny.config(steps=20, precision="float32", learning_rate=3e-2), root / "data", root / "run")
+    checkpoint = root / "run" / "step_000000020"
+    return Artefacts(root / "data", checkpoint, convert(checkpoint, root / "data", root / "exchange"))
+
+
+def with_engine(folder: Path, use: Callable[[TorchEngine], Awaitable[T]], **config: Any) -> T:
+    """Run `use` with an engine of the folder, on an event loop of their own."""
+
+    async def main() -> T:
+        engine = TorchEngine.from_exchange(folder, EngineConfig(device="cpu", dtype="float32", **config))
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+def make_request(request_id: str, prompt: list[int], **fields: Any) -> Request:
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    sampling = {"temperature": 0.0, "max_tokens": 8} | {k: v for k, v in fields.items() if k in names}
+    rest = {k: v for k, v in fields.items() if k not in names}
+    return Request(id=request_id, prompt_ids=tuple(prompt), sampling=SamplingParams(**sampling), **rest)
+
+
+async def tokens_of(engine: TorchEngine, request: Request) -> list[int]:
+    return [o.token_id for o in await collect(engine, request) if isinstance(o, TokenOutput)]
+
+
+def prompts_of(data: Path, *lengths: int) -> list[list[int]]:
+    shards = TokenShards(data, "validation", 301)
+    return [shards.read(7 * index, length).tolist() for index, length in enumerate(lengths)]
+
+
+class TestExchange:
+    def test_conversion_keeps_every_logit(self, artefacts: Artefacts) -> None:
+        trained, _ = load_model(artefacts.checkpoint)
+        converted = read_exchange(artefacts.exchange, torch.float32)
+        ids = torch.tensor(prompts_of(artefacts.data, 32))
+        assert torch.equal(trained(ids), converted(ids))
+
+    def test_names_are_the_published_ones(self, artefacts: Artefacts) -> None:
+        tensors = load_file(artefacts.exchange / WEIGHTS_NAME)
+        model, _ = load_model(artefacts.checkpoint)
+        assert tensors.keys() == to_exchange(model).keys()
+        assert tensors["transformer.h.1.0.attn.c_attn.weight"].shape == (48, 16)
+        assert torch.equal(tensors["transformer.h.1.0.attn.c_attn.weight"], model.h[0].attn.c_attn.weight[1])
+        assert len(tensors) == 4 + 2 * 2 * 6
+        assert "lm_head.weight" not in tensors
+
+    def test_config_names_the_architecture(self, artefacts: Artefacts) -> None:
+        config = json.loads((artefacts.exchange / CONFIG_NAME).read_text())
+        assert config["architectures"] == ["KrakenForCausalLM"] and config["model_type"] == "kraken"
+        assert (config["vocab_size"], config["num_token_ids"], config["eos_token_id"]) == (320, 301, 300)
+
+    def test_a_damaged_folder_is_refused(self, artefacts: Artefacts, tmp_path: Path) -> None:
+        folder = convert(artefacts.checkpoint, artefacts.data, tmp_path / "exchange")
+        tensors = load_file(folder / WEIGHTS_NAME)
+        name = "transformer.h.0.1.mlp.c_fc.weight"
+        save_file({k: v for k, v in tensors.items() if k != name}, folder / WEIGHTS_NAME)
+        with pytest.raises(ArtefactError, match="missing"):
+            read_exchange(folder, torch.float32)
+        save_file(tensors | {name: tensors[name][:-1].clone()}, folder / WEIGHTS_NAME)
+        with pytest.raises(ArtefactError, match=name):
+            read_exchange(folder, torch.float32)
+        (folder / MANIFEST_NAME).unlink()
+        with pytest.raises(ArtefactError, match="never finished there"):
+            TorchEngine.from_exchange(folder, EngineConfig())
+
+    def test_another_tokenizer_is_refused(self, artefacts: Artefacts, tmp_path: Path) -> None:
+        folder = convert(artefacts.checkpoint, artefacts.data, tmp_path / "exchange")
+        other = Tokenizer.train((d.text for d in tiny.corpus(tmp_path / "corpus").documents), 290)
+        size = (folder / META_NAME).stat().st_size
+        other.save(folder)
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        manifest["files"] = []  # sizes changed with the tokenizer; it is the fingerprint that must object
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+        assert size
+        with pytest.raises(ArtefactError, match="belongs to tokenizer"):
+            TorchEngine.from_exchange(folder, EngineConfig())
+
+
+class TestEquality:
+    def test_cached_decoding_equals_the_full_forward(self, artefacts: Artefacts) -> None:
+        model, _ = load_model(artefacts.checkpoint)
+        prompts = prompts_of(artefacts.data, 1, 5, 20)
+        result = with_engine(artefacts.exchange, lambda e: parity(e, model, prompts, num_tokens=12, tolerance=1e-4))
+        assert result.passed and result.num_tokens == 36 and result.max_abs_diff < 1e-4
+
+    def test_parity_notices_a_different_model(self, artefacts: Artefacts) -> None:
+        model, _ = load_model(artefacts.checkpoint)
+        with torch.no_grad():
+            model.h[1].mlp.c_proj.weight[1] *= 1.5
+        result = with_engine(
+            artefacts.exchange, lambda e: parity(e, model, prompts_of(artefacts.data, 20), num_tokens=4, tolerance=1e-4)
+        )
+        assert not result.passed
+        with pytest.raises(ArtefactError, match="parity failed"):
+            result.require_passed()
+
+    def test_a_full_batch_equals_one_at_a_time(self, artefacts: Artefacts) -> None:
+        """More requests than rows, of different lengths, greedy and seeded, arriving and leaving at different times."""
+        prompts = prompts_of(artefacts.data, 3, 9, 14, 1, 20, 6, 2)
+        requests = [
+            make_request(f"r{i}", prompt, max_tokens=4 + 2 * i % 9, temperature=float(i % 2), seed=i, top_p=0.9, num_logprobs=2)
+            for i, prompt in enumerate(prompts)
+        ]
+
+        async def together(engine: TorchEngine) -> list[Any]:
+            return await asyncio.gather(*(collect(engine, r) for r in requests))
+
+        async def apart(engine: TorchEngine) -> list[Any]:
+            return [await collect(engine, r) for r in requests]
+
+        batched = with_engine(artefacts.exchange, together, max_batch_size=3)
+        single = with_engine(artefacts.exchange, apart, max_batch_size=1)
+        for many, one in zip(batched, single, strict=True):
+            assert [o.token_id for o in many] == [o.token_id for o in one]
+            for a, b in zip(many, one, strict=True):
+                assert a.logprobs.logprob == pytest.approx(b.logprobs.logprob, abs=1e-4)
+                assert a.finish_reason == b.finish_reason
+
+    def test_prompt_logprobs_equal_the_models_loss(self, artefacts: Artefacts) -> None:
+        model, _ = load_model(artefacts.checkpoint)
+        (prompt,) = prompts_of(artefacts.data, 33)
+        request = make_request("r", prompt, max_tokens=0, prompt_logprobs=True, num_logprobs=3)
+        (output,) = with_engine(artefacts.exchange, lambda e: collect(e, request))
+        assert isinstance(output, PromptOutput)
+        first, *rest = output.logprobs
+        assert first is None and [entry.token_id for entry in rest if entry] == prompt[1:]
+        logits = model(torch.tensor([prompt[:-1]]))[0, :, :301]
+        expected = torch.log_softmax(logits, -1)[range(32), prompt[1:]]
+        torch.testing.assert_close(torch.tensor([e.logprob for e in rest if e]), expected.detach(), rtol=0, atol=1e-4)
+        for entry in rest:
+            assert entry and len(entry.top) == 3 and entry.top[0][1] >= entry.top[1][1] >= entry.top[2][1]
+            for token_id, logprob in entry.top:
+                assert token_id != entry.token_id or logprob == entry.logprob
+
+    def test_perplexity_equals_the_models_own(self, artefacts: Artefacts) -> None:
+        model, _ = load_model(artefacts.checkpoint)
+        tokenizer = Tokenizer.load(artefacts.data)
+        shards = TokenShards(artefacts.data, "validation", 301)
+        metrics = with_engine(
+            artefacts.exchange, lambda e: perplexity(e, shards, tokenizer, None, lambda done, total: None)
+        )
+        total, count = 0.0, 0
+        for start in range(0, shards.num_tokens - 1, 32):
+            window = shards.read(start, min(33, shards.num_tokens - start))
+            inputs, targets = split_windows(window[None])
+            logits = model(inputs).clone()
+            logits[..., 301:] = -math.inf  # the engine masks padding ids, training does not
+            total += float(next_token_loss(logits, targets).detach())
+            count += targets.numel()
+        assert count == shards.num_tokens - 1 == metrics["scored_tokens"].value
+        assert metrics["validation_loss"].value == pytest.approx(total / count, abs=1e-5)
+        text = tokenizer.decode_bytes(i for i in shards.read(1, shards.num_tokens - 1).tolist() if i != 300)
+        assert metrics["scored_bytes"].value == len(text)
+        assert metrics["bits_per_byte"].value == pytest.approx(total / math.log(2) / len(text), rel=1e-5)
+
+
+class TestSampling:
+    def test_greedy_is_the_most_likely_token(self) -> None:
+        logits = torch.tensor([[0.0, 3.0, 1.0]])
+        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)]) == [1]
+
+    def test_frequencies_follow_the_distribution(self) -> None:
+        logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+        drawn = Counter(sample(logits.expand(4000, 4), [Draw(SamplingParams(), 7, t) for t in range(4000)]))
+        for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
+            assert drawn[token] / 4000 == pytest.approx(probability, abs=0.03)
+
+    @pytest.mark.parametrize(
+        ("params", "allowed"),
+        [({"top_k": 1}, {0}), ({"top_k": 2}, {0, 1}), ({"top_p": 0.5}, {0}), ({"top_p": 0.6}, {0, 1}), ({"top_p": 1e-9}, {0})],
+    )
+    def test_truncation_keeps_the_smallest_sufficient_set(self, params: dict[str, Any], allowed: set[int]) -> None:
+        logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+        draws = [Draw(SamplingParams(**params), 3, t) for t in range(500)]
+        assert set(sample(logits.expand(500, 4), draws)) == allowed
+
+    def test_temperature_sharpens(self) -> None:
+        logits = torch.log(torch.tensor([0.6, 0.4])).expand(2000, 2)
+        cold = Counter(sample(logits, [Draw(SamplingParams(temperature=0.25), 3, t) for t in range(2000)]))
+        assert cold[0] / 2000 == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
+
+    def test_each_row_has_its_own_parameters(self) -> None:
+        logits = torch.zeros(3, 50)
+        logits[:, 7] = 0.1
+        greedy, one, other = (
+            Draw(SamplingParams(temperature=t), seed, 0) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2))
+        )
+        together = sample(logits, [greedy, one, other])
+        assert together == [sample(logits[:1], [draw])[0] for draw in (greedy, one, other)]
+        assert together[0] == 7
+
+    def test_randomness_depends_on_seed_and_index_only(self) -> None:
+        assert uniform(1, 2) == uniform(1, 2)
+        assert len({uniform(s, t) for s in (0, 1, -1, 2**63 - 1) for t in range(50)}) == 200
+
+
+class TestRequests:
+    def test_a_seed_repeats_and_no_seed_varies(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> list[list[int]]:
+            seeds = [5, 5, None, None]
+            return [
+                await tokens_of(engine, make_request(f"r{i}", prompt, temperature=2.0, max_tokens=20, seed=seed))
+                for i, seed in enumerate(seeds)
+            ]
+
+        first, again, free, free_again = with_engine(artefacts.exchange, use)
+        assert first == again
+        assert free != free_again
+
+    def test_a_stop_id_ends_the_completion(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 6)
+
+        async def use(engine: TorchEngine) -> tuple[list[int], list[Any]]:
+            free = await tokens_of(engine, make_request("a", prompt, max_tokens=12))
+            return free, await collect(engine, make_request("b", prompt, max_tokens=12, stop_ids=(free[3],)))
+
+        free, stopped = with_engine(artefacts.exchange, use)
+        length = free.index(free[3]) + 1
+        assert [o.token_id for o in stopped] == free[:length]
+        assert [o.finish_reason for o in stopped] == [None] * (length - 1) + ["stop"]
+
+    def test_the_context_can_be_filled_to_the_last_position(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 20)
+        tokens = with_engine(artefacts.exchange, lambda e: collect(e, make_request("r", prompt, max_tokens=12)))
+        assert len(tokens) == 12 and tokens[-1].finish_reason == "length"
+
+    @pytest.mark.parametrize(
+        ("prompt", "fields", "message"),
+        [
+            ([], {}, "prompt is empty"),
+            ([301], {}, "token id 301"),
+            ([-1], {}, "token id -1"),
+            ([1] * 25, {"max_tokens": 8}, "exceed the context of 32"),
+            ([1] * 34, {"max_tokens": 0}, "exceed the context of 32"),
+            ([1], {"num_logprobs": 302}, "num_logprobs=302"),
+        ],
+    )
+    def test_impossible_requests_are_refused(
+        self, artefacts: Artefacts, prompt: list[int], fields: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(RequestError, match=message):
+            with_engine(artefacts.exchange, lambda e: collect(e, make_request("r", prompt, **fields)))
+
+    @pytest.mark.parametrize("fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": -1}, {"seed": 2**63}])
+    def test_impossible_sampling_is_refused(self, fields: dict[str, Any]) -> None:
+        with pytest.raises(RequestError, match=next(iter(fields))):
+            SamplingParams(**fields)
+
+
+class TestLifetime:
+    def test_an_aborted_request_frees_its_row(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> None:
+            endless = [make_request(f"r{i}", prompt, max_tokens=28) for i in range(3)]
+            started = []
+            for request in endless:
+                outputs = engine.generate(request)
+                await anext(outputs)
+                started.append(outputs)
+            await started[1].aclose()
+            engine.abort("r0")
+            engine.abort("r0")
+            engine.abort("unknown")
+            survivor = [o.token_id async for o in started[2] if isinstance(o, TokenOutput)]
+            assert len(survivor) == 27  # its first token was taken above
+            alone = await tokens_of(engine, make_request("again", prompt, max_tokens=28))
+            assert alone[1:] == survivor
+            stats = engine.stats()
+            assert (stats.num_running, stats.num_queued, stats.num_aborted) == (0, 0, 2)
+            assert stats.num_finished == 2 and stats.healthy
+
+        with_engine(artefacts.exchange, use)
+
+    def test_the_queue_is_bounded(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> None:
+            tasks = [
+                asyncio.create_task(collect(engine, make_request(f"r{i}", prompt, max_tokens=8))) for i in range(20)
+            ]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            refused = [r for r in results if isinstance(r, EngineOverloaded)]
+            assert len(refused) == 18 and all(len(r) == 8 for r in results if isinstance(r, list))
+
+        with_engine(artefacts.exchange, use, max_batch_size=1, max_queued_requests=2)
+
+    def test_a_failing_step_fails_every_request_and_the_engine_says_so(
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> None:
+            def broken(*args: object) -> torch.Tensor:
+                raise torch.OutOfMemoryError("no memory left")
+
+            monkeypatch.setattr(engine._runner, "decode", broken)
+            tasks = [collect(engine, make_request(f"r{i}", prompt)) for i in range(3)]
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(r, EngineError) and "no memory left" in str(r) for r in results)
+            assert not engine.stats().healthy
+            with pytest.raises(EngineError, match="failed before"):
+                await collect(engine, make_request("later", prompt))
+
+        with_engine(artefacts.exchange, use)
+
+    def test_closing_ends_what_is_in_flight(self, artefacts: Artefacts) -> None:
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> None:
+            task = asyncio.create_task(collect(engine, make_request("r", prompt, max_tokens=28)))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await engine.close()
+            await engine.close()
+            with contextlib.suppress(EngineError):
+                await task
+            with pytest.raises(EngineError, match="closed"):
+                await collect(engine, make_request("later", prompt))
+
+        with_engine(artefacts.exchange, use)
+
+
+def test_model_and_engine_agree_that_padding_is_never_produced(artefacts: Artefacts) -> None:
+    """Even a model that loves a padding id cannot say it."""
+    model = read_exchange(artefacts.exchange, torch.float32)
+    assert isinstance(model, Kraken)
+
+    async def use(engine: TorchEngine) -> list[int]:
+        with torch.no_grad():
+            engine._runner.model.wte[301:] = engine._runner.model.wte[:301].mean() + 100.0
+        return await tokens_of(engine, make_request("r", [5, 6], temperature=5.0, max_tokens=30, seed=1))
+
+    assert max(with_engine(artefacts.exchange, use)) < 301

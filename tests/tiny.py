@@ -1,0 +1,71 @@
+"""Small real artefacts for the tests: a corpus of a few files, its tokens, a model of a few thousand parameters."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from kraken.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from kraken.data.corpora import EmbeddedCorpus
+from kraken.data.prepare import prepare
+from kraken.manifest import Manifest, finish_artefact
+
+WORDS = "def return class import while for if else value index buffer stream token naïve ünïcode 漢字 🙂".split()
+
+
+def config(**train: Any) -> RunConfig:
+    """Two ways, two layers, float64, so that equalities can be tight."""
+    data = DataConfig(num_trained_ids=300, validation_fraction=0.2)
+    defaults: dict[str, Any] = {
+        "steps": 6,
+        "sequences_per_step": 4,
+        "sequences_per_microbatch": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "precision": "float64",
+        "log_every": 2,
+        "validate_every": 3,
+        "validation_windows": 4,
+        "checkpoint_every": 2,
+    }
+    run = RunConfig(
+        name="tiny",
+        data=data,
+        model=ModelConfig(
+            num_layers=2, width=16, num_heads=4, num_ways=2, context_length=32, vocab_size=data.vocab_size
+        ),
+        train=TrainConfig(**(defaults | train)),
+    )
+    return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, num_workers=1))
+
+
+def corpus(folder: Path, num_documents: int = 40) -> EmbeddedCorpus:
+    """A corpus of short files made of the words above, the same every time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = 1
+    for index in range(num_documents):
+        words = []
+        for _ in range(120):
+            state = state * 1103515245 % 2**31 + 12345
+            words.append(WORDS[(state >> 8) % len(WORDS)])
+        (folder / f"document_{index:03d}.py").write_text(" ".join(words) + "\n")
+    return EmbeddedCorpus(folder)
+
+
+def prepared(folder: Path, run: RunConfig | None = None) -> Manifest:
+    """Prepare the small corpus into `folder`, with a manifest."""
+    run = run or config()
+    source = corpus(folder.with_name(folder.name + "_corpus"))
+    folder.mkdir(parents=True, exist_ok=True)
+    started_at = time.monotonic()
+    metrics, details = prepare(run.data, source, folder, num_threads=1, on_progress=lambda done, total: None)
+    return finish_artefact(
+        folder,
+        started_at=started_at,
+        kind="prepare",
+        fingerprint="tiny",
+        config={},
+        parents={},
+        metrics=metrics,
+        details=details,
+    )
