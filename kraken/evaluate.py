@@ -94,6 +94,22 @@ class Parity:
             )
 
 
+def parity_prompts(shards: TokenShards, context_length: int, num_prompts: int, num_tokens: int) -> list[list[int]]:
+    """Prompts spread over a split, each as long as leaves room for `num_tokens` in the context.
+
+    Raises:
+        ArtefactError: the split or the context is too short.
+    """
+    length = context_length - num_tokens
+    if length < 1 or shards.num_tokens < length:
+        raise ArtefactError(
+            f"evaluate.parity_tokens={num_tokens} leaves no prompt in model.context_length={context_length} and a "
+            f"{shards.split} split of {shards.num_tokens} tokens; lower evaluate.parity_tokens"
+        )
+    starts = np.linspace(0, shards.num_tokens - length, num_prompts, dtype=int)
+    return [shards.read(int(start), length).tolist() for start in starts]
+
+
 async def parity(
     engine: Engine, model: Kraken, prompts: Sequence[Sequence[int]], num_tokens: int, tolerance: float
 ) -> Parity:

@@ -7,6 +7,7 @@ are a cache, and `publish` and `fetch` copy whole artefacts, the manifest last.
 import getpass
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -81,9 +82,24 @@ class Storage:
         if self._remote is None or (folder / MANIFEST_NAME).is_file():
             return
         file_system, base = self._remote
-        source = f"{base}/{kind}/{fingerprint[:16]}"
-        if file_system.get_file_info(f"{source}/{MANIFEST_NAME}").type != pyarrow.fs.FileType.File:
+        self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
+
+    def fetch_checkpoints(self, run_folder: Path) -> None:
+        """Bring the newest finished checkpoint of an unfinished run into the cache; nothing to do for a local storage."""
+        if self._remote is None:
             return
+        file_system, base = self._remote
+        source = f"{base}/{run_folder.relative_to(self.root).as_posix()}"
+        selector = pyarrow.fs.FileSelector(source, allow_not_found=True)
+        names = sorted(info.base_name for info in file_system.get_file_info(selector) if info.base_name.startswith("step_"))
+        for name in reversed(names):
+            if self._download(file_system, f"{source}/{name}", run_folder / name):
+                return
+
+    def _download(self, file_system: pyarrow.fs.FileSystem, source: str, folder: Path) -> bool:
+        """Copy a finished remote folder; False when it has no manifest."""
+        if file_system.get_file_info(f"{source}/{MANIFEST_NAME}").type != pyarrow.fs.FileType.File:
+            return False
         partial = folder.with_name(folder.name + f".partial{os.getpid()}")
         pyarrow.fs.copy_files(source, str(partial), source_filesystem=file_system, destination_filesystem=pyarrow.fs.LocalFileSystem())
         try:
@@ -94,3 +110,5 @@ class Storage:
                     target = folder / path.relative_to(partial)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     path.replace(target)
+            shutil.rmtree(partial, ignore_errors=True)
+        return True

@@ -1,0 +1,122 @@
+"""What the command lines share: a preset's name, dotted overrides, errors in one line, exit status 2 or 1."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+
+from kraken.config import ConfigError, RunConfig
+from kraken.manifest import ArtefactError
+from kraken.presets import PRESETS
+from kraken.storage import is_remote
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """A run, and what is asked of it."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Show the stages, and which would run, then stop."""
+
+
+def parse(prog: str, description: str, argv: list[str]) -> Arguments:
+    """A preset varied by dotted overrides: `quickstart --train.steps 50`.
+
+    Raises:
+        ConfigError: unknown preset, unknown key, wrong type, or a value that fails its checks; one line.
+        SystemExit: after `--help`.
+    """
+    names = ", ".join(PRESETS)
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    if not argv and not wants_help:
+        raise ConfigError(f"a preset is missing; choose from: {names} (for example `{prog} quickstart`)")
+    name, overrides = (argv[0], argv[1:]) if not argv[0].startswith("-") else ("quickstart", argv)
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} does not exist; choose from: {names}")
+    if argv[0].startswith("-") and not wants_help:
+        raise ConfigError(f"the preset comes first: `{prog} PRESET {argv[0]} ...`; choose from: {names}")
+    preset = dataclasses.replace(PRESETS[name](), storage=os.environ.get("KRAKEN_STORAGE", "storage"))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            arguments = tyro.cli(
+                Arguments,
+                default=Arguments(config=preset),
+                args=overrides,
+                prog=f"{prog} PRESET",
+                description=f"{description}\n\nPRESET is one of: {names}. The defaults below are those of {name}.",
+            )
+    except SystemExit as error:
+        if error.code:
+            raise ConfigError(one_line(errors.getvalue())) from error
+        raise
+    storage = absolute_storage(arguments.config.storage)
+    return dataclasses.replace(arguments, config=dataclasses.replace(arguments.config, storage=storage))
+
+
+def absolute_storage(storage: str) -> str:
+    """A relative path counts from here; inside a submitted job "here" is a copy that ends with the session.
+
+    Raises:
+        ConfigError: a relative path in a submitted job.
+    """
+    if is_remote(storage) or os.path.isabs(storage):
+        return storage
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"storage={storage} is relative, and a submitted job runs in a temporary copy of the code; "
+            "give --storage an absolute path that every node shares, or a URI"
+        )
+    return str(Path(storage).absolute())
+
+
+def one_line(box: str) -> str:
+    """The parser's message, which it draws as a box, as plain text on one line."""
+    content = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().partition("\n")[2]  # the first line is the box's title
+    text = re.sub(r"\s+", " ", re.sub(r"[─│╭╮╰╯]+", " ", content)).strip()
+    text = re.split(r" Argument helptext:| For full helptext", text)[0]
+    text = re.sub(r"^.*?(?:Unrecognized options:|Error parsing (?:config\.\w+: )?)", "", text, count=1).strip()
+    if "Unrecognized options" in box:
+        unknown, _, suggestions = text.partition("Perhaps you meant:")
+        similar = re.findall(r"--[\w.-]+", suggestions)
+        hint = f"perhaps you meant {' or '.join(similar)}" if similar else "--help lists every setting"
+        return f"unknown setting: {unknown.strip()}; {hint}"
+    return text
+
+
+def run_job(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command line's main and leave with its exit status.
+
+    SIGTERM, which is how a job is stopped, is an interruption like Ctrl-C: everything open is ended as KILLED.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main(sys.argv[1:])
+    except ConfigError as error:
+        fail(error, USER_ERROR)
+    except ArtefactError as error:
+        fail(error, FAILURE)
+    except KeyboardInterrupt:
+        fail("interrupted; what is finished stays, and the same command continues", INTERRUPTED)
+    sys.exit(0)
+
+
+def fail(message: object, status: int) -> NoReturn:
+    """One line on standard error, then the exit status."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,20 @@
+"""One stage and whatever it needs that is not finished yet; `jobs/prepare.py` and its neighbours are this."""
+
+from jobs.command import parse
+from pipelines import end_to_end
+from pipelines.stage import Stage
+
+
+def run_until(stage: Stage, description: str, argv: list[str]) -> None:
+    """Run the pipeline up to a stage and print what that stage made."""
+    arguments = parse(f"python -m jobs.{stage.kind}", description, argv)
+    if arguments.dry_run:
+        print(end_to_end.describe(end_to_end.plan(arguments.config, stage.kind)))
+        return
+    result = end_to_end.run(arguments.config, stage.kind)[stage.kind]
+    manifest = result.manifest
+    print(f"{stage.kind} {'reused' if result.reused else 'finished'}: {arguments.config.storage}/{stage.kind}/{manifest.fingerprint[:16]}")
+    for name, metric in sorted(manifest.metrics.items()):
+        print(f"  {name:32} {metric.value:>16,.6g} {metric.unit}")
+    for name, value in sorted(manifest.details.items()):
+        print(f"  {name:32} {value}")

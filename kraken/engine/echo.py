@@ -1,0 +1,176 @@
+"""An engine without a model: it answers with the prompt, again and again. For tests of whatever drives an engine.
+
+Its log-probabilities belong to a real distribution, known in closed form: after token p, the id p + r (modulo the
+number of ids) has probability 2 ** -(r + 1). The cycle is not drawn from it; only a repeated id is the most likely one.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from itertools import pairwise
+
+import numpy as np
+
+from kraken.config import EngineConfig
+from kraken.engine.protocol import (
+    EngineError,
+    EngineInfo,
+    EngineOverloaded,
+    EngineStats,
+    Output,
+    PromptOutput,
+    Request,
+    RequestError,
+    TokenLogprobs,
+    TokenOutput,
+    check_request,
+)
+
+
+class EchoEngine:
+    """Completes a prompt with its own ids in a cycle, whatever the temperature.
+
+    Args:
+        info: the model it pretends to hold.
+        token_delay_s: pause before every token, so that tests can watch a stream and cut it.
+        config: batch and queue limits, honoured as a real engine would.
+    """
+
+    def __init__(self, info: EngineInfo, token_delay_s: float = 0.0, config: EngineConfig | None = None):
+        self.info = info
+        self.token_delay_s = token_delay_s
+        self._config = config or EngineConfig()
+        self._running: set[str] = set()
+        self._queued: dict[str, asyncio.Future[None]] = {}  # in order of arrival
+        self._num_finished = self._num_aborted = 0
+        self._prompt_tokens = self._completion_tokens = 0
+        self._closed = False
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        check_request(request, self.info)
+        if request.id in self._running or request.id in self._queued:
+            raise RequestError(f"id={request.id!r} is in flight already; give every request its own")
+        self._require_open()
+        try:
+            await self._wait_for_place(request.id)
+            if self._has_ended(request.id):
+                return
+            self._prompt_tokens += len(request.prompt_ids)
+            if request.prompt_logprobs or request.return_logits:
+                yield self._prompt_output(request)
+            num_tokens = request.sampling.max_tokens
+            for step in range(num_tokens):
+                await asyncio.sleep(self.token_delay_s)
+                if self._has_ended(request.id):
+                    return
+                output = self._token_output(request, step)
+                self._completion_tokens += 1
+                if output.finish_reason:  # gives its place up first: the caller may never ask for more
+                    self._finish(request.id)
+                yield output
+                if output.finish_reason:
+                    return
+            if num_tokens == 0:
+                self._finish(request.id)
+        finally:
+            self.abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._running or request_id in self._queued:
+            self._num_aborted += 1
+            self._leave(request_id)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_queued=len(self._queued),
+            num_finished=self._num_finished,
+            num_aborted=self._num_aborted,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            healthy=not self._closed,
+        )
+
+    async def close(self) -> None:
+        self._closed = True
+        for request_id in [*self._queued, *self._running]:
+            self.abort(request_id)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+    def _has_ended(self, request_id: str) -> bool:
+        """Whether the request was aborted; an error when the whole engine was closed under it."""
+        if request_id in self._running:
+            return False
+        self._require_open()
+        return True
+
+    async def _wait_for_place(self, request_id: str) -> None:
+        if len(self._running) < self._config.max_batch_size:
+            self._running.add(request_id)
+            return
+        if len(self._queued) >= self._config.max_queued_requests:
+            raise EngineOverloaded(f"{len(self._queued)} requests are waiting already; try again later")
+        turn = self._queued[request_id] = asyncio.get_running_loop().create_future()
+        await turn  # ends as well when the request is aborted; it is then in neither collection
+
+    def _finish(self, request_id: str) -> None:
+        self._num_finished += 1
+        self._leave(request_id)
+
+    def _leave(self, request_id: str) -> None:
+        """Give up the place of a request, running or queued, and let the next one in."""
+        self._running.discard(request_id)
+        turns = [self._queued.pop(request_id, None)]
+        while self._queued and len(self._running) < self._config.max_batch_size and not self._closed:
+            next_id = next(iter(self._queued))
+            self._running.add(next_id)
+            turns.append(self._queued.pop(next_id))
+        for turn in turns:
+            if turn is not None and not turn.done():  # done already when its waiter was cancelled
+                turn.set_result(None)
+
+    def _token_output(self, request: Request, step: int) -> TokenOutput:
+        prompt_ids, sampling = request.prompt_ids, request.sampling
+        token_id = prompt_ids[step % len(prompt_ids)]
+        previous_id = prompt_ids[(step - 1) % len(prompt_ids)]
+        is_last = step + 1 == sampling.max_tokens
+        return TokenOutput(
+            token_id=token_id,
+            logprobs=self._logprobs(previous_id, token_id, request.num_logprobs),
+            logits_V=self._logits_V(previous_id) if request.return_logits else None,
+            finish_reason="stop" if token_id in sampling.stop_ids else "length" if is_last else None,
+        )
+
+    def _prompt_output(self, request: Request) -> PromptOutput:
+        ids = request.prompt_ids
+        logprobs: tuple[TokenLogprobs | None, ...] = ()
+        if request.prompt_logprobs:
+            logprobs = (None, *(self._logprobs(p, i, request.num_logprobs or 0) for p, i in pairwise(ids)))
+        logits_TV = None
+        if request.return_logits:
+            fed_ids = ids[:-1] if request.sampling.max_tokens == 0 else ids
+            rows = [self._logits_V(i) for i in fed_ids]
+            logits_TV = np.stack(rows) if rows else np.empty((0, self.info.num_ids), dtype=np.float32)
+        return PromptOutput(logprobs=logprobs, logits_TV=logits_TV)
+
+    def _logprobs(self, previous_id: int, token_id: int, num_logprobs: int | None) -> TokenLogprobs | None:
+        if num_logprobs is None:
+            return None
+        num_ids = self.info.num_ids
+        return TokenLogprobs(
+            token_id=token_id,
+            logprob=_logprob_of_rank((token_id - previous_id) % num_ids),
+            top=tuple(((previous_id + rank) % num_ids, _logprob_of_rank(rank)) for rank in range(num_logprobs)),
+        )
+
+    def _logits_V(self, previous_id: int) -> np.ndarray:
+        ranks_V = (np.arange(self.info.num_ids) - previous_id) % self.info.num_ids
+        return (-(ranks_V + 1) * math.log(2)).astype(np.float32)
+
+
+def _logprob_of_rank(rank: int) -> float:
+    """Rounded to float32, as a real engine's are, so that it is bit-equal to the logits."""
+    return float(np.float32(-(rank + 1) * math.log(2)))

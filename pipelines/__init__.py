@@ -1,0 +1,1 @@
+"""Orchestration: the stages as Ray tasks, recorded in MLflow."""

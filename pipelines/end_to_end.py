@@ -1,0 +1,128 @@
+"""The DAG: prepare -> pretrain -> convert -> evaluate -> deploy, as Ray tasks whose references are the edges.
+
+What is finished is not run again: fingerprints decide, before the cluster is asked for anything.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from kraken.config import RunConfig, from_dict, to_dict
+from kraken.manifest import Manifest, make_fingerprint
+from pipelines import convert, deploy, evaluate, prepare, pretrain
+from pipelines.stage import Stage, fingerprints
+from pipelines.tracking import RunRef
+
+STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
+KINDS = tuple(stage.kind for stage in STAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """One stage of a finished pipeline."""
+
+    manifest: Manifest
+    seconds: float
+    """Wall time of this run: of the work, or of finding that there is none."""
+    reused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One stage of a pipeline that has not been run yet."""
+
+    stage: Stage
+    fingerprint: str
+    manifest: Manifest | None
+    """Of the artefact that will be reused; None when the stage will run."""
+
+
+def plan(config: RunConfig, until: str = "deploy") -> list[PlannedStage]:
+    """What would run and what would be reused; asks the storage and the endpoint, changes nothing."""
+    found = fingerprints(STAGES, config)
+    planned: list[PlannedStage] = []
+    for stage in STAGES[: KINDS.index(until) + 1]:
+        fingerprint = found[stage.kind]
+        parents_reused = all(p.manifest is not None for p in planned if p.stage.kind in stage.parents)
+        manifest = stage.find(config, fingerprint) if parents_reused else None
+        planned.append(PlannedStage(stage, fingerprint, manifest))
+    return planned
+
+
+def describe(planned: list[PlannedStage]) -> str:
+    """The graph, a line per stage, for `--dry-run`."""
+    lines = [f"{'stage':10} {'fingerprint':16} {'needs':28} would be"]
+    for p in planned:
+        state = "run" if p.manifest is None else f"reused (made {p.manifest.created_at})"
+        lines.append(f"{p.stage.kind:10} {p.fingerprint[:16]} {', '.join(p.stage.parents) or '-':28} {state}")
+    return "\n".join(lines)
+
+
+def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
+    """Run the pipeline up to a stage, on the cluster at hand or one of its own.
+
+    Returns:
+        Kind -> result, in the order in which data flows.
+    Raises:
+        ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
+    """
+    import ray
+
+    from pipelines import cluster
+    from pipelines.tracking import Tracker
+
+    key = make_fingerprint("pipeline", config.name, fingerprints(STAGES, config))
+    with cluster.connect(config):
+        tracker = Tracker(config.storage, config.experiment)
+        with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
+            results: dict[str, StageResult] = {}
+            references: dict[str, ray.ObjectRef[Manifest]] = {}
+            planned = plan(config, until)
+            if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
+                cluster.preflight(config)
+            try:
+                for p in planned:
+                    if p.manifest is not None:
+                        started_at = time.monotonic()
+                        p.stage.record_reuse(config, p.manifest, pipeline_run.ref)
+                        references[p.stage.kind] = ray.put(p.manifest)
+                        results[p.stage.kind] = StageResult(p.manifest, time.monotonic() - started_at, reused=True)
+                        print(f"{p.stage.kind}: reused, made {p.manifest.created_at}", flush=True)
+                        continue
+                    task = ray.remote(max_retries=0)(run_stage).options(
+                        name=p.stage.kind, **cluster.stage_resources(config, p.stage.kind)
+                    )
+                    parents = [references[kind] for kind in p.stage.parents]
+                    references[p.stage.kind] = task.remote(
+                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, *parents
+                    )
+                for p in planned:
+                    if p.manifest is None:
+                        started_at = time.monotonic()
+                        manifest = wait_for(references[p.stage.kind])
+                        results[p.stage.kind] = StageResult(manifest, time.monotonic() - started_at, reused=False)
+                        print(f"{p.stage.kind}: done in {manifest.seconds:.1f} s", flush=True)
+            except BaseException:
+                for reference in references.values():
+                    ray.cancel(reference)
+                raise
+    return {p.stage.kind: results[p.stage.kind] for p in planned}
+
+
+def run_stage(
+    kind: str, config_values: dict[str, Any], fingerprint: str, pipeline: RunRef, *parents: Manifest
+) -> Manifest:
+    """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
+    config = from_dict(RunConfig, config_values)
+    stage = STAGES[KINDS.index(kind)]
+    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline)
+
+
+def wait_for(reference: Any) -> Manifest:
+    """A task's manifest, or the error its stage raised, as it was raised."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error

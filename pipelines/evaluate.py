@@ -1,0 +1,66 @@
+"""Stage 4, evaluate: perplexity of the converted model through an engine, and the engine's parity with the trainer."""
+
+import asyncio
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from kraken.config import RunConfig
+from kraken.manifest import ArtefactError, Metric, write_atomically
+from pipelines.progress import ProgressLines
+from pipelines.stage import Outcome, Stage, Work, section_of
+
+PARITY_NAME = "parity.json"
+
+
+def work(work: Work) -> Outcome:
+    import torch
+
+    from kraken.checkpoint import newest_checkpoint
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    checkpoint = newest_checkpoint(work.parent_folder("pretrain"))
+    if checkpoint is None:
+        raise ArtefactError(f"{work.parent_folder('pretrain')} holds no good checkpoint; run pretrain again")
+    metrics = asyncio.run(
+        evaluate(work.config, work.parent_folder("prepare"), checkpoint, work.parent_folder("convert"), work.folder)
+    )
+    entropy = work.parents["prepare"].metrics["unigram_entropy"]
+    return metrics | {"unigram_entropy": entropy}, {"engine": "torch"}
+
+
+async def evaluate(
+    config: RunConfig, data_folder: Path, checkpoint: Path, exchange_folder: Path, folder: Path
+) -> dict[str, Metric]:
+    """Run both evaluations on one engine; the parity report is also written to `folder`."""
+    from kraken.checkpoint import load_model
+    from kraken.data.shards import TokenShards
+    from kraken.engine.torch_engine import TorchEngine
+    from kraken.evaluate import parity, parity_prompts, perplexity
+    from kraken.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(data_folder)
+    shards = TokenShards(data_folder, "validation", tokenizer.num_ids)
+    settings = config.evaluate
+    engine = TorchEngine.from_exchange(exchange_folder, config.engine)
+    try:
+        model, _ = load_model(checkpoint)
+        prompts = parity_prompts(shards, config.model.context_length, settings.parity_windows, settings.parity_tokens)
+        report = await parity(engine, model, prompts, settings.parity_tokens, settings.parity_tolerance)
+        progress = ProgressLines("evaluate: perplexity", " windows")
+        metrics = await perplexity(engine, shards, tokenizer, settings.max_windows, progress)
+    finally:
+        await engine.close()
+    write_atomically(folder / PARITY_NAME, json.dumps(dataclasses.asdict(report) | {"passed": report.passed}, indent=2))
+    return metrics | {
+        "parity_max_abs_diff": Metric(report.max_abs_diff, "logits"),
+        "parity_tokens": Metric(report.num_tokens, "tokens"),
+        "parity_tokens_different": Metric(report.num_different, "tokens"),
+        "parity_passed": Metric(float(report.passed), "1 = yes"),
+    }
+
+
+STAGE = Stage(
+    "evaluate", parents=("prepare", "pretrain", "convert"), section=section_of("evaluate", "engine"), work=work
+)

@@ -1,0 +1,116 @@
+"""A stage: what determines its output, what it needs, and how it is run at most once.
+
+The fingerprints of a whole pipeline follow from its config alone, before anything has run. A stage whose fingerprint is
+in the storage is reused; everything else is run into a folder named after its fingerprint, and recorded in MLflow.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kraken.config import RunConfig, to_dict
+from kraken.manifest import MANIFEST_NAME, Manifest, Metric, finish_artefact, make_fingerprint
+from kraken.storage import Storage
+from pipelines.tracking import RunRef, StageRun
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a stage gets to do its work."""
+
+    config: RunConfig
+    fingerprint: str
+    storage: Storage
+    folder: Path
+    """Where the artefact goes; whatever an interrupted attempt left is still there."""
+    parents: dict[str, Manifest]
+    run: StageRun
+    """The stage's MLflow run."""
+
+    def parent_folder(self, kind: str) -> Path:
+        """Local folder of a parent's artefact."""
+        return self.storage.folder(kind, self.parents[kind].fingerprint)
+
+
+Outcome = tuple[dict[str, Metric], dict[str, Any]]
+"""A stage's metrics and details, for its manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One node of the pipeline."""
+
+    kind: str
+    parents: tuple[str, ...]
+    section: Callable[[RunConfig], dict[str, Any]]
+    """What of the config determines the output, as plain JSON types."""
+    work: Callable[[Work], Outcome]
+    still_valid: Callable[[RunConfig, Manifest], bool] = lambda config, manifest: True
+    """Whether a finished artefact can be reused; for a stage whose output is not only files."""
+
+    def find(self, config: RunConfig, fingerprint: str) -> Manifest | None:
+        """The manifest of a finished run of this stage that can be reused."""
+        manifest = Storage(config.storage).find(self.kind, fingerprint)
+        return manifest if manifest is not None and self.still_valid(config, manifest) else None
+
+    def run(self, config: RunConfig, fingerprint: str, parents: dict[str, Manifest], pipeline: RunRef) -> Manifest:
+        """Do the work, write the manifest, record both.
+
+        Raises:
+            ConfigError, ArtefactError: with the way out; the MLflow run then ends as FAILED.
+        """
+        started_at = time.monotonic()
+        storage = Storage(config.storage)
+        for parent in parents.values():
+            storage.fetch(parent.kind, parent.fingerprint)
+        folder = storage.folder(self.kind, fingerprint)
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on until the end it is unfinished
+        section = self.section(config)
+        with self._recorded(pipeline, section) as run:
+            metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run))
+            manifest = finish_artefact(
+                folder,
+                started_at=started_at,
+                kind=self.kind,
+                fingerprint=fingerprint,
+                config=section,
+                parents={kind: parent.fingerprint for kind, parent in parents.items()},
+                metrics=metrics,
+                details=details,
+            )
+            storage.publish(folder)
+            record(run, storage, manifest, reused=False)
+        return manifest
+
+    def record_reuse(self, config: RunConfig, manifest: Manifest, pipeline: RunRef) -> None:
+        """Show a reused artefact in the pipeline's MLflow run, so that runs can be compared whole."""
+        with self._recorded(pipeline, manifest.config) as run:
+            record(run, Storage(config.storage), manifest, reused=True)
+
+    def _recorded(self, pipeline: RunRef, section: dict[str, Any]) -> AbstractContextManager[StageRun]:
+        return pipeline.stage(self.kind, self.kind, section)
+
+
+def fingerprints(stages: tuple[Stage, ...], config: RunConfig) -> dict[str, str]:
+    """Kind -> fingerprint for stages in the order in which data flows."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        parents = {kind: found[kind] for kind in stage.parents}
+        found[stage.kind] = make_fingerprint(stage.kind, stage.section(config), parents)
+    return found
+
+
+def record(run: StageRun, storage: Storage, manifest: Manifest, *, reused: bool) -> None:
+    """Put a manifest and its metrics into an MLflow run; metrics of training count from its last step."""
+    path = storage.folder(manifest.kind, manifest.fingerprint) / MANIFEST_NAME
+    run.log_manifest(path, artefact=f"{storage.uri}/{manifest.kind}/{manifest.fingerprint[:16]}", reused=reused)
+    step = int(manifest.value("steps")) if "steps" in manifest.metrics else 0
+    run.log_metrics({name: float(metric.value) for name, metric in manifest.metrics.items()}, step)
+
+
+def section_of(*names: str) -> Callable[[RunConfig], dict[str, Any]]:
+    """A `Stage.section` that is some of the config's own sections."""
+    return lambda config: {name: to_dict(getattr(config, name)) for name in names}

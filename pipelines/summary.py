@@ -1,0 +1,90 @@
+"""The summary at the end: what was made, how good it is, and what to do with it; as text and as summary.json."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from kraken.config import RunConfig
+from kraken.manifest import Metric, write_atomically
+from kraken.storage import is_remote
+from pipelines import deploy
+from pipelines.end_to_end import StageResult
+from pipelines.tracking import ui_command
+
+SUMMARY_NAME = "summary.json"
+PROMPT = "import os\n\ndef "
+COMPLETION_TOKENS = 32
+
+
+def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, Any]:
+    """The facts of a finished pipeline; the completion is fetched from the endpoint over HTTP."""
+
+    def metric(kind: str, name: str) -> int | float:
+        return results[kind].manifest.metrics[name].value
+
+    endpoint = results["deploy"].manifest.details["endpoint"]
+    completion = deploy.complete(endpoint, config.serve.model_name, PROMPT, COMPLETION_TOKENS)
+    return {
+        "stages": {
+            kind: {"seconds": round(result.seconds, 2), "reused": result.reused} for kind, result in results.items()
+        },
+        "parameters": metric("pretrain", "parameters"),
+        "train_tokens": metric("pretrain", "train_tokens"),
+        "validation_loss": metric("evaluate", "validation_loss"),
+        "validation_perplexity": metric("evaluate", "validation_perplexity"),
+        "bits_per_byte": metric("evaluate", "bits_per_byte"),
+        "unigram_entropy": metric("prepare", "unigram_entropy"),
+        "unigram_bits_per_byte": unigram_bits_per_byte(results),
+        "parity_max_abs_diff": metric("evaluate", "parity_max_abs_diff"),
+        "tokens_per_second": metric("pretrain", "tokens_per_second"),
+        "endpoint": endpoint,
+        "completion": completion,
+    }
+
+
+def unigram_bits_per_byte(results: dict[str, StageResult]) -> float:
+    """The unigram entropy in the unit that compares across tokenizers."""
+    import math
+
+    metrics: dict[str, Metric] = results["evaluate"].manifest.metrics
+    entropy = results["prepare"].manifest.metrics["unigram_entropy"].value
+    return entropy / math.log(2) * metrics["scored_tokens"].value / metrics["scored_bytes"].value
+
+
+def write(config: RunConfig, summary: dict[str, Any]) -> Path | None:
+    """Write summary.json into the storage folder; a remote storage keeps the manifests only."""
+    if is_remote(config.storage):
+        return None
+    path = Path(config.storage) / SUMMARY_NAME
+    write_atomically(path, json.dumps(summary, indent=2) + "\n")
+    return path
+
+
+def render(config: RunConfig, summary: dict[str, Any]) -> str:
+    """The same for people."""
+    body = {"model": config.serve.model_name, "prompt": PROMPT, "max_tokens": COMPLETION_TOKENS, "temperature": 0}
+    curl = (
+        f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )
+    stages = [
+        f"  {kind:10} {stage['seconds']:8.1f} s  {'reused' if stage['reused'] else 'ran'}"
+        for kind, stage in summary["stages"].items()
+    ]
+    return "\n".join(
+        [
+            "",
+            f"Kraken {config.name}: {summary['parameters']:,} parameters, {summary['train_tokens']:,} tokens",
+            *stages,
+            f"  validation loss {summary['validation_loss']:.4f} nats/token "
+            f"(unigram entropy of the same tokens: {summary['unigram_entropy']:.4f})",
+            f"  perplexity      {summary['validation_perplexity']:.2f}",
+            f"  bits per byte   {summary['bits_per_byte']:.4f} (unigram: {summary['unigram_bits_per_byte']:.4f})",
+            f"  parity          {summary['parity_max_abs_diff']:.2e} largest difference of logits, trainer and engine",
+            f"  completion      {json.dumps(PROMPT)} -> {json.dumps(summary['completion'])}",
+            f"  endpoint        {summary['endpoint']}",
+            f"    {curl}",
+            f"  runs            make ui, or: {shlex.join(ui_command(config.storage))}",
+            "",
+        ]
+    )

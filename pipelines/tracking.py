@@ -1,0 +1,734 @@
+"""Tracking: one MLflow run per pipeline, one child run per stage; the only importer of mlflow.
+
+    tracker = Tracker(storage, submission=submission_id)              # the controller, once: it makes the database
+    with tracker.pipeline(key, "quickstart", params) as run:          # found again by its key after a restart
+        ref = run.ref                                                 # small and picklable, for the stages' tasks
+        ...
+        with ref.stage("pretrain", "pretrain", params) as stage:      # in the process of the stage
+            stage.log_metrics({"loss": 4.2}, step=10)
+            stage.log_manifest(folder / "manifest.json")
+
+A run ends as its block ends: FINISHED, FAILED by an error, KILLED by a cancellation. Inside the block nothing waits
+for the tracking server and nothing is raised because of it: records go through a bounded queue to a background thread,
+which tries again while the server is away, and a warning counts what could not be delivered.
+
+MLflow costs seconds to import, so it is imported where it is needed. Every call names its server and its run; there is
+no active run and no global tracking URI.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import sqlite3
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from kraken.config import ConfigError
+from kraken.manifest import git_revision
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+logger = logging.getLogger(__name__)
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+T = TypeVar("T")
+AnyRun = TypeVar("AnyRun", bound="StageRun")
+
+KEY_TAG = "kraken.key"
+"""Unique: what a restart or a resubmission finds its run by."""
+SUBMISSION_TAG = "kraken.submission"
+"""The Ray job submission that opened the run last; `Tracker.reconcile` asks whether it lives."""
+ATTEMPTS_TAG = "kraken.attempts"
+"""How often the run was opened."""
+PARAMS_CHANGED_TAG = "kraken.params_changed"
+"""Set on reopening, `{}` if nothing changed: params that differ from those logged first, {name: [logged, now]}."""
+ERROR_TAG = "kraken.error"
+"""Why the run did not finish, in one line."""
+ARTEFACT_TAG = "kraken.artefact"
+"""Where the stage's artefact lies."""
+REUSED_TAG = "kraken.reused"
+"""`true` for an artefact that was found, `false` for one that was made."""
+GIT_TAG = "mlflow.source.git.commit"
+PARENT_TAG = "mlflow.parentRunId"
+
+# MLflow's limits.
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_PARAM_LENGTH = 6000
+MAX_TAG_LENGTH = 5000  # 8000 in new versions
+
+CONNECT_LIMIT_S = 30.0
+"""A pipeline does not begin without its tracking server; one that is just starting gets this long."""
+OPEN_WAIT_S = 5.0
+"""A stage waits this long for its run to open, then begins; the run opens when the server is back."""
+END_LIMIT_S = 30.0
+"""Longest wait for deliveries at the end of a run."""
+KILLED_LIMIT_S = 5.0
+"""The same after a cancellation, when patience is short: Ray kills a stopped job after 3 s."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
+"""Pauses between two tries, doubling, while the server is away."""
+MAX_WAITING = 20_000
+"""Records held in memory while the server is away; some 10 MB, and days of training."""
+
+
+# The tracking server
+
+
+def tracking_uri(storage: str) -> str:
+    """Where the runs of a storage are recorded: MLFLOW_TRACKING_URI, else a database in the storage folder.
+
+    Args:
+        storage: absolute local path, or a URI such as `s3://bucket/prefix`.
+
+    Raises:
+        ConfigError: a file store, a database that other processes would not find, or a storage that cannot hold one.
+    """
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        if uri.startswith("file:") or not re.match(r"[\w+-]+://|databricks", uri):
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI={uri} is a file store, which MLflow has given up; convert it with "
+                "`mlflow migrate-filestore`, give sqlite:////absolute/path/mlflow.db or a server, or unset the variable"
+            )
+        if uri.startswith("sqlite") and sqlite_path(uri) is None:
+            raise ConfigError(
+                f"MLFLOW_TRACKING_URI={uri} is no absolute path, and workers run in other folders; "
+                "give sqlite:////absolute/path/mlflow.db (four slashes) or a server, or unset the variable"
+            )
+        return uri
+    if "://" in storage:
+        raise ConfigError(
+            f"storage={storage} cannot hold MLflow's database; set MLFLOW_TRACKING_URI to an MLflow server (http://...)"
+        )
+    if not os.path.isabs(storage) or set(storage) & set("%#?"):
+        raise ConfigError(
+            f"storage={storage} cannot hold MLflow's database, which needs an absolute path without %, # and ?; "
+            "choose another storage, or set MLFLOW_TRACKING_URI to an MLflow server (http://...)"
+        )
+    return f"sqlite:///{storage}/mlflow.db"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a sqlite URI with an absolute path; None for every other URI."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///(/[^?]+)(?:\?.*)?", uri)
+    return Path(match[1]) if match else None
+
+
+def ui_command(storage: str, port: int = 5000) -> list[str]:
+    """The command that opens the MLflow UI of a storage on loopback; where a server is set, one that shows its page."""
+    uri = tracking_uri(storage)
+    if uri.startswith("http"):
+        return [sys.executable, "-m", "webbrowser", uri]
+    # MLflow's jobs evaluate chats; they cost eight processes and half a gigabyte. One worker, another quarter of a
+    # gigabyte, suffices for one person.
+    environment = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
+    server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", uri, "--artifacts-destination", f"{storage}/mlartifacts"]
+    return [*environment, *server, *stores]
+
+
+def _connect(uri: str) -> "MlflowClient":
+    """A client of the server. Only a database is contacted at once."""
+    if (path := sqlite_path(uri)) and not path.exists():
+        # MLflow would make an empty one, for example on another node.
+        raise FileNotFoundError(
+            f"{path} is not on this machine; set MLFLOW_TRACKING_URI to a server that all nodes reach"
+        )
+    # MLflow's own retries last minutes, and repeat a create_run that did get through. The user's own values stand.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def _persist(call: Callable[[], T], pause: Callable[[float, Exception], bool]) -> T:
+    """Repeat a call while the server is away; raises what the server refuses.
+
+    Args:
+        pause: sleeps, given the seconds and the error; False to give up, which raises the error.
+    """
+    pause_s = FIRST_PAUSE_S
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not _is_passing(error) or not pause(pause_s, error):
+                raise
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether another try can help: the server is away or busy, as opposed to having said no."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        # INTERNAL_ERROR is also what a refused connection becomes; RESOURCE_ALREADY_EXISTS means that another process
+        # was faster, and the next try finds what it made.
+        passing = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_ALREADY_EXISTS")
+        return error.error_code in passing
+    # By name, since sqlalchemy matters to database stores only.
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ == "OperationalError"
+
+
+@contextmanager
+def _locked(uri: str) -> Iterator[None]:
+    """Keep this machine's other processes away from a sqlite database, so that looking and making are one step."""
+    if path := sqlite_path(uri):
+        with path.with_name(f"{path.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    else:
+        yield
+
+
+def _search(client: "MlflowClient", experiment_id: str, condition: str) -> "list[Run]":
+    """All runs that fulfil a condition in MLflow's filter language."""
+    runs: list[Run] = []
+    page_token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], condition, page_token=page_token)
+        runs += page
+        if not (page_token := page.token):
+            return runs
+
+
+def _find_or_create(client: "MlflowClient", experiment_id: str, key: str, name: str, tags: Mapping[str, str]) -> "Run":
+    """The one run with this key."""
+    condition = f"tags.`{KEY_TAG}` = '{key}'"
+    runs, made = _search(client, experiment_id, condition), None
+    if not runs:
+        made = client.create_run(experiment_id, run_name=name, tags={**tags, KEY_TAG: key}).info.run_id
+        # A server cannot be locked: when two processes have each made a run, the older one stays.
+        runs = _search(client, experiment_id, condition)
+    oldest = min(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+    if made and made != oldest.info.run_id:
+        client.delete_run(made)
+    return oldest
+
+
+def _end(client: "MlflowClient", run_id: str, status: EndStatus, error: str | None) -> None:
+    if error:
+        client.set_tag(run_id, ERROR_TAG, error)
+    client.set_terminated(run_id, status)
+
+
+def _end_children(client: "MlflowClient", experiment_id: str, run_id: str, status: EndStatus) -> None:
+    for run in _search(client, experiment_id, f"tags.`{PARENT_TAG}` = '{run_id}' and attributes.status = 'RUNNING'"):
+        _end(client, run.info.run_id, status, None if status == "FINISHED" else "still running when its pipeline ended")
+
+
+# How a run ends
+
+
+def end_status(error: BaseException) -> EndStatus:
+    """KILLED for a cancellation, FAILED for every other error."""
+    # Every SystemExit counts as one: Ray turns SIGTERM into SystemExit, with 1 in its workers and 15 in its drivers.
+    # Two cancellations are ordinary exceptions and go by name, so that Ray is not imported: concurrent.futures' and
+    # Ray's, which a RayTaskError has among its base classes or, where that was impossible, as its cause.
+    classes = type(error).__mro__ + type(getattr(error, "cause", None)).__mro__
+    is_cancelled = any(cls.__name__ in ("CancelledError", "TaskCancelledError") for cls in classes)
+    return "KILLED" if is_cancelled or not isinstance(error, Exception) else "FAILED"
+
+
+def _one_line(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):  # a RayTaskError, whose own text is a traceback
+        error = cause
+    lines = [type(error).__name__, *str(error).strip().splitlines()]
+    return _without_password(": ".join(lines[:2]))[:500]
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+# Delivery, off the path of whoever records
+
+
+class _Metrics(NamedTuple):
+    values: dict[str, float]
+    step: int
+    timestamp_ms: int
+
+
+class _Outbox:
+    """Delivers records in order from one thread, trying again while the server is away.
+
+    Args:
+        name: the run's, for the warnings.
+        open_run: called before anything is delivered; when the server refuses it, nothing is.
+        send: delivers a batch of metrics.
+    """
+
+    def __init__(self, name: str, open_run: Callable[[], None], send: Callable[[list[_Metrics]], None]):
+        self.settled = threading.Event()
+        """Set once the run is open, or refused."""
+        self.closed = False
+        self.reason = "the server is slow"
+        """Why something is missing: the last error."""
+        self._name = name
+        self._open_run = open_run
+        self._send = send
+        self._changed = threading.Condition()
+        self._waiting: deque[_Metrics | Callable[[], object]] = deque()
+        self._num_in_flight = 0
+        self._num_lost = 0
+        self._is_closing = False
+        self._is_away = False
+        # A daemon, so that a call that hangs cannot keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name=f"mlflow {name}", daemon=True)
+        self._thread.start()
+
+    def put(self, item: _Metrics | Callable[[], object], *, first: bool = False) -> None:
+        """Take metrics or a call to make; what comes when the queue is full or closed is lost, and counted."""
+        with self._changed:
+            if self.closed or (isinstance(item, _Metrics) and len(self._waiting) >= MAX_WAITING):
+                self._lose(1)
+            elif first:
+                self._waiting.appendleft(item)
+            else:
+                self._waiting.append(item)
+            self._changed.notify_all()
+
+    def flush(self, limit_s: float) -> bool:
+        """Wait until everything taken so far is delivered or refused; False when that takes too long."""
+        done = threading.Event()
+        self.put(done.set)
+        return not self.closed and done.wait(limit_s)
+
+    def close(self, limit_s: float) -> None:
+        """Deliver what waits, within the limit; give up the rest, and say how much is missing."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join(limit_s)
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+            num_lost = self._num_lost + self._num_in_flight + len(self._waiting)
+        if num_lost:
+            logger.warning("MLflow run %s lacks %d records (%s)", self._name, num_lost, self.reason)
+
+    def _work(self) -> None:
+        try:
+            _persist(self._open_run, self._pause)
+        except Exception as error:
+            self.reason = _one_line(error)
+            if not self.closed:
+                logger.warning("MLflow run %s cannot be opened, nothing is recorded (%s)", self._name, self.reason)
+            self.closed = True
+        self.settled.set()
+        while deliver := self._take():
+            try:
+                _persist(deliver, self._pause)
+            except Exception as error:
+                if self.closed:
+                    return  # `close` has counted what was in flight
+                self.reason = _one_line(error)
+                with self._changed:
+                    self._lose(self._num_in_flight)
+            with self._changed:
+                self._num_in_flight = 0
+            self._is_away = False
+
+    def _lose(self, num_records: int) -> None:
+        if not self._num_lost and not self.closed:
+            logger.warning("MLflow run %s begins to lose records (%s)", self._name, self.reason)
+        self._num_lost += num_records
+
+    def _take(self) -> Callable[[], object] | None:
+        """Wait for the next delivery: a call, or the metrics at the front up to a batch; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing or self.closed)
+            if not self._waiting or self.closed:
+                return None
+            item = self._waiting.popleft()
+            self._num_in_flight = 1
+            if not isinstance(item, _Metrics):
+                return item
+            batch = [item]
+            room = MAX_METRICS_PER_BATCH - len(item.values)
+            while self._waiting and isinstance(item := self._waiting[0], _Metrics) and len(item.values) <= room:
+                batch.append(item)
+                room -= len(item.values)
+                self._waiting.popleft()
+            self._num_in_flight = len(batch)
+            return partial(self._send, batch)
+
+    def _pause(self, pause_s: float, error: Exception) -> bool:
+        """Wait for the next try, never long while closing; False once closed."""
+        self.reason = _one_line(error)
+        if not self._is_away:
+            self._is_away = True
+            logger.warning("MLflow is away, records of run %s wait in memory (%s)", self._name, self.reason)
+        with self._changed:
+            is_closing = self._is_closing
+            self._changed.wait_for(
+                lambda: self.closed or self._is_closing != is_closing, FIRST_PAUSE_S if is_closing else pause_s
+            )
+            return not self.closed
+
+
+# Runs
+
+
+class StageRun:
+    """An MLflow run, open. Nothing here waits for the server or is raised because of it.
+
+    Args:
+        key: unique in the experiment.
+        params: any nesting of mappings; logged under dotted names.
+        tags: set whenever the run is opened.
+    """
+
+    def __init__(
+        self, uri: str, experiment_id: str, key: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+    ):
+        self.name = name
+        self.run_id = ""
+        """MLflow's id; empty until the run is open."""
+        self._uri = uri
+        self._experiment_id = experiment_id
+        self._key = key
+        self._params = _flatten(params)
+        self._tags = tags
+        assert "'" not in key, f"key={key} cannot be searched for"
+        with suppress(Exception):  # it happens again where it is reported
+            # Imports MLflow, which the thread must not do while this thread perhaps imports what both need.
+            _connect(uri)
+        self._outbox = _Outbox(name, self._open, self._send)
+        self._outbox.put(self._log_params)
+
+    @property
+    def metrics_ref(self) -> "MetricsRef":
+        """What another process needs to log metrics into this run while it is open here."""
+        return MetricsRef(self._uri, self.run_id, self.name)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics of an optimizer step; one that is already recorded for this step or a later one is dropped."""
+        assert step >= 0, f"step={step} is negative"
+        values = [(name, float(value)) for name, value in metrics.items()]
+        for start in range(0, len(values), MAX_METRICS_PER_BATCH):
+            batch = dict(values[start : start + MAX_METRICS_PER_BATCH])
+            self._outbox.put(_Metrics(batch, step, int(time.time() * 1000)))
+
+    def set_tags(self, tags: Mapping[str, str | bool]) -> None:
+        """Set tags; booleans become `true` and `false`."""
+        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in tags.items()}
+        self._outbox.put(lambda: self._set_tags(texts))
+
+    def log_manifest(self, path: Path, *, artefact: str | None = None, reused: bool = False) -> None:
+        """Record the manifest of the stage's artefact.
+
+        Args:
+            artefact: where the artefact lies in the storage; the default is the manifest's own folder.
+            reused: the artefact was found, not made.
+        """
+        self.log_artifact(path)
+        self.set_tags({ARTEFACT_TAG: artefact or str(path.parent), REUSED_TAG: reused})
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Record a file or folder, within `folder` of the run's artifacts. It must stay until the run ends."""
+        self._outbox.put(lambda: self._client.log_artifact(self.run_id, str(path), folder))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Record a text as the artifact `name`."""
+        self._outbox.put(lambda: self._client.log_text(self.run_id, text, name))
+
+    def flush(self, limit_s: float = END_LIMIT_S) -> bool:
+        """Wait until everything is delivered or refused; False when that takes longer than the limit."""
+        return self._outbox.flush(limit_s)
+
+    def wait_until_open(self, limit_s: float) -> bool:
+        """Wait until the run is open or refused; whether it is open."""
+        return self._outbox.settled.wait(limit_s) and not self._outbox.closed
+
+    def end(self, status: EndStatus, error: str | None = None) -> None:
+        """Deliver what waits and end the run; `with` does this."""
+        if self._outbox.closed:
+            return
+        # A run that was killed is first marked so, since little time may be left.
+        self._outbox.put(lambda: self._end(status, error), first=status == "KILLED")
+        self._outbox.close(KILLED_LIMIT_S if status == "KILLED" else END_LIMIT_S)
+
+    def abandon(self) -> str:
+        """Give up a run that does not open; returns the reason."""
+        self._outbox.close(0)
+        return self._outbox.reason
+
+    # The rest runs in the outbox's thread.
+
+    def _open(self) -> None:
+        """Find the run or make it. May run again from the start after an error."""
+        self._client: MlflowClient = _connect(self._uri)
+        with _locked(self._uri):
+            run = _find_or_create(self._client, self._experiment_id, self._key, self.name, self._tags)
+        self.run_id = run.info.run_id
+        self._logged_params = run.data.params
+        # MLflow's latest value of a metric is the one of its highest step.
+        self._highest_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        if ERROR_TAG in run.data.tags:
+            self._client.delete_tag(self.run_id, ERROR_TAG)
+        self._set_tags({**self._tags, ATTEMPTS_TAG: str(int(run.data.tags.get(ATTEMPTS_TAG, "0")) + 1)})
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def _log_params(self) -> None:
+        """Log the params that are new; what differs from those logged goes into a tag, since params cannot change."""
+        from mlflow.entities import Param
+
+        now, logged = self._params, self._logged_params
+        new = [Param(name, text) for name, text in now.items() if name not in logged]
+        for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + MAX_PARAMS_PER_BATCH])
+        if logged:
+            changed = {name: [text, now.get(name)] for name, text in logged.items() if text != now.get(name)}
+            self._set_tags({PARAMS_CHANGED_TAG: json.dumps(changed, sort_keys=True)})
+
+    def _send(self, batch: list[_Metrics]) -> None:
+        from mlflow.entities import Metric
+
+        highest_steps = dict(self._highest_steps)
+        metrics = []
+        for values, step, timestamp_ms in batch:
+            for name, value in values.items():
+                if step > highest_steps.get(name, -1):
+                    highest_steps[name] = step
+                    metrics.append(Metric(name, value, timestamp_ms, step))
+        # If this got through and only the answer was lost, MLflow ignores the repetition: it is equal in every part.
+        self._client.log_batch(self.run_id, metrics=metrics)
+        self._highest_steps = highest_steps
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(name, text[:MAX_TAG_LENGTH]) for name, text in tags.items()])
+
+    def _end(self, status: EndStatus, error: str | None) -> None:
+        _end(self._client, self.run_id, status, error)
+
+
+class PipelineRun(StageRun):
+    """The run of a pipeline; records what a stage can, and has stages."""
+
+    @property
+    def ref(self) -> "RunRef":
+        """What the stages' tasks need."""
+        return RunRef(self._uri, self._experiment_id, self.run_id, dict(self._tags))
+
+    @contextmanager
+    def stage(self, key: str, name: str, params: Mapping[str, Any] | None = None) -> Iterator[StageRun]:
+        """A stage in this process, as `RunRef.stage`."""
+        with self.ref.stage(key, name, params) as stage:
+            yield stage
+
+    def _end(self, status: EndStatus, error: str | None) -> None:
+        _end_children(self._client, self._experiment_id, self.run_id, status)
+        super()._end(status, error)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRef:
+    """A pipeline's run, small and picklable: what a task in another process needs to record its stage."""
+
+    tracking_uri: str = field(repr=False)  # it may hold a password, and arguments of tasks get printed
+    experiment_id: str
+    run_id: str
+    tags: dict[str, str]
+    """Set for every stage, too."""
+
+    @contextmanager
+    def stage(self, key: str, name: str, params: Mapping[str, Any] | None = None) -> Iterator[StageRun]:
+        """Record a stage as a child run, new or found again, which ends as the block ends.
+
+        Args:
+            key: unique among the stages of the pipeline, and the same in a restart.
+            params: any nesting of mappings; logged under dotted names.
+        """
+        tags = {**self.tags, PARENT_TAG: self.run_id}
+        # The parent belongs to the key, so that a stage two pipelines share is a child of each.
+        with _recorded(
+            StageRun(self.tracking_uri, self.experiment_id, f"{self.run_id}/{key}", name, params or {}, tags)
+        ) as run:
+            run.wait_until_open(OPEN_WAIT_S)
+            yield run
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsRef:
+    """An open run, small and picklable, for a process that logs into it but does not end it."""
+
+    tracking_uri: str = field(repr=False)
+    run_id: str
+    name: str
+
+    def attach(self) -> StageRun:
+        """The run, as seen from here; `flush` delivers, and it stays open."""
+        return _AttachedRun(self)
+
+
+class _AttachedRun(StageRun):
+    """A run that another process opened and will end."""
+
+    def __init__(self, ref: MetricsRef):
+        self._ref = ref
+        super().__init__(ref.tracking_uri, "", "", ref.name, {}, {})
+
+    def _open(self) -> None:
+        self._client = _connect(self._uri)
+        run = self._client.get_run(self._ref.run_id)
+        self.run_id = run.info.run_id
+        self._logged_params = {}
+        self._highest_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+    def _end(self, status: EndStatus, error: str | None) -> None:
+        """Nothing: whoever opened the run ends it."""
+
+
+@contextmanager
+def _recorded(run: AnyRun) -> Iterator[AnyRun]:
+    """End a run as the block ends."""
+    try:
+        yield run
+    except BaseException as error:
+        run.end(end_status(error), _one_line(error))
+        raise
+    run.end("FINISHED")
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names and texts; a text too long for MLflow ends in its hash, so that it still differs from others."""
+    flat: dict[str, str] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+            continue
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        if len(text) > MAX_PARAM_LENGTH:
+            end = f"... ({len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()})"
+            text = text[: MAX_PARAM_LENGTH - len(end)] + end
+        flat[prefix + name] = text
+    return flat
+
+
+# The controller
+
+
+class Tracker:
+    """The controller's side: makes the database, opens pipelines, ends what others left running.
+
+    Args:
+        storage: absolute local path or URI of the artefacts; see `tracking_uri`.
+        submission: id of the Ray job submission this runs in.
+
+    Raises:
+        ConfigError: the tracking server cannot be used; every method that contacts it raises the same.
+    """
+
+    def __init__(self, storage: str, experiment: str = "kraken", submission: str | None = None):
+        self.tracking_uri = tracking_uri(storage)
+        self._storage = storage
+        self._experiment = experiment
+        tags = {GIT_TAG: git_revision(), SUBMISSION_TAG: submission}
+        self._tags = {name: value for name, value in tags.items() if value}
+        if path := sqlite_path(self.tracking_uri):
+            try:
+                # MLflow would try a database that cannot be written for minutes.
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with closing(sqlite3.connect(path, timeout=CONNECT_LIMIT_S)) as database:
+                    database.execute("BEGIN IMMEDIATE")
+            except (OSError, sqlite3.Error) as error:
+                raise self._unusable(_one_line(error)) from error
+        with _locked(self.tracking_uri):  # two processes that make the tables at once would both fail
+            self._client = self._persist(lambda: _connect(self.tracking_uri))
+        self.experiment_id = self._persist(self._find_experiment)
+
+    @contextmanager
+    def pipeline(self, key: str, name: str, params: Mapping[str, Any] | None = None) -> Iterator[PipelineRun]:
+        """Record a pipeline as a run, new or found again; it and stages still running end as the block ends.
+
+        Args:
+            key: unique in the experiment, and the same in a restart or resubmission.
+            params: any nesting of mappings; logged under dotted names.
+        """
+        with _recorded(PipelineRun(self.tracking_uri, self.experiment_id, key, name, params or {}, self._tags)) as run:
+            if not run.wait_until_open(CONNECT_LIMIT_S):
+                raise self._unusable(run.abandon())
+            yield run
+
+    def end_children(self, parent: RunRef, status: EndStatus) -> None:
+        """End the stages of a pipeline that are still running; `pipeline` does this when its block ends."""
+        self._persist(lambda: _end_children(self._client, parent.experiment_id, parent.run_id, status))
+
+    def reconcile(self, end_of: Callable[[str], EndStatus | None]) -> list[str]:
+        """End the runs that dead submissions left running.
+
+        Args:
+            end_of: how a submission ended; None while it lives.
+
+        Returns:
+            The ids of the runs it ended.
+        """
+        ended = []
+        for run in self._persist(lambda: _search(self._client, self.experiment_id, "attributes.status = 'RUNNING'")):
+            submission = run.data.tags.get(SUBMISSION_TAG)
+            if submission and (status := end_of(submission)):
+                error = f"submission {submission} was gone before this ended"
+                self._persist(partial(_end, self._client, run.info.run_id, status, error))
+                ended.append(run.info.run_id)
+        return ended
+
+    def _find_experiment(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            # A server knows where its artifacts go. A database does not, and MLflow's default is the current folder.
+            has_server = self.tracking_uri.startswith("http")
+            return self._client.create_experiment(
+                self._experiment, artifact_location=None if has_server else f"{self._storage}/mlartifacts"
+            )
+        if experiment.lifecycle_stage != "active":
+            raise ConfigError(
+                f"experiment={self._experiment} is deleted in MLflow; choose another experiment, "
+                f"or restore it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+            )
+        return str(experiment.experiment_id)
+
+    def _persist(self, call: Callable[[], T]) -> T:
+        """The answer of a server that may still be starting."""
+        deadline_s = time.monotonic() + CONNECT_LIMIT_S
+
+        def pause(pause_s: float, _error: Exception) -> bool:
+            time.sleep(pause_s)
+            return time.monotonic() < deadline_s
+
+        try:
+            return _persist(call, pause)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise self._unusable(_one_line(error)) from error
+
+    def _unusable(self, reason: str) -> ConfigError:
+        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+            return ConfigError(
+                f"MLFLOW_TRACKING_URI={_without_password(uri)} cannot be used ({reason}); "
+                "start the server or mend the URI, or unset the variable to record in the storage folder"
+            )
+        return ConfigError(
+            f"storage={self._storage} has an MLflow database, mlflow.db, that cannot be used ({reason}); "
+            "mend or move it, or choose another storage"
+        )

@@ -1,0 +1,229 @@
+"""The pipeline on a real Ray cluster with real MLflow and real Serve, on a model of a few thousand parameters."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from kraken.config import ConfigError, RunConfig
+from kraken.manifest import MANIFEST_NAME, ArtefactError
+from kraken.storage import Storage
+from pipelines import deploy, end_to_end, summary
+
+pytestmark = pytest.mark.ray
+
+
+def run_config(storage: Path | str, port: int, workers: int = 1, **train: Any) -> RunConfig:
+    """The embedded corpus with a tokenizer of 300 ids, and the small model of `tiny`."""
+    config = dataclasses.replace(tiny.config(**({"precision": "float32"} | train)), storage=str(storage))
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, validation_fraction=0.002),
+        serve=dataclasses.replace(config.serve, port=port, model_name="tiny"),
+        evaluate=dataclasses.replace(config.evaluate, max_windows=4, parity_windows=2, parity_tokens=4),
+        cluster=dataclasses.replace(config.cluster, num_workers=workers),
+    )
+
+
+def mlflow_runs(storage: Path) -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("kraken")
+    return client.search_runs([experiment.experiment_id])
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def config(storage: Path, free_port: Callable[[], int]) -> RunConfig:
+    return run_config(storage, free_port())
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: str, config: RunConfig) -> Iterator[dict[str, end_to_end.StageResult]]:
+    from ray import serve as ray_serve
+
+    yield end_to_end.run(config)
+    ray_serve.shutdown()
+
+
+def test_every_stage_leaves_an_artefact_and_a_run(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    assert tuple(finished) == end_to_end.KINDS
+    assert not any(result.reused for result in finished.values())
+    for kind, result in finished.items():
+        folder = storage / kind / result.manifest.fingerprint[:16]
+        assert json.loads((folder / MANIFEST_NAME).read_text())["kind"] == kind
+        result.manifest.verify(folder)
+    runs = mlflow_runs(storage)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    assert set(children) == set(end_to_end.KINDS)
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
+    assert parent.data.params["train.steps"] == "6"
+    assert float(children["evaluate"].data.metrics["parity_max_abs_diff"]) < 1e-3
+
+
+def test_training_metrics_are_logged_once_per_step(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    [run] = [run for run in mlflow_runs(storage) if run.info.run_name == "pretrain"]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2, 3, 4, 6]
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "validation_loss")] == [3, 6]
+
+
+def test_the_summary_holds_what_it_promises(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    facts = summary.summarise(config, finished)
+    summary.write(config, facts)
+    written = json.loads((storage / "summary.json").read_text())
+    assert written == facts
+    promised = "stages parameters train_tokens validation_loss validation_perplexity bits_per_byte unigram_entropy"
+    assert {*promised.split(), "parity_max_abs_diff", "endpoint", "completion"} <= written.keys()
+    assert all({"seconds", "reused"} <= stage.keys() for stage in written["stages"].values())
+    text = summary.render(config, facts)
+    assert "curl" in text and facts["endpoint"] in text and "mlflow" in text
+    assert deploy.health(config.serve)["exchange_fingerprint"] == finished["convert"].manifest.fingerprint
+
+
+def test_a_second_run_reuses_everything(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    assert all(planned.manifest is not None for planned in end_to_end.plan(config))
+    again = end_to_end.run(config)
+    assert all(result.reused for result in again.values())
+    runs = mlflow_runs(storage)
+    assert len(runs) == 6 and {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_changing_a_setting_reruns_only_what_depends_on_it(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
+    plan = end_to_end.plan(longer)
+    assert [planned.manifest is None for planned in plan] == [False, True, True, True, True]
+    described = end_to_end.describe(plan)
+    assert "pretrain" in described and described.count("would be") == 1 and described.count(" run") == 4
+    other_port = dataclasses.replace(config, serve=dataclasses.replace(config.serve, model_name="other"))
+    assert [planned.manifest is None for planned in end_to_end.plan(other_port)] == [False] * 4 + [True]
+
+
+def test_failed_parity_refuses_deployment_and_loses_nothing(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    strict = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, parity_tolerance=1e-30))
+    with pytest.raises(ArtefactError, match="deployment is refused: parity failed"):
+        end_to_end.run(strict)
+    states = {(run.info.run_name, run.info.status) for run in mlflow_runs(storage)}
+    assert ("deploy", "FAILED") in states and ("evaluate", "FINISHED") in states
+    assert not [state for state in states if state[1] == "RUNNING"]
+    assert deploy.is_serving(config, finished["deploy"].manifest)
+
+
+def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
+    busy = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=config.serve.port + 1))
+    with pytest.raises(ConfigError, match="serve.port"):
+        end_to_end.run(busy)
+
+
+def test_a_killed_worker_is_replaced_and_changes_nothing(
+    ray_cluster: str, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    """SIGKILL of a training process: the group restarts from its checkpoint and ends in the undisturbed weights."""
+    config = run_config(tmp_path / "killed", free_port(), workers=2, steps=60, checkpoint_every=5)
+    killed: list[int] = []
+
+    def kill_one_worker() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            if list((tmp_path / "killed").glob("pretrain/*/step_0000000[12]*")):
+                for process in psutil.process_iter(["cmdline"]):
+                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                        killed.append(process.pid)
+                        os.kill(process.pid, signal.SIGKILL)
+                        break
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one_worker)
+    killer.start()
+    end_to_end.run(config, until="pretrain")
+    killer.join()
+    assert killed
+    undisturbed = dataclasses.replace(config, storage=str(tmp_path / "whole"))
+    end_to_end.run(undisturbed, until="pretrain")
+    left, right = (
+        load_file(next(Path(c.storage).glob("pretrain/*/step_000000060/model.safetensors")))
+        for c in (config, undisturbed)
+    )
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+class TestStorage:
+    def test_a_remote_storage_gets_whole_artefacts(self, tmp_path: Path) -> None:
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        folder = writer.folder("prepare", "tiny")
+        tiny.prepared(folder)
+        reader = Storage(uri, cache=tmp_path / "reader")
+        assert reader.find("prepare", "tiny") is None
+        writer.publish(folder)
+        manifest = reader.find("prepare", "tiny")
+        assert manifest is not None
+        manifest.verify(reader.folder("prepare", "tiny"))
+
+    def test_the_newest_remote_checkpoint_is_fetched(self, tmp_path: Path) -> None:
+        from kraken.checkpoint import newest_checkpoint
+        from kraken.train import train
+
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        tiny.prepared(tmp_path / "data")
+        run_folder = writer.folder("pretrain", "f" * 64)
+        train(tiny.config(steps=4), tmp_path / "data", run_folder)
+        for checkpoint in run_folder.glob("step_*"):
+            writer.publish(checkpoint)
+        reader = Storage(uri, cache=tmp_path / "reader")
+        fetched = reader.folder("pretrain", "f" * 64)
+        reader.fetch_checkpoints(fetched)
+        newest = newest_checkpoint(fetched)
+        assert newest is not None and newest.name == "step_000000004"
+
+    def test_a_relative_or_unknown_storage_is_refused(self) -> None:
+        with pytest.raises(ArtefactError, match="is relative"):
+            Storage("storage")
+        with pytest.raises(ArtefactError, match="cannot be opened"):
+            Storage("nosuch://bucket")
+
+    def test_a_half_written_artefact_does_not_exist(self, tmp_path: Path) -> None:
+        storage = Storage(str(tmp_path))
+        folder = storage.folder("prepare", "tiny")
+        tiny.prepared(folder)
+        assert storage.find("prepare", "tiny") is not None
+        shard = next(folder.glob("train_*.bin"))
+        shard.write_bytes(shard.read_bytes()[:-2])
+        assert storage.find("prepare", "tiny") is None
+        (folder / MANIFEST_NAME).write_text("{")
+        assert storage.find("prepare", "tiny") is None
+        (folder / MANIFEST_NAME).unlink()
+        assert storage.find("prepare", "tiny") is None

@@ -1,0 +1,106 @@
+"""The repository itself: imports go one way, heavy libraries stay where they belong, the README's commands exist."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "kraken": set[str](),
+    "serve": {"kraken"},
+    "pipelines": {"kraken", "serve"},
+    "jobs": {"kraken", "pipelines"},
+}
+"""Folder -> the folders it may import from."""
+ONLY_HOME = {"mlflow": "pipelines/tracking.py", "tensorrt_llm": "kraken/trtllm/"}
+"""Library -> the only place that may import it."""
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the direction"
+            modules.add(node.module or "")
+    return modules
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_imports_go_one_way(folder: str) -> None:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    for path in paths:
+        for module in imported_modules(path):
+            top = module.split(".")[0]
+            if top in LAYERS and top != folder:
+                assert top in LAYERS[folder], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_serving_never_imports_training() -> None:
+    for path in (ROOT / "serve").rglob("*.py"):
+        for module in imported_modules(path):
+            if module.startswith("kraken"):
+                allowed = ("kraken.engine", "kraken.config", "kraken.tokenizer", "kraken.manifest")
+                assert module.startswith(allowed), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_the_library_knows_no_orchestration() -> None:
+    for path in (ROOT / "kraken").rglob("*.py"):
+        tops = {module.split(".")[0] for module in imported_modules(path)}
+        assert not tops & {"ray", "mlflow", "fastapi", "starlette", "tyro"}, path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(("library", "home"), ONLY_HOME.items())
+def test_some_libraries_have_one_importer(library: str, home: str) -> None:
+    for folder in LAYERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            if library in {module.split(".")[0] for module in imported_modules(path)}:
+                assert path.relative_to(ROOT).as_posix().startswith(home)
+
+
+def test_only_cluster_calls_ray_init() -> None:
+    callers = [
+        path.relative_to(ROOT).as_posix()
+        for folder in LAYERS
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"\bray\.init\(", path.read_text())
+    ]
+    assert callers == ["pipelines/cluster.py"]
+
+
+def test_training_loads_no_ray_and_no_mlflow() -> None:
+    code = "import sys, kraken.train, kraken.engine.torch_engine; print(sorted({'ray', 'mlflow', 'fastapi'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_no_pickle_on_load_paths() -> None:
+    for folder in LAYERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not imported_modules(path) & {"pickle", "cloudpickle", "dill", "joblib"}, path
+            assert not re.search(r"torch\.load\((?!.*weights_only=True)", path.read_text()), path
+
+
+def readme_modules() -> list[str]:
+    text = (ROOT / "README.md").read_text() if (ROOT / "README.md").is_file() else ""
+    return sorted(set(re.findall(r"python -m ((?:jobs|benchmarks)\.\w+)", text)))
+
+
+@pytest.mark.parametrize("module", readme_modules())
+def test_every_readme_command_answers_help(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout.lower()
+
+
+def test_the_readme_names_its_commands() -> None:
+    assert {"jobs.end_to_end", "jobs.pretrain"} <= set(readme_modules())
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make (\w+)", (ROOT / "README.md").read_text()):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
