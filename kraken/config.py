@@ -197,6 +197,8 @@ class EngineConfig:
     """`auto`: CUDA where there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU."""
+    num_threads: int = 0
+    """CPU threads of a forward pass; 0 takes every core this process may use."""
     max_batch_size: int = 16
     """Requests decoded together; each holds a cache of one context."""
     max_queued_requests: int = 256
@@ -204,6 +206,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require_positive("engine", self, "max_batch_size", "max_queued_requests")
+        _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -180,8 +180,8 @@ class _Run:
             "parameters": Metric(self.model.num_parameters(), "parameters"),
             "steps": Metric(c.steps, "optimizer steps"),
             "train_tokens": Metric(c.steps * tokens_per_step, "tokens"),
-            "validation_loss": Metric(validation_loss, "nats/token"),
-            "tokens_per_second": Metric(trained_now / seconds, "tokens/s"),
+            "final_validation_loss": Metric(validation_loss, "nats/token"),
+            "mean_tokens_per_second": Metric(trained_now / seconds, "tokens/s"),
             "training_flops_per_token": Metric(self.model.training_flops_per_token(), "FLOP/token"),
             "num_workers": Metric(self.replicas.size, "processes"),
         }

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from kraken.config import RunConfig
@@ -15,11 +14,8 @@ PARITY_NAME = "parity.json"
 
 
 def work(work: Work) -> Outcome:
-    import torch
-
     from kraken.checkpoint import newest_checkpoint
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     checkpoint = newest_checkpoint(work.parent_folder("pretrain"))
     if checkpoint is None:
         raise ArtefactError(f"{work.parent_folder('pretrain')} holds no good checkpoint; run pretrain again")

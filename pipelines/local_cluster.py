@@ -353,21 +353,24 @@ def _stop_jobs(head: Head, say: Callable[[str], None]) -> None:
 
 
 def _own_processes(head: Head) -> set[psutil.Process]:
-    """Every process of a head: descendants, members of its session, and those that carry its mark or its folder's name."""
+    """Every process of a head: its descendants, the members of its session, and those that carry its mark.
+
+    Ray's own processes overwrite their environment with a title, but stay in the session; the drivers of jobs leave the
+    session, but keep the environment.
+    """
     found: set[psutil.Process] = set()
-    if process := _process_of(head):
-        with contextlib.suppress(psutil.Error):
-            found |= {process, *process.children(recursive=True)}
-    is_session_ours = bool(found)
+    is_session_ours = True  # a dead leader's pid is not given away while its session has members
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(head.pid)
+        is_session_ours = abs(leader.create_time() - head.create_time) < 0.1
+        if is_session_ours:
+            found |= {leader, *leader.children(recursive=True)}
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.pid == os.getpid() or other.create_time() < head.create_time - 0.1:
                 continue
-            if (
-                (is_session_ours and os.getsid(other.pid) == head.pid)
-                or other.environ().get(MARK) == head.cluster_id
-                or any(head.temp_dir + "/" in argument for argument in other.cmdline())
-            ):
+            in_session = is_session_ours and os.getsid(other.pid) == head.pid
+            if in_session or other.environ().get(MARK) == head.cluster_id:
                 found.add(other)
     return found
 

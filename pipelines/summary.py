@@ -37,7 +37,7 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
         "unigram_entropy": metric("prepare", "unigram_entropy"),
         "unigram_bits_per_byte": unigram_bits_per_byte(results),
         "parity_max_abs_diff": metric("evaluate", "parity_max_abs_diff"),
-        "tokens_per_second": metric("pretrain", "tokens_per_second"),
+        "tokens_per_second": metric("pretrain", "mean_tokens_per_second"),
         "endpoint": endpoint,
         "completion": completion,
     }

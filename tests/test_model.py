@@ -134,3 +134,20 @@ def test_every_preset_builds_on_the_meta_device(name: str) -> None:
     per_way = 3 * c.width**2 + c.width**2 + 2 * c.width * c.ffn_size + 2 * c.width
     shared = (c.vocab_size + c.context_length + c.num_ways * c.width + 1) * c.width
     assert model.num_parameters() == shared + c.num_layers * c.num_ways * per_way
+
+
+PUBLISHED_MILLIONS = {
+    "kraken_125m_2way": 124.01,
+    "kraken_125m_4way": 124.48,
+    "kraken_125m_6way": 123.21,
+    "kraken_350m_2way": 350.04,
+    "kraken_350m_4way": 353.36,
+    "kraken_760m_4way": 760.94,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_MILLIONS)
+def test_published_presets_have_the_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = Kraken(PRESETS[name]().model)
+    assert round(model.num_parameters() / 1e6, 2) == PUBLISHED_MILLIONS[name]

@@ -29,7 +29,7 @@ def run_config(storage: Path | str, port: int, workers: int = 1, **train: Any) -
     config = dataclasses.replace(tiny.config(**({"precision": "float32"} | train)), storage=str(storage))
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, validation_fraction=0.002),
+        data=dataclasses.replace(config.data, validation_fraction=0.01),
         serve=dataclasses.replace(config.serve, port=port, model_name="tiny"),
         evaluate=dataclasses.replace(config.evaluate, max_windows=4, parity_windows=2, parity_tokens=4),
         cluster=dataclasses.replace(config.cluster, num_workers=workers),

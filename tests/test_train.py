@@ -81,9 +81,9 @@ class TestTraining:
         steps = [int(m["step"]) for m in recorder.steps]
         assert steps == sorted(set(steps)) and steps[-1] == 30 and {2, 3, 4, 6} <= set(steps)
         assert recorder.steps[0]["loss"] > math.log(320) - 1
-        assert metrics["validation_loss"].value < recorder.steps[0]["loss"] - 1
+        assert metrics["final_validation_loss"].value < recorder.steps[0]["loss"] - 1
         assert metrics["train_tokens"].value == 30 * 4 * 32
-        assert recorder.steps[-1]["validation_loss"] == metrics["validation_loss"].value
+        assert recorder.steps[-1]["validation_loss"] == metrics["final_validation_loss"].value
         assert recorder.checkpoints == list(range(2, 31, 2))
         assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000000028", "step_000000030"]
 
@@ -157,7 +157,7 @@ class TestTraining:
 
     def test_bfloat16_stays_close_to_float32(self, data: Path, tmp_path: Path) -> None:
         losses = [
-            train(tiny.config(precision=p), data, tmp_path / p)["validation_loss"].value for p in ("float32", "bfloat16")
+            train(tiny.config(precision=p), data, tmp_path / p)["final_validation_loss"].value for p in ("float32", "bfloat16")
         ]
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
 

@@ -6,6 +6,7 @@ is either one waiting prompt, first come first served, or one new token for ever
 
 import asyncio
 import contextlib
+import os
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator
@@ -94,6 +95,7 @@ class TorchEngine:
         model_config, values = read_model_config(folder)
         cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         device = torch.device("cuda" if cuda else "cpu")
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         dtype_name = config.dtype if config.dtype != "auto" else ("bfloat16" if cuda else "float32")
         model = read_exchange(folder, getattr(torch, dtype_name)).to(device)
         info = EngineInfo(

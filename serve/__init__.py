@@ -1,0 +1,1 @@
+"""The OpenAI-compatible endpoint: a Ray Serve application around one engine per replica."""

@@ -1,0 +1,307 @@
+"""What /v1/completions means: from a checked request to engine requests, and from engine outputs back to choices.
+
+One call asks for n choices of each of its prompts. All of them run in the engine at the same time, under one roof: when
+one fails or the client leaves, every one of them is aborted.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from kraken.engine.protocol import (
+    Engine,
+    EngineOverloaded,
+    FinishReason,
+    PromptOutput,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprobs,
+    check_request,
+)
+from kraken.engine.text import Detokenizer, generate_text
+from kraken.tokenizer import END_OF_TEXT, Tokenizer
+from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, Usage
+
+logger = logging.getLogger("ray.serve")
+
+STREAM_END = "data: [DONE]\n\n"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """What a replica serves. The engine and the tokenizer belong together: same fingerprint."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    exchange_fingerprint: str | None
+    max_choices: int
+    """Most choices of one call; they arrive together, so more than the engine queues could never be accepted."""
+    created: int
+    """Unix time at which it was loaded."""
+
+    def require_name(self, name: str) -> None:
+        if name != self.name:
+            message = f"The model {name!r} does not exist; this is {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The next part of one choice."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+    num_tokens: int
+    """Tokens generated for this choice so far."""
+
+    def choice(self) -> Choice:
+        return Choice(index=self.index, text=self.text, logprobs=self.logprobs, finish_reason=self.finish_reason)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text in which `<|endoftext|>` stands for the end of a document, as OpenAI defines it."""
+    first, *others = text.split(END_OF_TEXT)
+    ids = tokenizer.encode(first)
+    for other in others:
+        ids += [tokenizer.eot_id, *tokenizer.encode(other)]
+    return ids
+
+
+class CompletionCall:
+    """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
+
+    def __init__(self, body: CompletionRequest, model: ServedModel, prompts: Sequence[tuple[int, ...]]):
+        self._body = body
+        self._model = model
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._prompt_tokens = sum(map(len, prompts))
+        num_choices = len(prompts) * body.n
+        if num_choices > model.max_choices:
+            raise ApiError(
+                400,
+                f"{len(prompts)} prompts with n={body.n} ask for {num_choices} choices, but one call may ask for "
+                f"{model.max_choices}; split the call",
+                param="prompt" if body.n == 1 else "n",
+                code="invalid_value",
+            )
+        self._requests = [
+            self._engine_request(prompt_ids, index=prompt_index * body.n + k, k=k)
+            for prompt_index, prompt_ids in enumerate(prompts)
+            for k in range(body.n)
+        ]
+
+    @classmethod
+    async def prepare(cls, body: CompletionRequest, model: ServedModel) -> "CompletionCall":
+        """Check a request against the model.
+
+        Raises:
+            ApiError, RequestError: the request can never be served.
+        """
+        model.require_name(body.model)
+        # Off the event loop: other streams go on while a long prompt is encoded.
+        prompts = await asyncio.to_thread(_encode_prompts, body.prompt, model.tokenizer)
+        return cls(body, model, prompts)
+
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """The parts of all choices as they come; closing it aborts what still runs."""
+        choices = [self._choice_parts(index, request) for index, request in enumerate(self._requests)]
+        async with aclosing(merge(choices)) as parts:
+            async for part in parts:
+                yield part
+
+    async def collect(self, parts: AsyncGenerator[Part, None]) -> Completion:
+        """The whole response, once everything is generated."""
+        with_logprobs = self._body.logprobs is not None
+        texts: list[list[str]] = [[] for _ in self._requests]
+        logprobs = [Logprobs() if with_logprobs else None for _ in self._requests]
+        last: dict[int, Part] = {}
+        async with aclosing(parts):
+            async for part in parts:
+                texts[part.index].append(part.text)
+                if part.logprobs and (total := logprobs[part.index]):
+                    total.extend(part.logprobs)
+                last[part.index] = part
+        choices = [
+            Choice(index=i, text="".join(text), logprobs=logprobs[i], finish_reason=last[i].finish_reason)
+            for i, text in enumerate(texts)
+        ]
+        return self._completion(choices, self._usage(part.num_tokens for part in last.values()))
+
+    async def frames(self, first: Part, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[str, None]:
+        """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error."""
+        num_tokens = dict.fromkeys(range(len(self._requests)), 0)
+        with_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        try:
+            part: Part | None = first
+            while part is not None:
+                num_tokens[part.index] = part.num_tokens
+                yield self._frame([part.choice()], None, with_usage)
+                part = await anext(parts, None)
+            if with_usage:
+                yield self._frame([], self._usage(num_tokens.values()), with_usage)
+            yield STREAM_END
+        except Exception as error:  # the status line is long gone, so this frame is all that can still tell
+            log_failure(error)
+            yield f"data: {ApiError.of(error).json()}\n\n"
+
+    def _engine_request(self, prompt_ids: tuple[int, ...], index: int, k: int) -> Request:
+        body, info = self._body, self._model.engine.info
+        limit = info.context_length + (body.max_tokens == 0)
+        if len(prompt_ids) + body.max_tokens > limit:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {info.context_length} tokens, however you requested "
+                f"{len(prompt_ids) + body.max_tokens} tokens ({len(prompt_ids)} in your prompt; {body.max_tokens} for "
+                "the completion). Please reduce your prompt or completion length.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        sampling = SamplingParams(
+            max_tokens=body.max_tokens,
+            temperature=body.temperature,
+            # top_p=0 leaves the most likely token alone, which the engine spells top_k=1.
+            top_p=body.top_p or 1.0,
+            top_k=body.top_k if body.top_p else 1,
+            seed=None if body.seed is None else body.seed + k,
+            stop_ids=(info.eot_id,),
+        )
+        request = Request(
+            id=f"{self._id}-{index}",
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            num_logprobs=body.logprobs,
+            prompt_logprobs=body.echo and body.logprobs is not None,
+        )
+        try:
+            check_request(request, info)
+        except RequestError as error:
+            raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+        return request
+
+    async def _choice_parts(self, index: int, request: Request) -> AsyncGenerator[Part, None]:
+        """One choice. An echoed prompt goes out with the first output, when the engine has accepted the request."""
+        engine, tokenizer = self._model.engine, self._model.tokenizer
+        unsent, starts = _decode_prompt(tokenizer, request.prompt_ids) if self._body.echo else ("", ())
+        offset = len(unsent)
+        async with aclosing(generate_text(engine, tokenizer, request, self._body.stop)) as outputs:
+            async for output in outputs:
+                if isinstance(output, PromptOutput):
+                    prompt_slots = zip(request.prompt_ids, starts, output.logprobs, strict=True)
+                    yield Part(index, unsent, self._logprobs(prompt_slots), None, 0)
+                else:
+                    slots = ((token.token_id, offset + token.start, token.logprobs) for token in output.tokens)
+                    logprobs = self._logprobs(slots) if self._body.logprobs is not None else None
+                    yield Part(index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
+                unsent = ""
+
+    def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]]) -> Logprobs:
+        """OpenAI's parallel lists from (token id, text offset, log-probabilities)."""
+        result = Logprobs()
+        for token_id, text_offset, logprobs in slots:
+            result.tokens.append(token_label(self._model.tokenizer, token_id))
+            result.text_offset.append(text_offset)
+            result.token_logprobs.append(logprobs.logprob if logprobs else None)
+            result.top_logprobs.append(self._top_logprobs(logprobs) if logprobs else None)
+        return result
+
+    def _top_logprobs(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The most likely tokens and, where it is not among them, the actual one."""
+        pairs = (*logprobs.top[: self._body.logprobs], (logprobs.token_id, logprobs.logprob))
+        return {token_label(self._model.tokenizer, token_id): logprob for token_id, logprob in pairs}
+
+    def _usage(self, num_tokens: Iterable[int]) -> Usage:
+        completion_tokens = sum(num_tokens)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=self._prompt_tokens + completion_tokens,
+        )
+
+    def _completion(self, choices: list[Choice], usage: Usage | None) -> Completion:
+        return Completion(
+            id=self._id,
+            created=self._created,
+            model=self._model.name,
+            choices=choices,
+            usage=usage,
+            system_fingerprint=self._model.exchange_fingerprint,
+        )
+
+    def _frame(self, choices: list[Choice], usage: Usage | None, with_usage: bool) -> str:
+        completion = self._completion(choices, usage)
+        return f"data: {completion.model_dump_json(exclude=None if with_usage else {'usage'})}\n\n"
+
+
+async def merge(sources: Sequence[AsyncGenerator[Part, None]]) -> AsyncGenerator[Part, None]:
+    """Run every source at once and yield what comes, as it comes. The first failure ends them all, as does closing."""
+    arrived: asyncio.Queue[Part | Exception | None] = asyncio.Queue()  # None: one source has ended
+
+    async def pump(source: AsyncGenerator[Part, None]) -> None:
+        try:
+            async with aclosing(source):
+                async for part in source:
+                    arrived.put_nowait(part)
+            arrived.put_nowait(None)
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(source)) for source in sources]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            item = await arrived.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def token_label(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as the key of a JSON object: its text, or OpenAI's spelling of bytes that are no whole characters.
+
+    Decoding such bytes would make different tokens look alike, and one would hide the other.
+    """
+    token = tokenizer.token_bytes(token_id)
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def log_failure(error: Exception) -> None:
+    """Record what is the server's fault; what the client did wrong, the client is told."""
+    if not isinstance(error, ApiError | RequestError | EngineOverloaded):
+        logger.error("A completion failed.", exc_info=error)
+
+
+def _encode_prompts(prompt: Prompt, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    prompts = cast(list[str | list[int]], [prompt] if is_one else prompt)
+    # A model cannot be asked what follows nothing: an empty text is the beginning of a document.
+    return [
+        tuple(one) if isinstance(one, list) else tuple(encode_prompt(tokenizer, one)) or (tokenizer.eot_id,)
+        for one in prompts
+    ]
+
+
+def _decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Text of a prompt and where each of its tokens begins."""
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [*map(detokenizer.push, ids), detokenizer.flush()]
+    return "".join(piece.text for piece in pieces), tuple(start for piece in pieces for start in piece.starts)

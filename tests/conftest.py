@@ -1,0 +1,62 @@
+"""What several test modules share: one small Ray cluster, on loopback, for the whole session."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+RAY_ENVIRONMENT = {
+    # A report of a Train worker otherwise takes up to two seconds.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Otherwise every line that a worker prints appears twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def find_free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    return find_free_port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Ray with two CPUs; gives its address. Everything in it finds the repository and the tests by import."""
+    import ray
+
+    # Short: Ray puts Unix sockets below it, whose paths end at about 100 characters.
+    folder = tempfile.mkdtemp(prefix="kr", dir="/tmp")
+    paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        # Before ray.init: the cluster's processes inherit it.
+        for name, value in (RAY_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}).items():
+            patch.setenv(name, value)
+        ray.init(
+            num_cpus=2,
+            include_dashboard=True,  # Ray Train cleans up through it
+            dashboard_host="127.0.0.1",
+            dashboard_port=find_free_port(),
+            log_to_driver=False,
+            object_store_memory=100 * 2**20,
+            _temp_dir=folder,
+        )
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
