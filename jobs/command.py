@@ -17,6 +17,7 @@ from kraken.config import ConfigError, RunConfig
 from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
+from pipelines.local_cluster import ClusterError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -109,7 +110,7 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)
-    except ArtefactError as error:
+    except (ArtefactError, ClusterError) as error:
         fail(error, FAILURE)
     except KeyboardInterrupt:
         fail("interrupted; what is finished stays, and the same command continues", INTERRUPTED)

@@ -1,7 +1,7 @@
 """Convert the newest checkpoint to the exchange format.
 
-    ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
-    python -m jobs.convert quickstart --train.steps 50
+ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
+python -m jobs.convert quickstart --train.steps 50
 """
 
 from jobs.command import run_job

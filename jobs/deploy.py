@@ -1,7 +1,7 @@
 """Serve the converted model behind an OpenAI-compatible endpoint.
 
-    ray job submit --working-dir . -- python -m jobs.deploy quickstart --storage /shared/kraken
-    python -m jobs.deploy quickstart --train.steps 50
+ray job submit --working-dir . -- python -m jobs.deploy quickstart --storage /shared/kraken
+python -m jobs.deploy quickstart --train.steps 50
 """
 
 from jobs.command import run_job

@@ -1,7 +1,7 @@
 """The whole pipeline, from text to a served model:
 
-    ray job submit --working-dir . -- python -m jobs.end_to_end quickstart --storage /shared/kraken
-    python -m jobs.end_to_end quickstart --train.steps 50 --dry-run
+ray job submit --working-dir . -- python -m jobs.end_to_end quickstart --storage /shared/kraken
+python -m jobs.end_to_end quickstart --train.steps 50 --dry-run
 """
 
 from jobs.command import parse, run_job

@@ -1,7 +1,7 @@
 """Measure perplexity and parity through the engine.
 
-    ray job submit --working-dir . -- python -m jobs.evaluate quickstart --storage /shared/kraken
-    python -m jobs.evaluate quickstart --train.steps 50
+ray job submit --working-dir . -- python -m jobs.evaluate quickstart --storage /shared/kraken
+python -m jobs.evaluate quickstart --train.steps 50
 """
 
 from jobs.command import run_job

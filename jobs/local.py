@@ -21,6 +21,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from jobs import command
 from kraken.config import ConfigError
 from kraken.manifest import git_revision
 from pipelines import local_cluster
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
         ("env", "print the shell lines that point `ray job submit` at the cluster"),
         ("ui", "run the MLflow server on loopback until Ctrl-C"),
     ):
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("--storage", default="storage", help="folder or URI that holds every artefact (storage)")
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        subparser.add_argument("--storage", default="storage", help="folder or URI that holds every artefact (storage)")
         if name == "run":
-            command.add_argument("preset", help="which run, for example quickstart")
+            subparser.add_argument("preset", help="which run, for example quickstart")
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -80,6 +81,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(preset: str, storage: str, overrides: list[str]) -> int:
     """Submit the whole pipeline to the local cluster and follow it to its end."""
     arguments = [preset, "--storage", storage, *overrides]
+    parsed = command.parse("python -m jobs.end_to_end", "", arguments)  # what is wrong shows before a cluster starts
+    if parsed.dry_run:  # needs no cluster
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.end_to_end", *arguments], cwd=CHECKOUT, check=False
+        ).returncode
     head = local_cluster.start(storage, say)
     return submit(head, ["python", "-m", "jobs.end_to_end", *arguments], name=preset)
 
@@ -105,7 +111,10 @@ def submit(head: Head, entrypoint: list[str], *, name: str, working_dir: Path = 
                     say(f"sharing the cluster with {', '.join(others)}")
                 say(f"ray job submit --submission-id {job.submission_id} -- {line}")
                 job.submit(
-                    entrypoint, working_dir=working_dir, excludes=excludes(working_dir), env_vars=job_environment()
+                    entrypoint,
+                    working_dir=working_dir,
+                    excludes=excludes(working_dir),
+                    env_vars=job_environment(job.submission_id),
                 )
             record = job.follow()
         except KeyboardInterrupt:
@@ -138,9 +147,10 @@ def excludes(working_dir: Path) -> list[str]:
     return ["/*", *(f"!/{name}" for name in code)] if code else []
 
 
-def job_environment() -> dict[str, str]:
+def job_environment(submission_id: str) -> dict[str, str]:
     """Variables that go with a job, since the cluster may be older than their values."""
-    variables = {"MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
+    variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "KRAKEN_API_KEY")}
+    variables["KRAKEN_SUBMISSION"] = submission_id
     with contextlib.suppress(OSError):  # no git here
         variables["KRAKEN_GIT_REVISION"] = git_revision()
     return {name: value for name, value in variables.items() if value}

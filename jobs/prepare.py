@@ -1,7 +1,7 @@
 """Train the tokenizer and write the token shards.
 
-    ray job submit --working-dir . -- python -m jobs.prepare quickstart --storage /shared/kraken
-    python -m jobs.prepare quickstart --train.steps 50
+ray job submit --working-dir . -- python -m jobs.prepare quickstart --storage /shared/kraken
+python -m jobs.prepare quickstart --train.steps 50
 """
 
 from jobs.command import run_job

@@ -1,7 +1,7 @@
 """Train the model on Ray Train workers.
 
-    ray job submit --working-dir . -- python -m jobs.pretrain quickstart --storage /shared/kraken
-    python -m jobs.pretrain quickstart --train.steps 50
+ray job submit --working-dir . -- python -m jobs.pretrain quickstart --storage /shared/kraken
+python -m jobs.pretrain quickstart --train.steps 50
 """
 
 from jobs.command import run_job

@@ -13,7 +13,8 @@ def run_until(stage: Stage, description: str, argv: list[str]) -> None:
         return
     result = end_to_end.run(arguments.config, stage.kind)[stage.kind]
     manifest = result.manifest
-    print(f"{stage.kind} {'reused' if result.reused else 'finished'}: {arguments.config.storage}/{stage.kind}/{manifest.fingerprint[:16]}")
+    state = "reused" if result.reused else "finished"
+    print(f"{stage.kind} {state}: {arguments.config.storage}/{stage.kind}/{manifest.fingerprint[:16]}")
     for name, metric in sorted(manifest.metrics.items()):
         print(f"  {name:32} {metric.value:>16,.6g} {metric.unit}")
     for name, value in sorted(manifest.details.items()):

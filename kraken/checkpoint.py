@@ -155,4 +155,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _require_equal(folder: Path, what: str, found: Any, expected: Any) -> None:
     if found != expected:
-        raise ArtefactError(f"{folder} was written for another {what}: {found} instead of {expected}; choose another run")
+        raise ArtefactError(
+            f"{folder} was written for another {what}: {found} instead of {expected}; choose another run"
+        )

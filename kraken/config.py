@@ -46,7 +46,7 @@ class DataConfig:
     corpus: Literal["embedded"] = "embedded"
     """Source of the documents. `embedded`: the Python standard library of the running interpreter, on every machine."""
     tokenizer: Literal["trained", "gpt2"] = "trained"
-    """`trained`: byte-pair encoding trained on the training split. `gpt2`: OpenAI's GPT-2 ranks, which tiktoken downloads."""
+    """`trained`: byte pairs learnt from the training split. `gpt2`: OpenAI's GPT-2 ranks, which tiktoken downloads."""
     num_trained_ids: int = 4096
     """Byte-pair ids of a trained tokenizer, the 256 bytes included; `<|endoftext|>` comes on top."""
     validation_fraction: float = 0.05
@@ -97,7 +97,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            "model", self, *("num_layers", "width", "num_heads", "num_ways", "context_length", "vocab_size", "ffn_multiple")
+            "model",
+            self,
+            *("num_layers", "width", "num_heads", "num_ways", "context_length", "vocab_size", "ffn_multiple"),
         )
         ways = [w for w in range(1, self.num_heads + 1) if self.num_heads % w == 0]
         _require(
@@ -160,7 +162,7 @@ class TrainConfig:
     seed: int = 1337
     """Seeds the initial weights and the global order of the training windows."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute type; master weights stay float32 (float64 for `float64`). `auto`: bfloat16 where the device is fast at it."""
+    """Compute type; master weights stay float32 (or float64). `auto`: bfloat16 where the device is fast at it."""
     log_every: int = 10
     """Steps between two reported metrics."""
     validate_every: int = 100
@@ -294,7 +296,7 @@ class RunConfig:
     storage: str = "storage"
     """Folder or URI (`s3://...`) that holds every artefact; a relative path counts from where the command is given."""
     experiment: str = "kraken"
-    """MLflow experiment of the run. The server comes from MLFLOW_TRACKING_URI, else a database in the storage folder."""
+    """MLflow experiment. The server comes from MLFLOW_TRACKING_URI, else it is a database in the storage folder."""
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "name is empty; give the run a name")

@@ -46,7 +46,7 @@ def exchange_names(name: str, num_ways: int) -> list[str]:
 
 def to_exchange(model: Kraken) -> dict[str, Tensor]:
     """Every parameter under its exchange names, detached; the tied head is not stored a second time."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         names = exchange_names(name, model.config.num_ways)
         parts = [parameter] if name in SHARED_NAMES else parameter.unbind(0)
@@ -105,7 +105,9 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, values
 
 
-def write_exchange(checkpoint_folder: Path, data_folder: Path, folder: Path) -> tuple[dict[str, Metric], dict[str, Any]]:
+def write_exchange(
+    checkpoint_folder: Path, data_folder: Path, folder: Path
+) -> tuple[dict[str, Metric], dict[str, Any]]:
     """Convert a checkpoint and the tokenizer of its data into an exchange folder.
 
     Returns:
@@ -158,8 +160,8 @@ def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
     if expected != files.keys():
         missing, unexpected = sorted(expected - files.keys()), sorted(files.keys() - expected)
         raise ArtefactError(
-            f"the weights in {folder} do not fit its {CONFIG_NAME}: missing {missing[:3]}, unexpected {unexpected[:3]}; "
-            "convert again"
+            f"the weights in {folder} do not fit its {CONFIG_NAME}: missing {missing[:3]}, unexpected {unexpected[:3]};"
+            " convert again"
         )
     opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
     for name, parameter in model.named_parameters():
@@ -169,7 +171,8 @@ def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
             tensor = opened[files[key]].get_tensor(key)
             if tensor.shape != target.shape:
                 raise ArtefactError(
-                    f"{key} in {folder} is {list(tensor.shape)}, {CONFIG_NAME} asks for {list(target.shape)}; convert again"
+                    f"{key} in {folder} is {list(tensor.shape)}, {CONFIG_NAME} asks for {list(target.shape)}; "
+                    "convert again"
                 )
             target.copy_(tensor)
     return model

@@ -88,8 +88,9 @@ class Parity:
         """
         if not self.passed:
             raise ArtefactError(
-                f"parity failed: logits differ by {self.max_abs_diff:.2e} (evaluate.parity_tolerance={self.tolerance:.0e}) "
-                f"and {self.num_different} of {self.num_tokens} greedy tokens differ; convert again, or raise the "
+                f"parity failed: logits differ by {self.max_abs_diff:.2e} "
+                f"(evaluate.parity_tolerance={self.tolerance:.0e}) and "
+                f"{self.num_different} of {self.num_tokens} greedy tokens differ; convert again, or raise the "
                 "tolerance if the engine computes in a lower precision than float32"
             )
 

@@ -1,4 +1,4 @@
-"""Manifests: what an artefact is, what it came from and what it holds; written last, so that a half-written folder has none.
+"""Manifests: what an artefact is, came from and holds; written last, so that a half-written folder has none.
 
 A fingerprint is the hash of everything that determines a stage's output: its kind, its config section and its parents'
 fingerprints. It is known before the stage runs, which is how a finished stage is found again and a dry run is possible.
@@ -93,7 +93,8 @@ class Manifest:
             if num_bytes != record.num_bytes:
                 found = "missing" if num_bytes is None else f"{num_bytes} bytes long"
                 raise ArtefactError(
-                    f"{file} is {found}, its manifest says {record.num_bytes} bytes; delete {folder} and run the stage again"
+                    f"{file} is {found}, its manifest says {record.num_bytes} bytes; "
+                    f"delete {folder} and run the stage again"
                 )
         return manifest
 
@@ -105,7 +106,9 @@ class Manifest:
         """
         for record in self.files:
             if sha256_of_file(folder / record.path) != record.sha256:
-                raise ArtefactError(f"{folder / record.path} does not match its hash; delete {folder} and run the stage again")
+                raise ArtefactError(
+                    f"{folder / record.path} does not match its hash; delete {folder} and run the stage again"
+                )
 
 
 def make_fingerprint(kind: str, section: Any, parents: Mapping[str, str]) -> str:
@@ -171,7 +174,7 @@ def library_versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout this code runs from; KRAKEN_GIT_REVISION where the code travelled without its history."""
+    """Revision of the checkout this code runs from; KRAKEN_GIT_REVISION where it travelled without its history."""
     if revision := os.environ.get("KRAKEN_GIT_REVISION"):
         return revision
     result = subprocess.run(

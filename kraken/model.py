@@ -133,9 +133,7 @@ class Kraken(nn.Module):
         self.conjunction = nn.Parameter(torch.empty(config.width, config.num_ways * config.width))
         self.ln_f = nn.Parameter(torch.empty(config.width))
 
-    def forward(
-        self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend = causal_attention
-    ) -> Tensor:
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
         """Logits of the next token at every position, in the compute type.
 
         Args:

@@ -39,7 +39,9 @@ class Storage:
             try:
                 self._remote = pyarrow.fs.FileSystem.from_uri(uri)
             except (OSError, ValueError, ImportError) as error:
-                raise ArtefactError(f"storage={uri} cannot be opened ({error}); give a path or a reachable URI") from error
+                raise ArtefactError(
+                    f"storage={uri} cannot be opened ({error}); give a path or a reachable URI"
+                ) from error
             digest = hashlib.sha256(uri.encode()).hexdigest()[:12]
             self.root = cache or Path(tempfile.gettempdir()) / f"kraken-{getpass.getuser()}" / digest
         elif not os.path.isabs(uri):
@@ -74,7 +76,9 @@ class Storage:
         for path in sorted(paths, key=lambda path: path.name == MANIFEST_NAME):
             target = f"{base}/{path.relative_to(self.root).as_posix()}"
             file_system.create_dir(target.rsplit("/", 1)[0], recursive=True)
-            pyarrow.fs.copy_files(str(path), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system)
+            pyarrow.fs.copy_files(
+                str(path), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system
+            )
 
     def fetch(self, kind: str, fingerprint: str) -> None:
         """Bring a remote artefact into the cache unless a finished copy is there; nothing to do for a local storage."""
@@ -85,13 +89,15 @@ class Storage:
         self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
 
     def fetch_checkpoints(self, run_folder: Path) -> None:
-        """Bring the newest finished checkpoint of an unfinished run into the cache; nothing to do for a local storage."""
+        """Bring the newest finished checkpoint of a remote, unfinished run into the cache."""
         if self._remote is None:
             return
         file_system, base = self._remote
         source = f"{base}/{run_folder.relative_to(self.root).as_posix()}"
         selector = pyarrow.fs.FileSelector(source, allow_not_found=True)
-        names = sorted(info.base_name for info in file_system.get_file_info(selector) if info.base_name.startswith("step_"))
+        names = sorted(
+            info.base_name for info in file_system.get_file_info(selector) if info.base_name.startswith("step_")
+        )
         for name in reversed(names):
             if self._download(file_system, f"{source}/{name}", run_folder / name):
                 return
@@ -101,7 +107,10 @@ class Storage:
         if file_system.get_file_info(f"{source}/{MANIFEST_NAME}").type != pyarrow.fs.FileType.File:
             return False
         partial = folder.with_name(folder.name + f".partial{os.getpid()}")
-        pyarrow.fs.copy_files(source, str(partial), source_filesystem=file_system, destination_filesystem=pyarrow.fs.LocalFileSystem())
+        partial.mkdir(parents=True, exist_ok=True)
+        pyarrow.fs.copy_files(
+            source, str(partial), source_filesystem=file_system, destination_filesystem=pyarrow.fs.LocalFileSystem()
+        )
         try:
             partial.rename(folder)
         except OSError:  # the folder exists: an unfinished copy, or another process that was faster

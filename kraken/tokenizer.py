@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import rustbpe
@@ -74,10 +73,10 @@ class Tokenizer:
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
             raise ArtefactError(
-                f"data.tokenizer=gpt2 needs GPT-2's ranks, which could not be had ({type(error).__name__}); on a machine "
-                "without network set TIKTOKEN_CACHE_DIR to a folder that holds vocab.bpe as "
-                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6, "
-                "or choose data.tokenizer=trained"
+                f"data.tokenizer=gpt2 needs GPT-2's ranks, which could not be had ({type(error).__name__}); on a "
+                "machine without network set TIKTOKEN_CACHE_DIR to a folder that holds vocab.bpe as "
+                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee and encoder.json as "
+                "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6, or choose data.tokenizer=trained"
             ) from error
         return cls(encoding._mergeable_ranks, encoding._pat_str, "gpt2")
 
@@ -90,7 +89,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hash of everything that decides which ids a text becomes."""
         digest = hashlib.sha256(json.dumps([self.pattern, END_OF_TEXT, self.eot_id]).encode())
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+        for token in sorted(self.ranks, key=self.ranks.__getitem__):
             digest.update(len(token).to_bytes(4, "little") + token)
         return digest.hexdigest()
 
@@ -141,7 +140,9 @@ class Tokenizer:
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in map(str.split, lines)}
             tokenizer = cls(ranks, meta["pattern"], meta["name"])
         except FileNotFoundError as error:
-            raise ArtefactError(f"{error.filename} is missing: {folder} holds no tokenizer; run the stage again") from error
+            raise ArtefactError(
+                f"{error.filename} is missing: {folder} holds no tokenizer; run the stage again"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
             raise ArtefactError(f"the tokenizer in {folder} is damaged ({error}); run the stage again") from error
         require_same_tokenizer(tokenizer.fingerprint, meta["fingerprint"], f"the ranks in {folder}", META_NAME)
@@ -159,5 +160,3 @@ def require_same_tokenizer(found: str, expected: str, what: str, other: str) -> 
             f"{what} belongs to tokenizer {found[:12]}, but {other} to {expected[:12]}; "
             "use artefacts of one run, or run the pipeline from prepare on"
         )
-
-

@@ -187,7 +187,7 @@ class _Run:
         }
 
     def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns this rank's part of the mean loss and the gradient norm, both still on the device."""
+        """One optimizer step; returns this rank's part of the mean loss and the gradient norm, still on the device."""
         c, replicas = self.config.train, self.replicas
         inputs_BT, targets_BT = (
             x.to(replicas.device, non_blocking=True) for x in self.loader.batch(step, replicas.rank, replicas.size)
@@ -215,7 +215,7 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""
-        c, replicas = self.config.train, self.replicas
+        replicas = self.replicas
         total = torch.zeros(2, device=replicas.device, dtype=torch.float64)
         for windows in self._validation_batches():
             inputs, targets = (x.to(replicas.device) for x in split_windows(windows))
@@ -268,6 +268,6 @@ class _Run:
             if not math.isfinite(metrics[name]):
                 last_good = newest_checkpoint(self.run_folder)
                 raise ArtefactError(
-                    f"{name} is {metrics[name]} within the {self.config.train.log_every} steps up to step {step}; the last "
-                    f"good checkpoint is {last_good or 'none'}; lower train.learning_rate or warm up longer"
+                    f"{name} is {metrics[name]} within the {self.config.train.log_every} steps up to step {step}; "
+                    f"the last good checkpoint is {last_good or 'none'}; lower train.learning_rate or warm up longer"
                 )

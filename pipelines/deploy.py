@@ -52,8 +52,8 @@ def work(work: Work) -> Outcome:
     if evaluation.value("parity_passed") != 1.0:
         raise ArtefactError(
             f"deployment is refused: parity failed, the engine's logits differ from the trainer's by "
-            f"{evaluation.value('parity_max_abs_diff'):.2e} and {evaluation.value('parity_tokens_different'):.0f} greedy "
-            "tokens differ; raise evaluate.parity_tolerance only if the engine computes in a lower precision"
+            f"{evaluation.value('parity_max_abs_diff'):.2e} and {evaluation.value('parity_tokens_different'):.0f} "
+            "greedy tokens differ; raise evaluate.parity_tolerance only if the engine computes in a lower precision"
         )
     serve_config = work.config.serve
     require_free_port(serve_config)
@@ -65,7 +65,9 @@ def work(work: Work) -> Outcome:
     url = endpoint_url(serve_config)
     answer = health(serve_config)
     if answer is None or answer.get("exchange_fingerprint") != work.parents["convert"].fingerprint:
-        raise ArtefactError(f"the endpoint at {url} does not answer with the new model; see the Serve logs of the cluster")
+        raise ArtefactError(
+            f"the endpoint at {url} does not answer with the new model; see the Serve logs of the cluster"
+        )
     return {"replicas": Metric(serve_config.num_replicas, "replicas")}, {
         "endpoint": f"{url}/v1",
         "model_name": serve_config.model_name,
@@ -77,7 +79,6 @@ def require_free_port(serve: ServeConfig) -> None:
     ConfigError: another program listens on the port, or Serve runs on another one.
     """
     from ray import serve as ray_serve
-    from ray.serve.schema import ServeInstanceDetails  # noqa: F401  (checked import: status() below needs it)
 
     running = ray_serve.status().proxies
     if running:
@@ -99,13 +100,12 @@ def require_free_port(serve: ServeConfig) -> None:
             ) from error
 
 
-def complete(url: str, model_name: str, prompt: str, max_tokens: int) -> str:
-    """A greedy completion over HTTP.
+def complete(url: str, body: dict[str, Any]) -> str:
+    """The text of a completion over HTTP.
 
     Raises:
         ArtefactError: the endpoint refuses or does not answer.
     """
-    body = {"model": model_name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("KRAKEN_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"

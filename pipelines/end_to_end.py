@@ -3,6 +3,7 @@
 What is finished is not run again: fingerprints decide, before the cluster is asked for anything.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
 
     key = make_fingerprint("pipeline", config.name, fingerprints(STAGES, config))
     with cluster.connect(config):
-        tracker = Tracker(config.storage, config.experiment)
+        tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
         with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}

@@ -1,9 +1,9 @@
 """A Ray cluster of this machine, one per storage folder: start, find, talk to, stop.
 
-The head is an ordinary `ray start --head --block` in a session of its own. It listens on loopback only, asks for a token,
-takes free ports and a temporary folder of its own, so that it can stand beside any other Ray. What is needed to find it
-again lies in `<storage>/.cluster`; what belongs to it is known by process tree, session and a mark in the environment, so
-that stopping it ends its own processes and no others.
+The head is an ordinary `ray start --head --block` in a session of its own. It listens on loopback only, asks for a
+token, takes free ports and a temporary folder of its own, so that it can stand beside any other Ray. What is needed to
+find it again lies in `<storage>/.cluster`. What belongs to it is known by process tree, session and a mark in the
+environment, so that stopping it ends its own processes and no others.
 
 Ray itself is not imported here: its command line starts the head and submits jobs, its REST interface tells the rest.
 """
@@ -48,21 +48,24 @@ LONGEST_TEMP_DIR = 41
 MARK = "KRAKEN_CLUSTER"
 """Environment variable that every process of a head inherits; holds the cluster's id."""
 
-HEAD_ENVIRONMENT = {
+RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # On Linux Ray replaces 127.0.0.1 by the machine's outward address and listens there; this keeps it on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # The one fixed port left; 0 takes a free one.
+    # The one port that no option sets; 0 takes a free one.
     "DASHBOARD_METRIC_PORT": "0",
-    "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_LIMIT_S),
-    # `make stop` means now: jobs are stopped first, and nothing else is worth a drain of up to 30 s.
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     # Ray Train: `report` blocks for one interval, 2 s unless set; the others are noise or cost start-up time.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
+}
+"""Environment of every Ray that we start ourselves; it is read before the cluster exists."""
+HEAD_SETTINGS = {
+    "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_LIMIT_S),
+    # `make stop` means now: jobs are stopped first, and nothing else is worth a drain of up to 30 s.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
 NOT_INHERITED = (
     *("PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "HF_HUB_OFFLINE", "MLFLOW_TRACKING_URI"),
@@ -174,9 +177,7 @@ def start(storage: str, say: Callable[[str], None] = print) -> Head:
         if head := find(storage):
             if (head.python, head.ray_version) == (sys.executable, metadata.version("ray")):
                 return head
-            say(
-                f"the local cluster runs Ray {head.ray_version} of {head.python}: starting it anew with this environment's"
-            )
+            say(f"the local cluster runs Ray {head.ray_version} of {head.python}; a new one takes its place")
         if _read(folder):
             _stop(folder, say)  # of another environment, or what is left of one that died
         return _start(folder, storage, say)
@@ -187,21 +188,19 @@ def _start(folder: Path, storage: str, say: Callable[[str], None]) -> Head:
     ray = Path(sys.executable).with_name("ray")
     if not ray.exists():
         raise ClusterError(f"{ray} is missing; install Ray into this environment: pip install -e '.[pipelines]'")
-    temp_dir = _make_temp_dir(folder)
-    token_path = folder / "token"
-    token_path.unlink(missing_ok=True)
-    with open(os.open(token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(secrets.token_hex(32))
-    num_cpus = max(2, len(os.sched_getaffinity(0)))  # two logical ones at least, for two workers
-    cluster_id, dashboard_port = secrets.token_hex(8), _free_port()
+    temp_dir = make_temp_dir(str(folder.resolve()))
+    token_path = write_token(folder / "token")
+    num_cpus = count_cpus()
+    cluster_id, dashboard_port = secrets.token_hex(8), free_port()
     command = [str(ray), "start", "--head", "--block", "--disable-usage-stats", "--no-monitor"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
     command += ["--port=0", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--ray-client-server-port={_free_port()}", f"--temp-dir={temp_dir}"]  # 0 is refused for this port
+    command += [f"--ray-client-server-port={free_port()}", f"--temp-dir={temp_dir}"]  # 0 is refused for this port
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environment = {
         **{name: value for name, value in os.environ.items() if name not in NOT_INHERITED},
-        **HEAD_ENVIRONMENT,
+        **RAY_SETTINGS,
+        **HEAD_SETTINGS,
         **_loopback_without_proxy(),
         "PATH": f"{ray.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "RAY_AUTH_MODE": "token",
@@ -255,9 +254,22 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes], log_path: Pa
     raise ClusterError(f"the Ray head was not ready after {START_LIMIT_S:.0f} s; its log ends:\n{_tail(log_path)}")
 
 
-def _make_temp_dir(folder: Path) -> Path:
-    """An empty folder for Ray's session, ours alone, with a name short enough for its sockets."""
-    name = f"kraken-ray-{os.getuid()}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+def count_cpus() -> int:
+    """CPUs to give to Ray: those this process may use, and two logical ones at least, for two workers."""
+    return max(2, len(os.sched_getaffinity(0)))
+
+
+def write_token(path: Path) -> Path:
+    """A fresh secret that only this user can read."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def make_temp_dir(purpose: str) -> Path:
+    """An empty folder for a Ray session: ours alone, one per purpose, its name short enough for sockets."""
+    name = f"kraken-ray-{os.getuid()}-{hashlib.sha256(purpose.encode()).hexdigest()[:8]}"
     base = Path(tempfile.gettempdir())
     if len(str(base / name)) > LONGEST_TEMP_DIR:
         base = Path("/tmp")
@@ -273,7 +285,7 @@ def _make_temp_dir(folder: Path) -> Path:
     return temp_dir
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on, of the range that systems do not hand out by themselves."""
     for _ in range(100):
         port = 20_000 + secrets.randbelow(12_000)

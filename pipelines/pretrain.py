@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from kraken.config import RunConfig, from_dict, to_dict
@@ -67,7 +68,10 @@ class MetricsToTracker(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for rank, error in worker_exceptions.items():
-            print(f"pretrain: worker {rank} failed ({type(error).__name__}); restarting from the last checkpoint", flush=True)
+            print(
+                f"pretrain: worker {rank} failed ({type(error).__name__}); restarting from the last checkpoint",
+                flush=True,
+            )
 
 
 def worker_loop(loop_config: dict[str, Any]) -> dict[str, list[Any]]:
@@ -94,7 +98,7 @@ def work(work: Work) -> Outcome:
         resources["GPU"] = cluster.gpus_per_worker
     state = f"{work.storage.uri}/ray_train" if is_remote(work.storage.uri) else str(work.storage.root / "ray_train")
     trainer = TorchTrainer(
-        worker_loop,
+        worker_loop,  # type: ignore[arg-type]  # typed for Train v1, which returned nothing
         train_loop_config={
             "config": to_dict(work.config),
             "prepare": work.parents["prepare"].fingerprint,
@@ -108,12 +112,13 @@ def work(work: Work) -> Outcome:
             name=work.fingerprint[:16],
             storage_path=state,
             failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+                max_failures=cluster.max_failures,
+                controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # of Train v2
             ),
-            callbacks=[MetricsToTracker(work.run.metrics_ref)],
+            callbacks=[MetricsToTracker(work.run.metrics_ref)],  # type: ignore[list-item]  # of Train v2
         ),
     )
-    result = trainer.fit()
+    result: Any = trainer.fit()
     metrics = {name: Metric(value, unit) for name, (value, unit) in result.return_value.items()}
     return metrics, {"tokenizer_fingerprint": work.parents["prepare"].details["tokenizer_fingerprint"]}
 

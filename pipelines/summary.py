@@ -1,6 +1,7 @@
 """The summary at the end: what was made, how good it is, and what to do with it; as text and as summary.json."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pipelines.tracking import ui_command
 
 SUMMARY_NAME = "summary.json"
 PROMPT = "import os\n\ndef "
-COMPLETION_TOKENS = 32
+MAX_COMPLETION_TOKENS = 32
 
 
 def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
         return results[kind].manifest.metrics[name].value
 
     endpoint = results["deploy"].manifest.details["endpoint"]
-    completion = deploy.complete(endpoint, config.serve.model_name, PROMPT, COMPLETION_TOKENS)
+    completion = deploy.complete(endpoint, request_body(config))
     return {
         "stages": {
             kind: {"seconds": round(result.seconds, 2), "reused": result.reused} for kind, result in results.items()
@@ -43,10 +44,14 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
     }
 
 
+def request_body(config: RunConfig) -> dict[str, Any]:
+    """The completion that the summary shows and asks for; short enough for a small context."""
+    max_tokens = min(MAX_COMPLETION_TOKENS, config.model.context_length // 2)
+    return {"model": config.serve.model_name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0}
+
+
 def unigram_bits_per_byte(results: dict[str, StageResult]) -> float:
     """The unigram entropy in the unit that compares across tokenizers."""
-    import math
-
     metrics: dict[str, Metric] = results["evaluate"].manifest.metrics
     entropy = results["prepare"].manifest.metrics["unigram_entropy"].value
     return entropy / math.log(2) * metrics["scored_tokens"].value / metrics["scored_bytes"].value
@@ -63,10 +68,8 @@ def write(config: RunConfig, summary: dict[str, Any]) -> Path | None:
 
 def render(config: RunConfig, summary: dict[str, Any]) -> str:
     """The same for people."""
-    body = {"model": config.serve.model_name, "prompt": PROMPT, "max_tokens": COMPLETION_TOKENS, "temperature": 0}
-    curl = (
-        f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    )
+    body = shlex.quote(json.dumps(request_body(config)))
+    curl = f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json' -d {body}"
     stages = [
         f"  {kind:10} {stage['seconds']:8.1f} s  {'reused' if stage['reused'] else 'ran'}"
         for kind, stage in summary["stages"].items()

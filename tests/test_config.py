@@ -33,7 +33,12 @@ def test_wrong_type_is_refused() -> None:
 @pytest.mark.parametrize(
     ("section", "field", "value", "message"),
     [
-        ("model", "num_ways", 5, "model.num_heads=8 is not divisible by model.num_ways=5; choose num_ways from [1, 2, 4, 8]"),
+        (
+            "model",
+            "num_ways",
+            5,
+            "model.num_heads=8 is not divisible by model.num_ways=5; choose num_ways from [1, 2, 4, 8]",
+        ),
         ("model", "width", 129, "model.width=129 is not divisible by the 2 heads of a way"),
         ("model", "vocab_size", 4100, "model.vocab_size=4100 is not a multiple of 64; choose 4160"),
         ("train", "steps", 0, "train.steps=0 is not positive"),

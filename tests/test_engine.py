@@ -172,7 +172,9 @@ class TestEquality:
         """More requests than rows, of different lengths, greedy and seeded, arriving and leaving at different times."""
         prompts = prompts_of(artefacts.data, 3, 9, 14, 1, 20, 6, 2)
         requests = [
-            make_request(f"r{i}", prompt, max_tokens=4 + 2 * i % 9, temperature=float(i % 2), seed=i, top_p=0.9, num_logprobs=2)
+            make_request(
+                f"r{i}", prompt, max_tokens=4 + 2 * i % 9, temperature=float(i % 2), seed=i, top_p=0.9, num_logprobs=2
+            )
             for i, prompt in enumerate(prompts)
         ]
 
@@ -241,7 +243,13 @@ class TestSampling:
 
     @pytest.mark.parametrize(
         ("params", "allowed"),
-        [({"top_k": 1}, {0}), ({"top_k": 2}, {0, 1}), ({"top_p": 0.5}, {0}), ({"top_p": 0.6}, {0, 1}), ({"top_p": 1e-9}, {0})],
+        [
+            ({"top_k": 1}, {0}),
+            ({"top_k": 2}, {0, 1}),
+            ({"top_p": 0.5}, {0}),
+            ({"top_p": 0.6}, {0, 1}),
+            ({"top_p": 1e-9}, {0}),
+        ],
     )
     def test_truncation_keeps_the_smallest_sufficient_set(self, params: dict[str, Any], allowed: set[int]) -> None:
         logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
@@ -317,7 +325,9 @@ class TestRequests:
         with pytest.raises(RequestError, match=message):
             with_engine(artefacts.exchange, lambda e: collect(e, make_request("r", prompt, **fields)))
 
-    @pytest.mark.parametrize("fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": -1}, {"seed": 2**63}])
+    @pytest.mark.parametrize(
+        "fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": -1}, {"seed": 2**63}]
+    )
     def test_impossible_sampling_is_refused(self, fields: dict[str, Any]) -> None:
         with pytest.raises(RequestError, match=next(iter(fields))):
             SamplingParams(**fields)

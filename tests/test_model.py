@@ -85,7 +85,9 @@ def test_logits_and_gradients_equal_a_naive_loop_over_ways(num_ways: int) -> Non
 
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, copies[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, copies[name].grad, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_no_token_sees_the_future() -> None:

@@ -147,6 +147,7 @@ def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResu
         end_to_end.run(busy)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_changes_nothing(
     ray_cluster: str, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:

@@ -75,7 +75,8 @@ def test_only_cluster_calls_ray_init() -> None:
 
 
 def test_training_loads_no_ray_and_no_mlflow() -> None:
-    code = "import sys, kraken.train, kraken.engine.torch_engine; print(sorted({'ray', 'mlflow', 'fastapi'} & set(sys.modules)))"
+    heavy = "{'ray', 'mlflow', 'fastapi'}"
+    code = f"import sys, kraken.train, kraken.engine.torch_engine; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -94,7 +95,9 @@ def readme_modules() -> list[str]:
 
 @pytest.mark.parametrize("module", readme_modules())
 def test_every_readme_command_answers_help(module: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout.lower()
 

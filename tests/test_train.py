@@ -129,7 +129,9 @@ class TestTraining:
         """SIGKILL between two steps, in a process of its own; the next one ends in the undisturbed run's weights."""
         run = tiny.config(steps=8)
         train(run, data, tmp_path / "whole")
-        process = multiprocessing.get_context("spawn").Process(target=_train_and_die, args=(run, data, tmp_path / "killed"))
+        process = multiprocessing.get_context("spawn").Process(
+            target=_train_and_die, args=(run, data, tmp_path / "killed")
+        )
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -157,7 +159,8 @@ class TestTraining:
 
     def test_bfloat16_stays_close_to_float32(self, data: Path, tmp_path: Path) -> None:
         losses = [
-            train(tiny.config(precision=p), data, tmp_path / p)["final_validation_loss"].value for p in ("float32", "bfloat16")
+            train(tiny.config(precision=p), data, tmp_path / p)["final_validation_loss"].value
+            for p in ("float32", "bfloat16")
         ]
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
@@ -187,7 +190,9 @@ class TestBadInput:
             train(tiny.config(), tmp_path, tmp_path / "run")
 
     def test_infinite_loss_stops_with_the_last_good_checkpoint(self, data: Path, tmp_path: Path) -> None:
-        run = tiny.config(steps=20, learning_rate=1e200, clip_norm=1e300, warmup_steps=0, checkpoint_every=1, log_every=1)
+        run = tiny.config(
+            steps=20, learning_rate=1e200, clip_norm=1e300, warmup_steps=0, checkpoint_every=1, log_every=1
+        )
         with pytest.raises(ArtefactError, match="is (nan|inf).*last good checkpoint"):
             train(run, data, tmp_path)
 

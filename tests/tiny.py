@@ -1,6 +1,7 @@
 """Small real artefacts for the tests: a corpus of a few files, its tokens, a model of a few thousand parameters."""
 
 import dataclasses
+import keyword
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from kraken.data.corpora import EmbeddedCorpus
 from kraken.data.prepare import prepare
 from kraken.manifest import Manifest, finish_artefact
 
-WORDS = "def return class import while for if else value index buffer stream token naïve ünïcode 漢字 🙂".split()
+WORDS = (*keyword.kwlist, "value", "index", "buffer", "naïve", "ünïcode", "漢字", "🙂")
 
 
 def config(**train: Any) -> RunConfig:

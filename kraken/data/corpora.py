@@ -15,7 +15,9 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 # Not the library's own text: tests, what it vendors, what others installed, and a folder of demos.
-LEFT_OUT_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "__pycache__"})
+LEFT_OUT_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "__pycache__"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class EmbeddedCorpus:
                     documents.append(Document(relative.as_posix(), text))
         if not documents:
             raise ArtefactError(
-                f"data.corpus=embedded found no .py files under {self.root}; use a Python that ships its library's source"
+                f"data.corpus=embedded found no .py files under {self.root}; use a Python with its library's source"
             )
         return tuple(documents)
 

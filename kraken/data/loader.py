@@ -77,6 +77,4 @@ def sequential_windows(num_tokens: int, context_length: int) -> list[tuple[int, 
 
     A window of length T+1 predicts T tokens from T inputs; neighbours share one token. The last may be shorter.
     """
-    return [
-        (start, min(context_length + 1, num_tokens - start)) for start in range(0, num_tokens - 1, context_length)
-    ]
+    return [(start, min(context_length + 1, num_tokens - start)) for start in range(0, num_tokens - 1, context_length)]

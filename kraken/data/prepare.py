@@ -47,9 +47,7 @@ def prepare(
     for split in SPLITS:
         counts = {"documents": 0, "bytes": 0}
         documents = documents_of(corpus, split, config.validation_fraction)
-        num_tokens = write_shards(
-            folder, split, encode(documents, counts), tokenizer.num_ids, config.tokens_per_shard
-        )
+        num_tokens = write_shards(folder, split, encode(documents, counts), tokenizer.num_ids, config.tokens_per_shard)
         metrics[f"{split}_documents"] = Metric(counts["documents"], "documents")
         metrics[f"{split}_bytes"] = Metric(counts["bytes"], "bytes")
         metrics[f"{split}_tokens"] = Metric(num_tokens, "tokens")

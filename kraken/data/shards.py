@@ -1,4 +1,4 @@
-"""Token shards: flat little-endian arrays of ids, as nanoGPT's `train.bin` and `val.bin`, written whole or not at all."""
+"""Token shards: flat little-endian arrays of ids, as nanoGPT's `train.bin`, written whole or not at all."""
 
 import os
 from collections.abc import Iterable
@@ -20,7 +20,9 @@ def shard_name(split: Split, index: int) -> str:
     return f"{split}_{index:06d}.bin"
 
 
-def write_shards(folder: Path, split: Split, documents: Iterable[np.ndarray], num_ids: int, tokens_per_shard: int) -> int:
+def write_shards(
+    folder: Path, split: Split, documents: Iterable[np.ndarray], num_ids: int, tokens_per_shard: int
+) -> int:
     """Write the documents' ids one after the other into shards of exactly `tokens_per_shard` tokens (the last: fewer).
 
     Returns:
@@ -43,7 +45,9 @@ def write_shards(folder: Path, split: Split, documents: Iterable[np.ndarray], nu
 
     for ids in documents:
         if len(ids) and int(ids.max()) >= num_ids:
-            raise ArtefactError(f"a {split} document holds id {int(ids.max())}, past the {num_ids} ids of the tokenizer")
+            raise ArtefactError(
+                f"a {split} document holds id {int(ids.max())}, past the {num_ids} ids of the tokenizer"
+            )
         pending.append(ids)
         num_pending += len(ids)
         num_tokens += len(ids)
@@ -78,7 +82,9 @@ class TokenShards:
             raise ArtefactError(f"{folder} holds no {split} shards; run prepare again")
         for path in paths:
             if path.stat().st_size % dtype.itemsize:
-                raise ArtefactError(f"{path} is truncated: its size is no multiple of {dtype.itemsize} bytes; run prepare again")
+                raise ArtefactError(
+                    f"{path} is truncated: its size is no multiple of {dtype.itemsize} bytes; run prepare again"
+                )
         self.split = split
         self.num_ids = num_ids
         self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
@@ -105,7 +111,7 @@ class TokenShards:
             shard_index += 1
         if length and int(tokens.max()) >= self.num_ids:
             raise ArtefactError(
-                f"{self.split} tokens {start}..{start + length} hold id {int(tokens.max())}, past the {self.num_ids} ids "
-                "of the tokenizer: the shards are damaged; run prepare again"
+                f"{self.split} tokens {start}..{start + length} hold id {int(tokens.max())}, past the {self.num_ids} "
+                "ids of the tokenizer: the shards are damaged; run prepare again"
             )
         return tokens

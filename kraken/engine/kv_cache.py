@@ -1,7 +1,7 @@
 """The key-value cache: one row of a whole context per running request, the rows in use always the first ones.
 
-Shape letters as in `kraken/model.py`; R rows (requests), C context length, L layers. The heads of all ways stand side by
-side (W*N), so that attention is one call over all of them.
+Shape letters as in `kraken/model.py`; R rows (requests), C context length, L layers. The heads of all ways stand side
+by side (W*N), so that attention is one call over all of them.
 """
 
 import torch
@@ -33,7 +33,7 @@ class KVCache:
         return attend
 
     def decode(self, positions_R: Tensor) -> Attend:
-        """Attention for one new token in each of the first rows [T=1], over everything in its row up to its position."""
+        """Attention for one new token in each of the first rows [T=1], over its row up to its position."""
         num_rows = len(positions_R)
         rows_R = torch.arange(num_rows, device=positions_R.device)
         length = int(positions_R.max()) + 1

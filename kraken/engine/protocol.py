@@ -75,12 +75,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
-    """Natural log-probabilities under the model's own distribution (temperature 1, no truncation, padding ids masked)."""
+    """Natural log-probabilities of the model's own distribution (temperature 1, no truncation, padding ids masked)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-    """(id, log-probability), most likely first; may or may not contain `token_id`. Floats are bit-equal to `logprob`."""
+    """(id, log-probability), most likely first; may not contain `token_id`. Floats are bit-equal to `logprob`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

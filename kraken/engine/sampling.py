@@ -44,10 +44,14 @@ def sample(logits_BV: Tensor, draws: list[Draw]) -> list[int]:
     ranks_V = torch.arange(num_ids, device=device)
     kept_BV = (ranks_V < top_k[:, None]) & ((mass_before_BV < top_p[:, None]) | (ranks_V == 0))
     cumulative_BV = torch.where(kept_BV, sorted_BV, 0.0).double().cumsum(dim=-1)
-    uniform_B = torch.tensor([uniform(draw.seed, draw.token_index) for draw in draws], device=device, dtype=torch.float64)
+    uniform_B = torch.tensor(
+        [uniform(draw.seed, draw.token_index) for draw in draws], device=device, dtype=torch.float64
+    )
     targets_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     # the last kept rank bounds the choice where rounding puts the target at the very end
-    chosen_B1 = torch.minimum(torch.searchsorted(cumulative_BV, targets_B1, right=True), kept_BV.sum(-1, keepdim=True) - 1)
+    chosen_B1 = torch.minimum(
+        torch.searchsorted(cumulative_BV, targets_B1, right=True), kept_BV.sum(-1, keepdim=True) - 1
+    )
     sampled = ids_BV.gather(-1, chosen_B1).squeeze(-1)
     is_greedy = torch.tensor([draw.params.temperature == 0.0 for draw in draws], device=device)
     return torch.where(is_greedy, greedy, sampled).tolist()

@@ -1,7 +1,7 @@
 """The PyTorch engine: continuous batching on one device, the embedded default and the oracle for other engines.
 
-One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve. A step
-is either one waiting prompt, first come first served, or one new token for everything that runs.
+One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve. A
+step is either one waiting prompt, first come first served, or one new token for everything that runs.
 """
 
 import asyncio
