@@ -11,6 +11,9 @@ PYTHON  ?=
 # Bytecode has to be written: Ray starts many processes, and without it each would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH
 
+# Threads that sleep rather than spin while they wait: the tests share two cores with Ray's own processes.
+export GOMP_SPINCOUNT ?= 100
+
 # The first Python that really runs, is new enough and can make environments; `bootstrap.py` does the rest.
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3)
 USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))

@@ -38,31 +38,13 @@ NEEDED_BYTES = 4 * 2**30
 """Free disk space to start with: the environment takes 2.3 GB beside the downloads."""
 
 CUDA_HEADING = "# Only for a CUDA build of torch"
+# fmt: off
 COST = {
-    "torch": 55,
-    "ray": 25,
-    "pyarrow": 12,
-    "scipy": 14,
-    "pandas": 14,
-    "sympy": 10,
-    "mlflow": 14,
-    "scikit-learn": 10,
-    "numpy": 10,
-    "matplotlib": 6,
-    "openai": 8,
-    "fonttools": 5,
-    "sqlalchemy": 5,
-    "networkx": 5,
-    "mypy": 8,
-    "grpcio": 6,
-    "databricks-sdk": 4,
-    "cryptography": 4,
-    "pillow": 4,
-    "aiohttp": 4,
-    "ruff": 3,
-    "hf-xet": 3,
-    "virtualenv": 2,
+    "torch": 55, "ray": 25, "scipy": 14, "pandas": 14, "mlflow": 14, "pyarrow": 12, "sympy": 10, "numpy": 10,
+    "scikit-learn": 10, "openai": 8, "mypy": 8, "matplotlib": 6, "grpcio": 6, "fonttools": 5, "sqlalchemy": 5,
+    "networkx": 5, "databricks-sdk": 4, "cryptography": 4, "pillow": 4, "aiohttp": 4, "ruff": 3, "hf-xet": 3,
 }
+# fmt: on
 """What installing a package costs, roughly, where an ordinary one costs 1; it only balances the shares."""
 
 WARM_UP = (
@@ -87,7 +69,7 @@ class SetUpError(Exception):
 
 
 def main() -> int:
-    """Build or reuse the environment; the exit status is 0, 1 for a failure or 2 for what the user can mend."""
+    """Build or reuse the environment; the exit status is 0, 1 after an error or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("install", "lock"), default="install")
     command = parser.parse_args().command
@@ -118,15 +100,14 @@ def install() -> None:
     say(started_at, f"making .venv with Python {version}; {len(pins)} packages follow, a minute or two in all")
     make_venv(wanted)
     say(started_at, "asking the package index")
-    [setuptools] = [pin for pin in pins if pin.startswith("setuptools==")]
-    run_pips([pip_install("--retries", "1", "--timeout", "20", setuptools)], started_at)
+    tools = [pin for pin in pins if name_of(pin) in ("pip", "setuptools")]  # a new pip takes half of an old one's time
+    run_pips([pip_install("--retries", "1", "--timeout", "20", *tools)], started_at)
     say(started_at, "installing the packages")
-    rest = [pin for pin in pins if pin != setuptools]
+    rest = [pin for pin in pins if pin not in tools]
     run_pips([pip_install(*share) for share in balance(rest, max(2, min(4, os.cpu_count() or 2)))], started_at)
-    if missing := [pin for pin in cuda_pins if name_of(pin) in required_by_torch()]:
-        say(started_at, f"installing {len(cuda_pins)} packages of torch's CUDA build, several GB")
-        assert set(missing) <= set(cuda_pins)
-        run_pips([pip_install(*cuda_pins)], started_at)
+    if required_by_torch() & {name_of(pin) for pin in cuda_pins}:
+        say(started_at, "the index holds torch's CUDA build: installing its libraries too, several GB")
+        run_pips([pip_install(*share) for share in balance(cuda_pins, 2)], started_at)
     say(started_at, "checking that everything fits and imports")
     check(started_at)
     MARKER.write_text(f"{wanted}\n")
@@ -351,7 +332,7 @@ def lock() -> None:
             ]
             keep = ["--constraint", str(CONSTRAINTS)] if CONSTRAINTS.exists() else []
             options = ["--dry-run", "--ignore-installed", "--quiet", "--report", str(report), *keep]
-            resolve = [f"{folder}/bin/python", "-m", "pip", "install", *options, f"{ROOT}[all]", "setuptools"]
+            resolve = [f"{folder}/bin/python", "-m", "pip", "install", *options, f"{ROOT}[all]", "pip", "setuptools"]
             for command in (*make, resolve):
                 try:
                     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -380,11 +361,11 @@ def lock() -> None:
 
 HEADER = """\
 # Every package of the environment, exactly, for Python 3.11 and 3.12 on Linux: what pyproject.toml asks for with all of
-# its extras, and all that these pull in. `make` installs from this file; by hand:
-#     pip install -c constraints.txt -e '.[all]'
+# its extras, and all that these pull in. `make` installs from it; by hand: pip install -c constraints.txt -e .[all]
 #
-# After a change in pyproject.toml:  python3.11 bootstrap.py lock     (needs both Pythons and a package index)
-# To move to newer versions, delete their lines (or all of them) first. torch stays exact: design.md says why.
+# After a change in pyproject.toml: python3.11 bootstrap.py lock   (needs both Pythons and a package index)
+# To move to newer versions, delete their lines, or all of them, first. torch stays exact: where an index holds a CPU
+# build of this version only, a looser pin downloads several GB of CUDA packages instead.
 """
 
 

@@ -144,7 +144,10 @@ def exit_status(record: dict[str, Any]) -> int:
 def excludes(working_dir: Path) -> list[str]:
     """Patterns that leave only the code folders of a checkout; none for a folder that is no checkout."""
     code = [name for name in CODE if (working_dir / name).is_dir()]
-    return ["/*", *(f"!/{name}" for name in code)] if code else []
+    if not code:
+        return []
+    everything = ("/[!.]*", "/.?*")  # not "/*", which matches the folder itself
+    return [*everything, *(f"!/{name}{rest}" for name in code for rest in ("", "/**")), "__pycache__"]
 
 
 def job_environment(submission_id: str) -> dict[str, str]:

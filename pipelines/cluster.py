@@ -70,7 +70,7 @@ def connect(config: RunConfig) -> Iterator[None]:
                 include_dashboard=True,  # without it Train cannot return the CPUs of a run that was ended
                 dashboard_host="127.0.0.1",
                 dashboard_port=local_cluster.free_port(),
-                _temp_dir=str(temp_dir),
+                _temp_dir=str(local_cluster.ray_dir(temp_dir)),
             )
         stack.callback(ray.shutdown)
         stack.enter_context(_own_sigterm(before))
@@ -91,8 +91,8 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise ClusterError(
-            f"RAY_ADDRESS={address} does not answer ({error.strerror or error}); start that cluster, or unset RAY_ADDRESS "
-            "to use this machine alone"
+            f"RAY_ADDRESS={address} does not answer ({error.strerror or error}); start that cluster, or unset "
+            "RAY_ADDRESS to use this machine alone"
         ) from error
 
 

@@ -57,7 +57,10 @@ def work(work: Work) -> Outcome:
         )
     serve_config = work.config.serve
     require_free_port(serve_config)
-    ray_serve.start(http_options=HTTPOptions(host=serve_config.host, port=serve_config.port))
+    ray_serve.start(
+        http_options=HTTPOptions(host=serve_config.host, port=serve_config.port),
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
     args = ServeArgs(
         exchange=work.parent_folder("convert"), engine_config=work.config.engine, serve_config=serve_config
     )

@@ -43,8 +43,8 @@ JOB_STOP_LIMIT_S = 30
 STOP_LIMIT_S = 20.0
 OBJECT_STORE_BYTES = 512 * 2**20
 """Stages pass references to files, not tensors, so a small store is enough."""
-LONGEST_TEMP_DIR = 41
-"""Ray appends 65 characters to name its sockets, and a Unix socket's path has at most 107."""
+LONGEST_TEMP_DIR = 39
+"""We append 2 characters and Ray 65 to name its sockets, and a Unix socket's path has at most 107."""
 MARK = "KRAKEN_CLUSTER"
 """Environment variable that every process of a head inherits; holds the cluster's id."""
 
@@ -60,6 +60,9 @@ RAY_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
+    # OpenMP's threads wait for each other by spinning. On cores shared with Ray's own processes that is what makes a
+    # forward pass several times slower; sleeping early costs little when nothing else runs.
+    "GOMP_SPINCOUNT": "100",
 }
 """Environment of every Ray that we start ourselves; it is read before the cluster exists."""
 HEAD_SETTINGS = {
@@ -90,6 +93,7 @@ class Head:
     dashboard_url: str
     token_path: str
     temp_dir: str
+    """A folder that only this user can enter; Ray's own, below it, is open to all."""
     python: str
     ray_version: str
     address: str = ""
@@ -195,7 +199,10 @@ def _start(folder: Path, storage: str, say: Callable[[str], None]) -> Head:
     command = [str(ray), "start", "--head", "--block", "--disable-usage-stats", "--no-monitor"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
     command += ["--port=0", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--ray-client-server-port={free_port()}", f"--temp-dir={temp_dir}"]  # 0 is refused for this port
+    command += [
+        f"--ray-client-server-port={free_port()}",
+        f"--temp-dir={ray_dir(temp_dir)}",
+    ]  # 0 is refused for this port
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environment = {
         **{name: value for name, value in os.environ.items() if name not in NOT_INHERITED},
@@ -240,7 +247,7 @@ def _start(folder: Path, storage: str, say: Callable[[str], None]) -> Head:
 def _wait_until_ready(head: Head, process: subprocess.Popen[bytes], log_path: Path) -> str:
     """Wait for the head's address and for the dashboard to take jobs; returns the address."""
     deadline = time.monotonic() + START_LIMIT_S
-    address_path = Path(head.temp_dir) / "ray_current_cluster"
+    address_path = ray_dir(head.temp_dir) / "ray_current_cluster"
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ClusterError(
@@ -283,6 +290,11 @@ def make_temp_dir(purpose: str) -> Path:
             f"{temp_dir} cannot be made ({error.strerror}); remove it, or set TMPDIR to a short path"
         ) from error
     return temp_dir
+
+
+def ray_dir(temp_dir: str | Path) -> Path:
+    """Ray's folder below ours. Ray lets everybody into its own, down to the sockets of its processes."""
+    return Path(temp_dir) / "r"
 
 
 def free_port() -> int:
@@ -496,7 +508,7 @@ class Job:
     def _copy_log(self, out: IO[str]) -> None:
         """Copy what the job's log gained, less the lines that Ray puts in front."""
         # The head runs on this machine, so its log file is at hand: Ray's own tail ends six seconds after the job.
-        path = Path(self.head.temp_dir) / "session_latest" / "logs" / f"job-driver-{self.submission_id}.log"
+        path = ray_dir(self.head.temp_dir) / "session_latest" / "logs" / f"job-driver-{self.submission_id}.log"
         if self._log is None:
             try:
                 self._log = path.open(errors="replace", newline="")  # progress bars keep their carriage returns

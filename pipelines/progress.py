@@ -4,11 +4,11 @@ import time
 
 from tqdm import tqdm
 
-MIN_INTERVAL_S = 1.0
+MIN_INTERVAL_S = 3.0
 
 
 class ProgressLines:
-    """A bar that prints a new line at most once a second, and always the last one.
+    """A bar that prints a new line every few seconds, and always the last one.
 
     Args:
         label: what is being done.

@@ -47,7 +47,7 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
 def request_body(config: RunConfig) -> dict[str, Any]:
     """The completion that the summary shows and asks for; short enough for a small context."""
     max_tokens = min(MAX_COMPLETION_TOKENS, config.model.context_length // 2)
-    return {"model": config.serve.model_name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0}
+    return {"model": config.serve.model_name, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0.7, "seed": 1}
 
 
 def unigram_bits_per_byte(results: dict[str, StageResult]) -> float:
