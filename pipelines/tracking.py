@@ -24,18 +24,17 @@ import os
 import re
 import sqlite3
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kraken.config import ConfigError
 from kraken.manifest import git_revision
+from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, persist, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,7 +64,6 @@ GIT_TAG = "mlflow.source.git.commit"
 PARENT_TAG = "mlflow.parentRunId"
 
 # MLflow's limits.
-MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000  # 8000 in new versions
@@ -78,10 +76,6 @@ END_LIMIT_S = 30.0
 """Longest wait for deliveries at the end of a run."""
 KILLED_LIMIT_S = 5.0
 """The same after a cancellation, when patience is short: Ray kills a stopped job after 3 s."""
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
-"""Pauses between two tries, doubling, while the server is away."""
-MAX_WAITING = 20_000
-"""Records held in memory while the server is away; some 10 MB, and days of training."""
 
 
 # The tracking server
@@ -154,22 +148,6 @@ def _connect(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
-
-
-def _persist(call: Callable[[], T], pause: Callable[[float, Exception], bool]) -> T:
-    """Repeat a call while the server is away; raises what the server refuses.
-
-    Args:
-        pause: sleeps, given the seconds and the error; False to give up, which raises the error.
-    """
-    pause_s = FIRST_PAUSE_S
-    while True:
-        try:
-            return call()
-        except Exception as error:
-            if not _is_passing(error) or not pause(pause_s, error):
-                raise
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 def _is_passing(error: Exception) -> bool:
@@ -245,145 +223,6 @@ def end_status(error: BaseException) -> EndStatus:
     return "KILLED" if is_cancelled or not isinstance(error, Exception) else "FAILED"
 
 
-def _one_line(error: BaseException) -> str:
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):  # a RayTaskError, whose own text is a traceback
-        error = cause
-    lines = [type(error).__name__, *str(error).strip().splitlines()]
-    return _without_password(": ".join(lines[:2]))[:500]
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
-
-
-# Delivery, off the path of whoever records
-
-
-class _Metrics(NamedTuple):
-    values: dict[str, float]
-    step: int
-    timestamp_ms: int
-
-
-class _Outbox:
-    """Delivers records in order from one thread, trying again while the server is away.
-
-    Args:
-        name: the run's, for the warnings.
-        open_run: called before anything is delivered; when the server refuses it, nothing is.
-        send: delivers a batch of metrics.
-    """
-
-    def __init__(self, name: str, open_run: Callable[[], None], send: Callable[[list[_Metrics]], None]):
-        self.settled = threading.Event()
-        """Set once the run is open, or refused."""
-        self.closed = False
-        self.reason = "the server is slow"
-        """Why something is missing: the last error."""
-        self._name = name
-        self._open_run = open_run
-        self._send = send
-        self._changed = threading.Condition()
-        self._waiting: deque[_Metrics | Callable[[], object]] = deque()
-        self._num_in_flight = 0
-        self._num_lost = 0
-        self._is_closing = False
-        self._is_away = False
-        # A daemon, so that a call that hangs cannot keep the process from ending.
-        self._thread = threading.Thread(target=self._work, name=f"mlflow {name}", daemon=True)
-        self._thread.start()
-
-    def put(self, item: _Metrics | Callable[[], object], *, first: bool = False) -> None:
-        """Take metrics or a call to make; what comes when the queue is full or closed is lost, and counted."""
-        with self._changed:
-            if self.closed or (isinstance(item, _Metrics) and len(self._waiting) >= MAX_WAITING):
-                self._lose(1)
-            elif first:
-                self._waiting.appendleft(item)
-            else:
-                self._waiting.append(item)
-            self._changed.notify_all()
-
-    def flush(self, limit_s: float) -> bool:
-        """Wait until everything taken so far is delivered or refused; False when that takes too long."""
-        done = threading.Event()
-        self.put(done.set)
-        return not self.closed and done.wait(limit_s)
-
-    def close(self, limit_s: float) -> None:
-        """Deliver what waits, within the limit; give up the rest, and say how much is missing."""
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify_all()
-        self._thread.join(limit_s)
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-            num_lost = self._num_lost + self._num_in_flight + len(self._waiting)
-        if num_lost:
-            logger.warning("MLflow run %s lacks %d records (%s)", self._name, num_lost, self.reason)
-
-    def _work(self) -> None:
-        try:
-            _persist(self._open_run, self._pause)
-        except Exception as error:
-            self.reason = _one_line(error)
-            if not self.closed:
-                logger.warning("MLflow run %s cannot be opened, nothing is recorded (%s)", self._name, self.reason)
-            self.closed = True
-        self.settled.set()
-        while deliver := self._take():
-            try:
-                _persist(deliver, self._pause)
-            except Exception as error:
-                if self.closed:
-                    return  # `close` has counted what was in flight
-                self.reason = _one_line(error)
-                with self._changed:
-                    self._lose(self._num_in_flight)
-            with self._changed:
-                self._num_in_flight = 0
-            self._is_away = False
-
-    def _lose(self, num_records: int) -> None:
-        if not self._num_lost and not self.closed:
-            logger.warning("MLflow run %s begins to lose records (%s)", self._name, self.reason)
-        self._num_lost += num_records
-
-    def _take(self) -> Callable[[], object] | None:
-        """Wait for the next delivery: a call, or the metrics at the front up to a batch; None at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closing or self.closed)
-            if not self._waiting or self.closed:
-                return None
-            item = self._waiting.popleft()
-            self._num_in_flight = 1
-            if not isinstance(item, _Metrics):
-                return item
-            batch = [item]
-            room = MAX_METRICS_PER_BATCH - len(item.values)
-            while self._waiting and isinstance(item := self._waiting[0], _Metrics) and len(item.values) <= room:
-                batch.append(item)
-                room -= len(item.values)
-                self._waiting.popleft()
-            self._num_in_flight = len(batch)
-            return partial(self._send, batch)
-
-    def _pause(self, pause_s: float, error: Exception) -> bool:
-        """Wait for the next try, never long while closing; False once closed."""
-        self.reason = _one_line(error)
-        if not self._is_away:
-            self._is_away = True
-            logger.warning("MLflow is away, records of run %s wait in memory (%s)", self._name, self.reason)
-        with self._changed:
-            is_closing = self._is_closing
-            self._changed.wait_for(
-                lambda: self.closed or self._is_closing != is_closing, FIRST_PAUSE_S if is_closing else pause_s
-            )
-            return not self.closed
-
-
 # Runs
 
 
@@ -411,7 +250,7 @@ class StageRun:
         with suppress(Exception):  # it happens again where it is reported
             # Imports MLflow, which the thread must not do while this thread perhaps imports what both need.
             _connect(uri)
-        self._outbox = _Outbox(name, self._open, self._send)
+        self._outbox = Outbox(name, self._open, self._send, _is_passing)
         self._outbox.put(self._log_params)
 
     @property
@@ -425,7 +264,7 @@ class StageRun:
         values = [(name, float(value)) for name, value in metrics.items()]
         for start in range(0, len(values), MAX_METRICS_PER_BATCH):
             batch = dict(values[start : start + MAX_METRICS_PER_BATCH])
-            self._outbox.put(_Metrics(batch, step, int(time.time() * 1000)))
+            self._outbox.put(Metrics(batch, step, int(time.time() * 1000)))
 
     def set_tags(self, tags: Mapping[str, str | bool]) -> None:
         """Set tags; booleans become `true` and `false`."""
@@ -499,7 +338,7 @@ class StageRun:
             changed = {name: [text, now.get(name)] for name, text in logged.items() if text != now.get(name)}
             self._set_tags({PARAMS_CHANGED_TAG: json.dumps(changed, sort_keys=True)})
 
-    def _send(self, batch: list[_Metrics]) -> None:
+    def _send(self, batch: list[Metrics]) -> None:
         from mlflow.entities import Metric
 
         highest_steps = dict(self._highest_steps)
@@ -605,7 +444,7 @@ def _recorded(run: AnyRun) -> Iterator[AnyRun]:
     try:
         yield run
     except BaseException as error:
-        run.end(end_status(error), _one_line(error))
+        run.end(end_status(error), one_line(error))
         raise
     run.end("FINISHED")
 
@@ -652,7 +491,7 @@ class Tracker:
                 with closing(sqlite3.connect(path, timeout=CONNECT_LIMIT_S)) as database:
                     database.execute("BEGIN IMMEDIATE")
             except (OSError, sqlite3.Error) as error:
-                raise self._unusable(_one_line(error)) from error
+                raise self._unusable(one_line(error)) from error
         with _locked(self.tracking_uri):  # two processes that make the tables at once would both fail
             self._client = self._persist(lambda: _connect(self.tracking_uri))
         self.experiment_id = self._persist(self._find_experiment)
@@ -716,16 +555,16 @@ class Tracker:
             return time.monotonic() < deadline_s
 
         try:
-            return _persist(call, pause)
+            return persist(call, _is_passing, pause)
         except ConfigError:
             raise
         except Exception as error:
-            raise self._unusable(_one_line(error)) from error
+            raise self._unusable(one_line(error)) from error
 
     def _unusable(self, reason: str) -> ConfigError:
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):
             return ConfigError(
-                f"MLFLOW_TRACKING_URI={_without_password(uri)} cannot be used ({reason}); "
+                f"MLFLOW_TRACKING_URI={without_password(uri)} cannot be used ({reason}); "
                 "start the server or mend the URI, or unset the variable to record in the storage folder"
             )
         return ConfigError(

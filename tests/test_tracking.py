@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 import pytest
 
 from kraken.config import ConfigError
-from pipelines import tracking
+from pipelines import outbox, tracking
 from pipelines.tracking import RunRef, StageRun, Tracker, end_status, tracking_uri, ui_command
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def test_a_stage_goes_on_without_a_server(
 ) -> None:
     monkeypatch.setattr(tracking, "OPEN_WAIT_S", 0.2)
     monkeypatch.setattr(tracking, "END_LIMIT_S", 1.0)
-    monkeypatch.setattr(tracking, "MAX_WAITING", 50)
+    monkeypatch.setattr(outbox, "MAX_WAITING", 50)
     port = free_port()
     for uri in (f"http://user:secret@127.0.0.1:{port}", f"sqlite:///{tmp_path}/elsewhere.db"):
         caplog.clear()
