@@ -32,6 +32,8 @@ PYPROJECT = ROOT / "pyproject.toml"
 MARKER = VENV / "made-by-bootstrap"
 """Says that the folder is ours to replace; it holds the hash of what was installed once everything is."""
 LOGS = VENV / "logs"
+TEMPORARY = VENV / "tmp"
+"""For pip's downloads: on the disk whose space was checked, and gone with an environment that is made anew."""
 
 SUPPORTED = ((3, 11), (3, 12))
 NEEDED_BYTES = 4 * 2**30
@@ -110,6 +112,7 @@ def install() -> None:
         run_pips([pip_install(*share) for share in balance(cuda_pins, 2)], started_at)
     say(started_at, "checking that everything fits and imports")
     check(started_at)
+    shutil.rmtree(TEMPORARY)
     MARKER.write_text(f"{wanted}\n")
     say(started_at, ".venv is ready")
 
@@ -147,6 +150,7 @@ def make_venv(wanted: str) -> None:
     shutil.rmtree(VENV, ignore_errors=True)
     try:
         LOGS.mkdir(parents=True)
+        TEMPORARY.mkdir()
         MARKER.write_text(f"unfinished {wanted}\n")
     except OSError as error:
         raise SetUpError(f"{VENV} cannot be written ({error.strerror}); make the checkout writable") from error
@@ -378,19 +382,17 @@ def say(started_at: float, message: str) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment, with bytecode written and no other Python's modules in sight."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
-    }
+    """This process's environment, with bytecode written, no other Python's modules in sight, and room for downloads."""
+    strange = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
+    kept = {name: value for name, value in os.environ.items() if name not in strange}
+    return {**kept, "TMPDIR": str(TEMPORARY)}
 
 
 def stop(processes: list[subprocess.Popen[str]]) -> None:
     """End what is still running and wait for it."""
     for process in processes:
         if process.poll() is None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
     for process in processes:
         process.wait()
         if process.stderr:

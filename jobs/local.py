@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import command
-from kraken.config import ConfigError
+from kraken.config import ConfigError, RunConfig
 from kraken.manifest import git_revision
 from pipelines import local_cluster
 from pipelines.local_cluster import ClusterError, Head, Job
@@ -87,7 +87,21 @@ def run(preset: str, storage: str, overrides: list[str]) -> int:
             [sys.executable, "-m", "jobs.end_to_end", *arguments], cwd=CHECKOUT, check=False
         ).returncode
     head = local_cluster.start(storage, say)
-    return submit(head, ["python", "-m", "jobs.end_to_end", *arguments], name=preset)
+    status = submit(head, ["python", "-m", "jobs.end_to_end", *arguments], name=preset)
+    if status != 0:
+        end_stale_runs(head, parsed.config)
+    return status
+
+
+def end_stale_runs(head: Head, config: RunConfig) -> None:
+    """End the MLflow runs of jobs that died too fast to do it themselves, by SIGKILL or for lack of memory."""
+    from pipelines.tracking import Tracker
+
+    with contextlib.suppress(ConfigError):  # a tracking server that is away; the job has said so
+        alive = local_cluster.running_jobs(head)
+        tracker = Tracker(config.storage, config.experiment)
+        for run_id in tracker.reconcile(lambda submission: None if submission in alive else "FAILED"):
+            say(f"MLflow run {run_id} was left open and is marked as failed")
 
 
 def submit(head: Head, entrypoint: list[str], *, name: str, working_dir: Path = CHECKOUT) -> int:
@@ -154,8 +168,7 @@ def job_environment(submission_id: str) -> dict[str, str]:
     """Variables that go with a job, since the cluster may be older than their values."""
     variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "KRAKEN_API_KEY")}
     variables["KRAKEN_SUBMISSION"] = submission_id
-    with contextlib.suppress(OSError):  # no git here
-        variables["KRAKEN_GIT_REVISION"] = git_revision()
+    variables["KRAKEN_GIT_REVISION"] = git_revision()
     return {name: value for name, value in variables.items() if value}
 
 

@@ -177,7 +177,8 @@ def git_revision() -> str | None:
     """Revision of the checkout this code runs from; KRAKEN_GIT_REVISION where it travelled without its history."""
     if revision := os.environ.get("KRAKEN_GIT_REVISION"):
         return revision
-    result = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except OSError:  # no git on this machine
+        return None

@@ -8,11 +8,13 @@ environment, so that stopping it ends its own processes and no others.
 Ray itself is not imported here: its command line starts the head and submits jobs, its REST interface tells the rest.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import fcntl
 import getpass
 import hashlib
+import http.client
 import json
 import os
 import secrets
@@ -45,6 +47,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 """Stages pass references to files, not tensors, so a small store is enough."""
 LONGEST_TEMP_DIR = 39
 """We append 2 characters and Ray 65 to name its sockets, and a Unix socket's path has at most 107."""
+CLOCK_STEP_S = 2.0
+"""Two start times of a process that differ by less are the same: they shift when the machine's clock is set."""
 MARK = "KRAKEN_CLUSTER"
 """Environment variable that every process of a head inherits; holds the cluster's id."""
 
@@ -86,6 +90,7 @@ class Head:
     """A running head, as recorded in `<storage>/.cluster/head.json`."""
 
     cluster_id: str
+    host: str
     pid: int
     create_time: float
     """Of the process, as psutil gives it: with it a pid is never mistaken for a later process's."""
@@ -118,8 +123,11 @@ class Head:
             self.dashboard_url + path, method=method, headers={"Authorization": f"Bearer {token}"}
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach our loopback
-        with opener.open(request, timeout=timeout_s) as response:
-            return json.load(response)
+        try:
+            with opener.open(request, timeout=timeout_s) as response:
+                return json.load(response)
+        except (http.client.HTTPException, ValueError) as error:
+            raise OSError(f"{self.dashboard_url} answers with something else than JSON") from error
 
 
 # Finding
@@ -151,13 +159,24 @@ def _write(folder: Path, head: Head) -> None:
 
 
 def _process_of(head: Head) -> psutil.Process | None:
-    """The head's process, unless it has ended or its pid now belongs to another."""
+    """The head's process, unless it has ended, its pid belongs to another by now, or it is another machine's."""
+    if head.host != socket.gethostname():
+        return None
     try:
         process = psutil.Process(head.pid)
-        is_it = abs(process.create_time() - head.create_time) < 0.1 and process.status() != psutil.STATUS_ZOMBIE
+        is_it = abs(process.create_time() - head.create_time) < CLOCK_STEP_S
+        return process if is_it and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.Error:
         return None
-    return process if is_it else None
+
+
+def _require_this_host(head: Head, folder: Path) -> None:
+    """Refuse to judge or end what another machine started in a storage that both share."""
+    if head.host != socket.gethostname():
+        raise ClusterError(
+            f"{head.host} runs this storage's local cluster; use another --storage here, or stop it there "
+            f"(if that machine is gone, delete {folder / 'head.json'})"
+        )
 
 
 # Starting
@@ -182,8 +201,9 @@ def start(storage: str, say: Callable[[str], None] = print) -> Head:
             if (head.python, head.ray_version) == (sys.executable, metadata.version("ray")):
                 return head
             say(f"the local cluster runs Ray {head.ray_version} of {head.python}; a new one takes its place")
-        if _read(folder):
-            _stop(folder, say)  # of another environment, or what is left of one that died
+        if old := _read(folder):  # of another environment, or what is left of one that died
+            _require_this_host(old, folder)
+            _stop(folder, say)
         return _start(folder, storage, say)
 
 
@@ -199,10 +219,8 @@ def _start(folder: Path, storage: str, say: Callable[[str], None]) -> Head:
     command = [str(ray), "start", "--head", "--block", "--disable-usage-stats", "--no-monitor"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
     command += ["--port=0", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [
-        f"--ray-client-server-port={free_port()}",
-        f"--temp-dir={ray_dir(temp_dir)}",
-    ]  # 0 is refused for this port
+    command += [f"--ray-client-server-port={free_port()}"]  # it refuses 0
+    command += [f"--temp-dir={ray_dir(temp_dir)}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     environment = {
         **{name: value for name, value in os.environ.items() if name not in NOT_INHERITED},
@@ -224,6 +242,7 @@ def _start(folder: Path, storage: str, say: Callable[[str], None]) -> Head:
         )  # fmt: skip
     head = Head(
         cluster_id=cluster_id,
+        host=socket.gethostname(),
         pid=process.pid,
         create_time=psutil.Process(process.pid).create_time(),
         num_cpus=num_cpus,
@@ -339,8 +358,9 @@ def stop(storage: str, say: Callable[[str], None] = print) -> bool:
     if not (folder / "head.json").exists():
         return False
     with _locked(folder):
-        if not _read(folder):
+        if not (head := _read(folder)):
             return False
+        _require_this_host(head, folder)
         _stop(folder, say)
         return True
 
@@ -366,7 +386,7 @@ def _stop(folder: Path, say: Callable[[str], None]) -> None:
 
 def _stop_jobs(head: Head, say: Callable[[str], None]) -> None:
     """Stop the jobs that run, so that they can record how they ended."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ClusterError):
         jobs = running_jobs(head).keys()
         for job_id in jobs:
             say(f"stopping job {job_id}")
@@ -386,12 +406,12 @@ def _own_processes(head: Head) -> set[psutil.Process]:
     is_session_ours = True  # a dead leader's pid is not given away while its session has members
     with contextlib.suppress(psutil.NoSuchProcess):
         leader = psutil.Process(head.pid)
-        is_session_ours = abs(leader.create_time() - head.create_time) < 0.1
+        is_session_ours = abs(leader.create_time() - head.create_time) < CLOCK_STEP_S
         if is_session_ours:
             found |= {leader, *leader.children(recursive=True)}
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if other.pid == os.getpid() or other.create_time() < head.create_time - 0.1:
+            if other.pid == os.getpid() or other.create_time() < head.create_time - CLOCK_STEP_S:
                 continue
             in_session = is_session_ours and os.getsid(other.pid) == head.pid
             if in_session or other.environ().get(MARK) == head.cluster_id:
@@ -427,7 +447,8 @@ class Job:
     def __init__(self, head: Head, submission_id: str):
         self.head = head
         self.submission_id = submission_id
-        self._log: IO[str] | None = None
+        self._log: IO[bytes] | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._preface: str | None = ""
 
     def submit(
@@ -443,28 +464,17 @@ class Job:
         Raises:
             ClusterError: it is refused; the message is Ray's.
         """
-        runtime_env = json.dumps({"excludes": list(excludes), "env_vars": dict(env_vars or {})})
-        command = [str(Path(self.head.python).with_name("ray")), "job", "submit", "--no-wait"]
-        command += ["--submission-id", self.submission_id, "--working-dir", str(working_dir)]
-        command += ["--runtime-env-json", runtime_env, "--", *entrypoint]
         environment = {**os.environ, **self.head.client_environment(), **_loopback_without_proxy()}
         environment.pop("RAY_ADDRESS", None)
-        # In a session of its own: Ctrl-C is ours to handle, by stopping the job.
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate()
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        if process.returncode != 0:
+        # A file, since a command line can be read by everybody and the variables may hold a key.
+        with tempfile.NamedTemporaryFile("w", dir=self.head.temp_dir, suffix=".yaml") as runtime_env:
+            json.dump({"excludes": list(excludes), "env_vars": dict(env_vars or {})}, runtime_env)
+            runtime_env.flush()
+            command = [str(Path(self.head.python).with_name("ray")), "job", "submit", "--no-wait"]
+            command += ["--submission-id", self.submission_id, "--working-dir", str(working_dir)]
+            command += ["--runtime-env", runtime_env.name, "--", *entrypoint]
+            status, output = _run(command, environment)
+        if status != 0:
             lines = [line for line in output.splitlines() if line.strip()]
             raise ClusterError("`ray job submit` failed:\n" + "\n".join(f"  {line}" for line in lines[-8:]))
 
@@ -500,7 +510,7 @@ class Job:
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 raise ClusterError(f"the local cluster knows no job {self.submission_id}") from error
-        except (OSError, ValueError) as error:
+        except OSError as error:
             if _process_of(self.head) is None:
                 raise ClusterError("the local cluster ended before the job; run the same command again") from error
         return None
@@ -511,10 +521,10 @@ class Job:
         path = ray_dir(self.head.temp_dir) / "session_latest" / "logs" / f"job-driver-{self.submission_id}.log"
         if self._log is None:
             try:
-                self._log = path.open(errors="replace", newline="")  # progress bars keep their carriage returns
+                self._log = path.open("rb")
             except OSError:
                 return
-        text = self._log.read()
+        text = self._decoder.decode(self._log.read())  # the file may end within a character
         if self._preface is not None:
             self._preface += text
             _, _, rest = self._preface.partition("Running entrypoint for job ")
@@ -526,11 +536,33 @@ class Job:
             out.flush()
 
 
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit status and output of a command; in a session of its own, since Ctrl-C is ours to handle."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return process.returncode, output
+
+
 def running_jobs(head: Head) -> dict[str, str]:
-    """Submission id -> entrypoint of every submitted job that has not ended."""
+    """Submission id -> entrypoint of every submitted job that has not ended.
+
+    Raises:
+        ClusterError: the cluster does not answer.
+    """
+    try:
+        jobs = head.request("GET", "/api/jobs/")
+    except OSError as error:
+        raise ClusterError(f"the local cluster does not answer ({error}); `make stop`, then run this again") from error
     return {
         job["submission_id"]: job["entrypoint"]
-        for job in head.request("GET", "/api/jobs/")
+        for job in jobs
         if job["type"] == "SUBMISSION" and job["status"] in ("PENDING", "RUNNING")
     }
 

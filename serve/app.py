@@ -29,6 +29,7 @@ from serve.deployment import Endpoint
 
 API_KEY_VARIABLE = "KRAKEN_API_KEY"
 ECHO_CONTEXT_LENGTH = 1024
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def _section(config_class: type, values: Any) -> Any:
@@ -67,7 +68,7 @@ def bind(load: Callable[[], ServedModel], config: ServeConfig) -> Application:
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
     )
-    return endpoint.bind(load, api_key_sha256())
+    return endpoint.bind(load, api_key_sha256(), loopback_only=config.host in LOOPBACK)
 
 
 def api_key_sha256() -> bytes | None:

@@ -62,11 +62,14 @@ class Endpoint:
     Args:
         load: makes the model, in the replica and on its event loop, where the engine will run.
         api_key_sha256: digest of the key that clients must show; None lets everybody in.
+        loopback_only: nothing of this replica listens on another address.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, load: Callable[[], ServedModel], api_key_sha256: bytes | None = None
+        self, load: Callable[[], ServedModel], api_key_sha256: bytes | None = None, loopback_only: bool = False
     ) -> None:
+        if loopback_only:
+            keep_replica_on_loopback()
         self._api_key_sha256 = api_key_sha256
         self._model = load()
         await warm_up(self._model)
@@ -186,6 +189,17 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source):
             await super().__call__(scope, receive, send)
+
+
+def keep_replica_on_loopback() -> None:
+    """Bind Serve's own port of this replica, for calls between deployments, to loopback.
+
+    Serve binds it to every address right after the constructor, and has no setting for it.
+    """
+    from ray.serve._private import replica
+
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 async def warm_up(model: ServedModel) -> None:

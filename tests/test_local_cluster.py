@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +60,7 @@ def test_a_pid_that_another_process_has_now_is_not_the_head(tmp_path: Path) -> N
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as bystander:
         head = Head(
             cluster_id="gone",
+            host=socket.gethostname(),
             pid=bystander.pid,
             create_time=psutil.Process(bystander.pid).create_time() - 100,
             num_cpus=2,
@@ -74,6 +77,20 @@ def test_a_pid_that_another_process_has_now_is_not_the_head(tmp_path: Path) -> N
         assert bystander.poll() is None
         bystander.kill()
     assert not local_cluster.stop(str(tmp_path))
+
+
+def test_the_head_of_another_machine_is_left_alone(tmp_path: Path) -> None:
+    folder = local_cluster.state_folder(str(tmp_path))
+    folder.mkdir()
+    record = json.dumps(
+        {**dict.fromkeys(local_cluster.Head.__slots__, ""), "host": "elsewhere", "address": "10.0.0.1:1"}
+    )
+    (folder / "head.json").write_text(record)
+    assert local_cluster.find(str(tmp_path)) is None
+    for attempt in (local_cluster.start, local_cluster.stop):
+        with pytest.raises(ClusterError, match="elsewhere"):
+            attempt(str(tmp_path))
+    assert (folder / "head.json").read_text() == record
 
 
 def test_a_head_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
