@@ -12,7 +12,7 @@ PYTHON  ?=
 unexport PYTHONDONTWRITEBYTECODE PYTHONHOME PYTHONPATH
 
 # Threads that sleep rather than spin while they wait: the tests share two cores with Ray's own processes.
-export GOMP_SPINCOUNT ?= 100
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # The first Python that really runs, is new enough and can make environments; `bootstrap.py` does the rest.
 CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3)

@@ -15,13 +15,13 @@ def quickstart() -> RunConfig:
             num_layers=3, width=128, num_heads=8, num_ways=4, context_length=256, vocab_size=data.vocab_size
         ),
         train=TrainConfig(
-            steps=500,
+            steps=400,
             sequences_per_step=2,  # many small steps: a few hundred thousand tokens are all there is time for
             learning_rate=1e-3,
-            warmup_steps=50,
+            warmup_steps=40,
             beta2=0.99,
             log_every=25,
-            validate_every=125,
+            validate_every=100,
             checkpoint_every=100,
         ),
     )

@@ -64,9 +64,9 @@ RAY_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
-    # OpenMP's threads wait for each other by spinning. On cores shared with Ray's own processes that is what makes a
-    # forward pass several times slower; sleeping early costs little when nothing else runs.
-    "GOMP_SPINCOUNT": "100",
+    # OpenMP's threads wait for each other by spinning. On cores shared with Ray's own processes that makes a forward
+    # pass several times slower; sleeping costs little when nothing else runs.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Environment of every Ray that we start ourselves; it is read before the cluster exists."""
 HEAD_SETTINGS = {

@@ -7,9 +7,10 @@ engine. Requests queue inside the engine, which knows its batch, and never in Se
 import asyncio
 import hashlib
 import hmac
+import importlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -196,8 +197,7 @@ def keep_replica_on_loopback() -> None:
 
     Serve binds it to every address right after the constructor, and has no setting for it.
     """
-    from ray.serve._private import replica
-
+    replica: Any = importlib.import_module("ray.serve._private.replica")
     bind = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 

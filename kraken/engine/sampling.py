@@ -69,12 +69,16 @@ def token_logprobs(logits_TV: Tensor, token_ids: list[int], num_top: int) -> lis
     Args:
         logits_TV: float32, padding ids already cut off.
     """
-    logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
-    chosen_T = logprobs_TV.gather(-1, torch.tensor(token_ids, device=logits_TV.device)[:, None]).squeeze(-1).tolist()
-    top = logprobs_TV.topk(num_top, dim=-1)
+    normaliser_T1 = logits_TV.logsumexp(dim=-1, keepdim=True)
+    ids_T1 = torch.tensor(token_ids, device=logits_TV.device)[:, None]
+    # both subtract the same number from the same logits, so that equal tokens have equal floats
+    chosen_T = (logits_TV.gather(-1, ids_T1) - normaliser_T1).squeeze(-1).tolist()
+    if num_top == 0:
+        return [TokenLogprobs(token_id=i, logprob=value, top=()) for i, value in zip(token_ids, chosen_T, strict=True)]
+    top = logits_TV.topk(num_top, dim=-1)
     return [
         TokenLogprobs(token_id=token, logprob=logprob, top=tuple(zip(ids, values, strict=True)))
         for token, logprob, ids, values in zip(
-            token_ids, chosen_T, top.indices.tolist(), top.values.tolist(), strict=True
+            token_ids, chosen_T, top.indices.tolist(), (top.values - normaliser_T1).tolist(), strict=True
         )
     ]
