@@ -15,6 +15,7 @@ SMALL, LARGE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 4.0}
 
 def config(**changes: Any) -> RunConfig:
     run = quickstart()
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, sequences_per_step=8))
     return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, **changes))
 
 

@@ -106,7 +106,7 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
     model.init_weights(seed=0)
     ids = torch.randint(config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
     loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:]) / 128
-    assert abs(float(loss) - math.log(config.vocab_size)) < 0.1
+    assert abs(loss.item() - math.log(config.vocab_size)) < 0.1
 
 
 def test_initial_weights_follow_the_published_rule() -> None:
