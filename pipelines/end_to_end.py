@@ -17,6 +17,13 @@ from pipelines.tracking import RunRef
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)
 
+HEADLINES = {
+    "prepare": ("unigram_entropy",),
+    "pretrain": ("parameters", "train_tokens", "mean_tokens_per_second"),
+    "evaluate": ("validation_loss", "validation_perplexity", "bits_per_byte", "parity_max_abs_diff"),
+}
+"""Stage -> the metrics that the pipeline's own MLflow run shows, so that pipelines can be compared in its list."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
@@ -107,6 +114,12 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                 for reference in references.values():
                     ray.cancel(reference)
                 raise
+            headlines = {
+                name: float(result.manifest.value(name))
+                for kind, result in results.items()
+                for name in HEADLINES.get(kind, ())
+            }
+            pipeline_run.log_metrics(headlines, step=0)
     return {p.stage.kind: results[p.stage.kind] for p in planned}
 
 

@@ -61,9 +61,9 @@ class MetricsToTracker(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, float]], checkpoint: Any) -> None:
         self.run = self.run or self.ref.attach()
         values = dict(metrics[0])
-        is_last = values["seconds_left"] == 0.0
-        self.run.log_metrics(values, step=int(values.pop("step")))
-        if is_last:  # the controller ends without notice
+        step, seconds_left = int(values.pop("step")), values.pop("seconds_left")
+        self.run.log_metrics(values, step)
+        if seconds_left == 0.0:  # the controller ends without notice
             self.run.flush()
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

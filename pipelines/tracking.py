@@ -537,7 +537,9 @@ class Tracker:
             # A server knows where its artifacts go. A database does not, and MLflow's default is the current folder.
             has_server = self.tracking_uri.startswith("http")
             return self._client.create_experiment(
-                self._experiment, artifact_location=None if has_server else f"{self._storage}/mlartifacts"
+                self._experiment,
+                artifact_location=None if has_server else f"{self._storage}/mlartifacts",
+                tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens with runs, not with traces
             )
         if experiment.lifecycle_stage != "active":
             raise ConfigError(

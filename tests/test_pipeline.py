@@ -78,6 +78,8 @@ def test_every_stage_leaves_an_artefact_and_a_run(
     assert set(children) == set(end_to_end.KINDS)
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     assert parent.data.params["train.steps"] == "6"
+    assert parent.data.metrics["validation_loss"] == finished["evaluate"].manifest.value("validation_loss")
+    assert children["pretrain"].data.metrics["parameters"] == parent.data.metrics["parameters"]
     assert float(children["evaluate"].data.metrics["parity_max_abs_diff"]) < 1e-3
 
 
