@@ -16,6 +16,7 @@ def run_until(stage: Stage, description: str, argv: list[str]) -> None:
     state = "reused" if result.reused else "finished"
     print(f"{stage.kind} {state}: {arguments.config.storage}/{stage.kind}/{manifest.fingerprint[:16]}")
     for name, metric in sorted(manifest.metrics.items()):
-        print(f"  {name:32} {metric.value:>16,.6g} {metric.unit}")
+        value = f"{metric.value:,}" if isinstance(metric.value, int) else f"{metric.value:,.6g}"
+        print(f"  {name:32} {value:>16} {metric.unit}")
     for name, value in sorted(manifest.details.items()):
         print(f"  {name:32} {value}")

@@ -4,6 +4,7 @@ The fingerprints of a whole pipeline follow from its config alone, before anythi
 in the storage is reused; everything else is run into a folder named after its fingerprint, and recorded in MLflow.
 """
 
+import errno
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kraken.config import RunConfig, to_dict
-from kraken.manifest import MANIFEST_NAME, Manifest, Metric, finish_artefact, make_fingerprint
+from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
 from pipelines.tracking import RunRef, StageRun
 
@@ -70,18 +71,26 @@ class Stage:
         (folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on until the end it is unfinished
         section = self.section(config)
         with self._recorded(pipeline, section) as run:
-            metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run))
-            manifest = finish_artefact(
-                folder,
-                started_at=started_at,
-                kind=self.kind,
-                fingerprint=fingerprint,
-                config=section,
-                parents={kind: parent.fingerprint for kind, parent in parents.items()},
-                metrics=metrics,
-                details=details,
-            )
-            storage.publish(folder)
+            try:
+                metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run))
+                manifest = finish_artefact(
+                    folder,
+                    started_at=started_at,
+                    kind=self.kind,
+                    fingerprint=fingerprint,
+                    config=section,
+                    parents={kind: parent.fingerprint for kind, parent in parents.items()},
+                    metrics=metrics,
+                    details=details,
+                )
+                storage.publish(folder)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise ArtefactError(
+                    f"storage={config.storage} has no space left for {self.kind}; free some and run the same command "
+                    "again: what is finished stays"
+                ) from error
             record(run, storage, manifest, reused=False)
         return manifest
 

@@ -1,13 +1,17 @@
 """The pipeline on a real Ray cluster with real MLflow and real Serve, on a model of a few thousand parameters."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +24,7 @@ from kraken.config import ConfigError, RunConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError
 from kraken.storage import Storage
 from pipelines import deploy, end_to_end, summary
+from pipelines.stage import Stage
 
 pytestmark = pytest.mark.ray
 
@@ -147,6 +152,41 @@ def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResu
     busy = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=config.serve.port + 1))
     with pytest.raises(ConfigError, match="serve.port"):
         end_to_end.run(busy)
+
+
+def test_a_port_of_another_program_is_a_clear_error(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]
+) -> None:
+    from ray import serve as ray_serve
+
+    monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(proxies={}))  # Serve does not run yet
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=f"serve.port={port} on serve.host=127.0.0.1 cannot be used.*choose another"
+        ):
+            deploy.require_free_port(dataclasses.replace(config.serve, port=port))
+    deploy.require_free_port(dataclasses.replace(config.serve, port=free_port()))
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_no_artefact(tmp_path: Path) -> None:
+    class Pipeline:
+        """Stands for the reference to an MLflow run, of which a stage that fails asks nothing but to be ended."""
+
+        @contextlib.contextmanager
+        def stage(self, *args: object) -> Iterator[None]:
+            yield None
+
+    def full(work: object) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage = Stage("prepare", parents=(), section=lambda config: {}, work=full)
+    config = run_config(tmp_path, 8000)
+    with pytest.raises(ArtefactError, match="has no space left for prepare; free some"):
+        stage.run(config, "f" * 64, {}, Pipeline())  # type: ignore[arg-type]
+    assert stage.find(config, "f" * 64) is None
 
 
 @pytest.mark.slow
