@@ -81,6 +81,12 @@ def test_training_loads_no_ray_and_no_mlflow() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_command_lines_answer_without_loading_torch() -> None:
+    code = "import sys, jobs.end_to_end, jobs.local; print(sorted({'torch', 'mlflow'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_no_pickle_on_load_paths() -> None:
     for folder in LAYERS:
         for path in (ROOT / folder).rglob("*.py"):
