@@ -28,126 +28,64 @@ def quickstart() -> RunConfig:
 
 
 def _published(
-    name: str,
-    *,
-    num_layers: int,
-    width: int,
-    num_heads: int,
-    num_ways: int,
-    learning_rate: float,
-    sequences_per_step: int,
-    num_workers: int,
+    name: str, *, layers: int, width: int, heads: int, ways: int, learning_rate: float, sequences: int
 ) -> RunConfig:
-    """A run of the paper: GPT-2's tokens, context 1,024, 300,000 steps, one GPU per worker.
+    """A run of the paper: GPT-2's tokens, context 1,024, 300,000 steps of `sequences` windows, on eight GPUs.
 
-    `num_workers` divides the published batch evenly; any other divisor gives the same result.
+    Any number of workers that divides the batch gives the same result.
     """
     data = DataConfig(tokenizer="gpt2")
     return RunConfig(
         name=name,
         data=data,
         model=ModelConfig(
-            num_layers=num_layers,
+            num_layers=layers,
             width=width,
-            num_heads=num_heads,
-            num_ways=num_ways,
+            num_heads=heads,
+            num_ways=ways,
             context_length=1024,
             vocab_size=data.vocab_size,
         ),
         train=TrainConfig(
             steps=300_000,
-            sequences_per_step=sequences_per_step,
+            sequences_per_step=sequences,
             learning_rate=learning_rate,
             validate_every=1000,
             validation_windows=512,
             checkpoint_every=1000,
         ),
-        cluster=ClusterConfig(num_workers=num_workers, cpus_per_worker=4, gpus_per_worker=1),
+        cluster=ClusterConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1),
     )
 
 
 def kraken_125m_2way() -> RunConfig:
     """124.01 M parameters, head size 113; 491,520 tokens per step."""
-    return _published(
-        "kraken_125m_2way",
-        num_layers=12,
-        width=678,
-        num_heads=12,
-        num_ways=2,
-        learning_rate=2.5e-4,
-        sequences_per_step=480,
-        num_workers=8,
-    )
+    return _published("kraken_125m_2way", layers=12, width=678, heads=12, ways=2, learning_rate=2.5e-4, sequences=480)
 
 
 def kraken_125m_4way() -> RunConfig:
     """124.48 M parameters, head size 168; 491,520 tokens per step."""
-    return _published(
-        "kraken_125m_4way",
-        num_layers=12,
-        width=504,
-        num_heads=12,
-        num_ways=4,
-        learning_rate=2.5e-4,
-        sequences_per_step=480,
-        num_workers=8,
-    )
+    return _published("kraken_125m_4way", layers=12, width=504, heads=12, ways=4, learning_rate=2.5e-4, sequences=480)
 
 
 def kraken_125m_6way() -> RunConfig:
     """123.21 M parameters, head size 209; 491,520 tokens per step."""
-    return _published(
-        "kraken_125m_6way",
-        num_layers=12,
-        width=418,
-        num_heads=12,
-        num_ways=6,
-        learning_rate=2.5e-4,
-        sequences_per_step=480,
-        num_workers=8,
-    )
+    return _published("kraken_125m_6way", layers=12, width=418, heads=12, ways=6, learning_rate=2.5e-4, sequences=480)
 
 
 def kraken_350m_2way() -> RunConfig:
     """350.04 M parameters, head size 111; 491,520 tokens per step."""
-    return _published(
-        "kraken_350m_2way",
-        num_layers=24,
-        width=888,
-        num_heads=16,
-        num_ways=2,
-        learning_rate=1.5e-4,
-        sequences_per_step=480,
-        num_workers=8,
-    )
+    return _published("kraken_350m_2way", layers=24, width=888, heads=16, ways=2, learning_rate=1.5e-4, sequences=480)
 
 
 def kraken_350m_4way() -> RunConfig:
     """353.36 M parameters, head size 161; 524,288 tokens per step."""
-    return _published(
-        "kraken_350m_4way",
-        num_layers=24,
-        width=644,
-        num_heads=16,
-        num_ways=4,
-        learning_rate=1.5e-4,
-        sequences_per_step=512,
-        num_workers=8,
-    )
+    return _published("kraken_350m_4way", layers=24, width=644, heads=16, ways=4, learning_rate=1.5e-4, sequences=512)
 
 
 def kraken_760m_4way() -> RunConfig:
     """760.94 M parameters, head size 240; 516,096 tokens per step."""
-    return _published(
-        "kraken_760m_4way",
-        num_layers=24,
-        width=960,
-        num_heads=16,
-        num_ways=4,
-        learning_rate=1.5e-4,
-        sequences_per_step=504,
-        num_workers=8,
-    )
+    return _published("kraken_760m_4way", layers=24, width=960, heads=16, ways=4, learning_rate=1.5e-4, sequences=504)
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
