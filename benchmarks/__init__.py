@@ -1,0 +1,1 @@
+"""Measurements: each command prints one JSON line last, with ratios to a baseline of the same run."""
