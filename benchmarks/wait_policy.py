@@ -3,7 +3,7 @@
     python -m benchmarks.wait_policy --rounds 3
 
 Each round runs both policies, one after the other, in processes of their own, since OpenMP reads the policy once.
-The last line is JSON; a ratio is time(default) / time(PASSIVE), the median over the rounds, above 1 where PASSIVE is faster.
+The last line is JSON; a ratio is time(default) / time(PASSIVE), median over the rounds: above 1, PASSIVE is faster.
 """
 
 import argparse
