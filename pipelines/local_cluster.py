@@ -64,8 +64,8 @@ RAY_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
-    # OpenMP's threads wait for each other by spinning. On cores shared with Ray's own processes that makes a forward
-    # pass several times slower; sleeping costs little when nothing else runs.
+    # OpenMP's threads wait for each other by spinning, which costs most where the cores are shared, as here with Ray's
+    # own processes; on idle cores sleeping is the slower way. `benchmarks/wait_policy.py` measures both.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Environment of every Ray that we start ourselves; it is read before the cluster exists."""
