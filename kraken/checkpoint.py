@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer state and position, as safetensors and JSON; whole or not there at all."""
+"""Checkpoints: weights, optimizer state, position and history, as safetensors and JSON; whole or not there at all."""
 
 import errno
 import re
@@ -11,16 +11,17 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from kraken.config import ModelConfig, from_dict, to_dict
+from kraken.history import History, read_history, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact
 from kraken.model import Kraken
+from kraken.optim import Optimizer
 from kraken.tokenizer import require_same_tokenizer
 
 MODEL_NAME = "model.safetensors"
 OPTIMIZER_NAME = "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP_FOLDER = re.compile(r"step_(\d{9})")
 
 
@@ -28,7 +29,8 @@ def save_checkpoint(
     run_folder: Path,
     step: int,
     model: Kraken,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
+    history: History,
     *,
     data_fingerprint: str,
     tokenizer_fingerprint: str,
@@ -48,7 +50,8 @@ def save_checkpoint(
     try:
         partial.mkdir(parents=True)
         save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, partial / MODEL_NAME)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER_NAME)
+        save_file({name: x.cpu().contiguous() for name, x in optimizer.state().items()}, partial / OPTIMIZER_NAME)
+        write_history(partial, history)
         finish_artefact(
             partial,
             started_at=started_at,
@@ -91,14 +94,14 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, model: Kraken, optimizer: torch.optim.Optimizer, *, data_fingerprint: str, tokenizer_fingerprint: str
-) -> int:
+    folder: Path, model: Kraken, optimizer: Optimizer, *, data_fingerprint: str, tokenizer_fingerprint: str
+) -> tuple[int, History]:
     """Fill model and optimizer from a checkpoint.
 
     Returns:
-        The number of optimizer steps it was written after.
+        The number of optimizer steps it was written after, and the reports until then.
     Raises:
-        ArtefactError: it belongs to another model, other data or another tokenizer.
+        ArtefactError: it belongs to another model, another optimizer, other data or another tokenizer.
     """
     manifest = Manifest.read(folder)
     _require_equal(folder, "model shape", manifest.config, to_dict(model.config))
@@ -106,13 +109,13 @@ def load_checkpoint(
     require_same_tokenizer(manifest.details["tokenizer_fingerprint"], tokenizer_fingerprint, str(folder), "the data")
     load_weights(folder / MODEL_NAME, model)
     step = int(manifest.value("step"))
-    tensors = load_file(folder / OPTIMIZER_NAME)
-    for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step), device=parameter.device),
-            **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS},
-        }
-    return step
+    try:
+        optimizer.load_state(load_file(folder / OPTIMIZER_NAME), step)
+    except KeyError as error:
+        raise ArtefactError(
+            f"{folder} was written by another train.optimizer: it lacks {error}; choose another run"
+        ) from error
+    return step, read_history(folder)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -140,17 +143,9 @@ def load_model(folder: Path) -> tuple[Kraken, Manifest]:
     manifest = Manifest.read(folder)
     model = Kraken(from_dict(ModelConfig, manifest.config))
     with safetensors.safe_open(folder / MODEL_NAME, framework="pt") as file:
-        model.to(file.get_tensor("ln_f").dtype)
+        model.to(file.get_tensor("ln_f.weight").dtype)
     load_weights(folder / MODEL_NAME, model)
     return model, manifest
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment in MOMENTS
-    }
 
 
 def _require_equal(folder: Path, what: str, found: Any, expected: Any) -> None:

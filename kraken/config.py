@@ -78,8 +78,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of a Kraken model. Letters in brackets are the shape letters of `kraken/model.py`."""
+    """The shape of a model. Letters in brackets are the shape letters of `kraken/model.py`."""
 
+    architecture: Literal["kraken", "standard", "parallel"] = "kraken"
+    """`kraken`: W ways, one sum a layer. `standard`: pre-LayerNorm Transformer, as GPT-2. `parallel`: attention and FFN
+    side by side after one LayerNorm, as GPT-J and PaLM. The last two are the baselines and have one way."""
     num_layers: int
     """Layers; each holds `num_ways` independent sub-layers."""
     width: int
@@ -93,13 +96,30 @@ class ModelConfig:
     vocab_size: int
     """Padded vocabulary [V]; ids past the tokenizer's own are never sampled."""
     ffn_multiple: int = 2
-    """FFN hidden size as a multiple of the width [F = ffn_multiple * D]; the published presets use 2."""
+    """FFN hidden size as a multiple of the width [F = ffn_multiple * D]; the published presets use 2, GPT-2 uses 4."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """`gelu` (tanh form). `swiglu`: a gated FFN with three matrices and two thirds of the hidden size, so that it has
+    as many parameters."""
+    positions: Literal["learned", "rope"] = "learned"
+    """`learned`: a table of `context_length` vectors. `rope`: queries and keys are rotated instead."""
+    rope_base: float = 10_000.0
+    """Longest wavelength of `rope` in positions, over 2 pi."""
+    bias: bool = False
+    """Whether linears and LayerNorms add a bias; no preset does."""
 
     def __post_init__(self) -> None:
         _require_positive(
             "model",
             self,
             *("num_layers", "width", "num_heads", "num_ways", "context_length", "vocab_size", "ffn_multiple"),
+        )
+        _require(
+            self.rope_base > 1.0, f"model.rope_base={self.rope_base} is not above 1; 10000 is what most models use"
+        )
+        _require(
+            self.architecture == "kraken" or self.num_ways == 1,
+            f"model.num_ways={self.num_ways}, but model.architecture={self.architecture} has one way; choose "
+            "model.num_ways=1, or model.architecture=kraken",
         )
         ways = [w for w in range(1, self.num_heads + 1) if self.num_heads % w == 0]
         _require(
@@ -112,6 +132,12 @@ class ModelConfig:
             f"model.width={self.width} is not divisible by the {self.heads_per_way} heads of a way "
             f"(model.num_heads={self.num_heads} / model.num_ways={self.num_ways}); "
             f"choose a width that is a multiple of {self.heads_per_way}",
+        )
+        _require(
+            self.positions == "learned" or self.head_size % 2 == 0,
+            f"model.positions=rope rotates pairs of channels, but the head size is {self.head_size} "
+            f"(model.width={self.width} / {self.heads_per_way} heads of a way); choose a width that is a multiple of "
+            f"{2 * self.heads_per_way}, or model.positions=learned",
         )
         _require(
             self.vocab_size % VOCAB_MULTIPLE == 0,
@@ -131,7 +157,9 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """Hidden channels of one way's FFN [F]."""
+        """Hidden channels of one way's FFN [F]; a gated one's are rounded up to a multiple of 8."""
+        if self.activation == "swiglu":
+            return -(-2 * self.ffn_multiple * self.width // (3 * 8)) * 8
         return self.ffn_multiple * self.width
 
 
@@ -147,6 +175,9 @@ class TrainConfig:
     """Most sequences a worker runs through the model at once; the rest of its share is accumulated."""
     learning_rate: float = 2.5e-4
     """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw` for everything. `muon`: hidden matrices by Muon at the same rate, its updates scaled to AdamW's size, and
+    embeddings, biases and gains by AdamW. torch's Muon computes in bfloat16, which most CPUs emulate slowly."""
     final_learning_rate_fraction: float = 0.1
     """The cosine ends at this fraction of the peak."""
     warmup_steps: int = 2000
@@ -163,6 +194,8 @@ class TrainConfig:
     """Seeds the initial weights and the global order of the training windows."""
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute type; master weights stay float32 (or float64). `auto`: bfloat16 where the device is fast at it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """`torch.compile` of the layers and the loss. `auto`: where it pays, see `kraken/train.py`."""
     log_every: int = 10
     """Steps between two reported metrics."""
     validate_every: int = 100

@@ -27,21 +27,18 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 
-SHARED_NAMES = {
-    "wte": "transformer.wte.weight",
-    "wpe": "transformer.wpe.weight",
-    "conjunction": "transformer.conjunction.weight",
-    "ln_f": "transformer.ln_f.weight",
-}
-"""Parameters that all ways share: our name -> the exchange name. Every other parameter has the ways stacked first."""
-
 
 def exchange_names(name: str, num_ways: int) -> list[str]:
-    """The exchange names of one of our parameters: one for a shared parameter, else one per way."""
-    if name in SHARED_NAMES:
-        return [SHARED_NAMES[name]]
+    """The exchange names of one of our parameters: one for a parameter that all ways share, else one per way."""
+    if not has_ways(name):
+        return [f"transformer.{name}"]
     prefix, layer, rest = name.split(".", 2)  # h.{layer}.{rest}
     return [f"transformer.{prefix}.{way}.{layer}.{rest}" for way in range(num_ways)]
+
+
+def has_ways(name: str) -> bool:
+    """Whether one of our parameters stacks the ways in its first dimension."""
+    return name.startswith("h.")
 
 
 def to_exchange(model: Kraken) -> dict[str, Tensor]:
@@ -49,7 +46,7 @@ def to_exchange(model: Kraken) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         names = exchange_names(name, model.config.num_ways)
-        parts = [parameter] if name in SHARED_NAMES else parameter.unbind(0)
+        parts = parameter.unbind(0) if has_ways(name) else [parameter]
         # a way's matrix gets memory of its own: a file stores whole tensors, not views of one
         tensors |= {key: part.detach().clone() for key, part in zip(names, parts, strict=True)}
     return tensors
@@ -60,6 +57,7 @@ def model_config_json(config: ModelConfig, num_ids: int, eot_id: int) -> dict[st
     return {
         "architectures": ["KrakenForCausalLM"],
         "model_type": "kraken",
+        "architecture": config.architecture,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.width,
         "num_attention_heads": config.num_heads,
@@ -68,6 +66,10 @@ def model_config_json(config: ModelConfig, num_ids: int, eot_id: int) -> dict[st
         "vocab_size": config.vocab_size,
         "num_token_ids": num_ids,
         "ffn_multiple": config.ffn_multiple,
+        "activation": config.activation,
+        "positions": config.positions,
+        "rope_base": config.rope_base,
+        "bias": config.bias,
         "tie_word_embeddings": True,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
@@ -99,6 +101,11 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             context_length=values["max_position_embeddings"],
             vocab_size=values["vocab_size"],
             ffn_multiple=values["ffn_multiple"],
+            architecture=values["architecture"],
+            activation=values["activation"],
+            positions=values["positions"],
+            rope_base=values["rope_base"],
+            bias=values["bias"],
         )
     except KeyError as error:
         raise ArtefactError(f"{path} lacks {error}; convert again") from error
@@ -166,7 +173,7 @@ def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
     opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
     for name, parameter in model.named_parameters():
         names = exchange_names(name, config.num_ways)
-        targets = [parameter] if name in SHARED_NAMES else parameter.unbind(0)
+        targets = parameter.unbind(0) if has_ways(name) else [parameter]
         for key, target in zip(names, targets, strict=True):
             tensor = opened[files[key]].get_tensor(key)
             if tensor.shape != target.shape:

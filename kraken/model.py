@@ -1,6 +1,6 @@
-"""The Kraken architecture, whole, on one device.
+"""The architectures, whole, on one device: Kraken and the two baselines that it is compared with.
 
-Every layer consists of W independent sub-layers, the ways. With x_i the input of way i, one layer computes
+Every layer of Kraken consists of W independent sub-layers, the ways. With x_i the input of way i, one layer computes
 
     a_i  = x_i + Attn_i(LN1_i(x_i))                     needs nothing from the other ways
     S    = sum_j x_j                                    the one all-reduce of a layer; may run during the line above
@@ -11,6 +11,13 @@ concatenated, brought back to width D by one linear (the conjunction), normalise
 Source: Prabhakar, Zhang, Wentzlaff, "Kraken", NeurIPS 2024 (arXiv 2408.07802). A way is the paper's sub-layer and the
 published code's split (`num_splits`, `n_heads_in_split`).
 
+The baselines have one way and no conjunction. `standard` is the pre-LayerNorm Transformer of GPT-2, with two
+all-reduces a layer under tensor parallelism, both waited for; `parallel` is the block of GPT-J and PaLM, which waits
+for one:
+
+    standard:  a = x + Attn(LN1(x));  x' = a + FFN(LN2(a))
+    parallel:  x' = x + Attn(LN1(x)) + FFN(LN1(x))
+
 Shape letters: B batch, T sequence, W ways, D width of a way, N heads per way, H head size, F FFN hidden size,
 V padded vocabulary; I and O are the inputs and outputs of any linear. The ways are a dimension of the weights, so that
 a layer is a few batched matrix products and one attention call, whatever W is.
@@ -19,25 +26,58 @@ a layer is a few batched matrix products and one attention call, whatever W is.
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from kraken.config import ModelConfig
+from kraken.loss import chunked_cross_entropy
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, q_WBTNH, k_WBTNH, v_WBTNH) -> out_WBTNH. Training attends causally; an engine brings its cache here."""
+"""(layer index, q_WBTNH, k_WBTNH, v_WBTNH) -> out_WBTNH. An engine brings its cache here; it scales by 1/sqrt(H)."""
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each [B or 1, T, 1, H/2]."""
 
 
-def causal_attention(layer_index: int, q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor) -> Tensor:
-    """Full causal attention, one call over all ways' heads."""
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What sizes are rounded up to inside a forward pass, with zeros that change no result.
+
+    Tensor cores want widths that are multiples of 8, fused attention wants few head sizes; parameters, checkpoints and
+    the optimizer keep the true sizes.
+    """
+
+    width: int = 1
+    head_size: int = 1
+
+    def padded_width(self, size: int) -> int:
+        return -(-size // self.width) * self.width
+
+    def padded_head_size(self, size: int) -> int:
+        return -(-size // self.head_size) * self.head_size
+
+
+def pad(x: Tensor, *sizes: int | None) -> Tensor:
+    """Zeros at the end of the last dimensions, up to `sizes`; None leaves a dimension as it is."""
+    amounts: list[int] = []
+    for size, found in zip(reversed(sizes), reversed(x.shape), strict=False):
+        amounts += [0, 0 if size is None else size - found]
+    return F.pad(x, amounts) if any(amounts) else x
+
+
+def causal_attention(q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor, head_size: int) -> Tensor:
+    """Full causal attention, one call over all ways' heads; `head_size` is the one without padding."""
     # [W, B, T, N, H] -> [W*B, N, T, H], a view: ways are just more of the batch
     q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (q_WBTNH, k_WBTNH, v_WBTNH))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=head_size**-0.5)
     return out.transpose(1, 2).unflatten(0, q_WBTNH.shape[:2])
 
 
@@ -46,28 +86,43 @@ def sum_across_ways(x_WBTD: Tensor) -> Tensor:
     return x_WBTD.sum(dim=0, keepdim=True)
 
 
-class WayLinear(nn.Module):
-    """W linears without bias, one per way, as one batched product: [W, B, T, I] -> [W, B, T, O]."""
+def batched_linear(x_WBTI: Tensor, weight_WOI: Tensor, bias_WO: Tensor | None) -> Tensor:
+    """W linears as one batched product: [W, B, T, I] -> [W, B, T, O]."""
+    if len(weight_WOI) == 1:  # a plain product reads its inputs with any stride
+        return F.linear(x_WBTI, weight_WOI[0], None if bias_WO is None else bias_WO[0])
+    x, weight_WIO = x_WBTI.flatten(1, 2), weight_WOI.transpose(1, 2)
+    y = torch.bmm(x, weight_WIO) if bias_WO is None else torch.baddbmm(bias_WO[:, None], x, weight_WIO)
+    return y.unflatten(1, x_WBTI.shape[1:3])
 
-    def __init__(self, num_ways: int, num_inputs: int, num_outputs: int):
+
+class WayLinear(nn.Module):
+    """The parameters of W linears, one per way; whoever owns it knows how they are padded."""
+
+    def __init__(self, num_ways: int, num_inputs: int, num_outputs: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_ways, num_outputs, num_inputs))
-
-    def forward(self, x_WBTI: Tensor) -> Tensor:
-        y = torch.bmm(x_WBTI.flatten(1, 2), self.weight.transpose(1, 2))
-        return y.unflatten(1, x_WBTI.shape[1:3])
+        self.bias = nn.Parameter(torch.empty(num_ways, num_outputs)) if bias else None
 
 
 class WayNorm(nn.Module):
-    """LayerNorm without bias, with one gain vector per way: [W, B, T, D] -> the same."""
+    """LayerNorm with one gain vector per way: [W, B, T, D] -> the same, the width padded."""
 
-    def __init__(self, num_ways: int, width: int):
+    def __init__(self, num_ways: int, width: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_ways, width))
+        self.bias = nn.Parameter(torch.empty(num_ways, width)) if bias else None
+        self.alignment = Alignment()
 
     def forward(self, x_WBTD: Tensor) -> Tensor:
-        normed = F.layer_norm(x_WBTD, x_WBTD.shape[-1:], eps=LAYER_NORM_EPSILON)
-        return normed * self.weight[:, None, None]
+        width = self.weight.shape[-1]
+        if len(self.weight) == 1:
+            bias_D = None if self.bias is None else self.bias[0]
+            normed = F.layer_norm(x_WBTD, (width,), self.weight[0], bias_D, LAYER_NORM_EPSILON)
+        else:
+            normed = F.layer_norm(x_WBTD, (width,), eps=LAYER_NORM_EPSILON) * self.weight[:, None, None]
+            if self.bias is not None:
+                normed = normed + self.bias[:, None, None]
+        return pad(normed, self.alignment.padded_width(width))
 
 
 class Attention(nn.Module):
@@ -75,46 +130,73 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads_per_way = config.heads_per_way
-        self.c_attn = WayLinear(config.num_ways, config.width, 3 * config.width)
-        self.c_proj = WayLinear(config.num_ways, config.width, config.width)
+        self.width, self.num_heads, self.head_size = config.width, config.heads_per_way, config.head_size
+        self.c_attn = WayLinear(config.num_ways, config.width, 3 * config.width, config.bias)
+        self.c_proj = WayLinear(config.num_ways, config.width, config.width, config.bias)
+        self.alignment = Alignment()
 
-    def forward(self, x_WBTD: Tensor, layer_index: int, attend: Attend) -> Tensor:
-        # [W, B, T, 3*D] -> three of [W, B, T, N, H]; the published order is q, k, v
-        q, k, v = self.c_attn(x_WBTD).unflatten(-1, (3, self.heads_per_way, -1)).unbind(dim=3)
-        out_WBTNH = attend(layer_index, q, k, v)
-        return self.c_proj(out_WBTNH.flatten(-2))
+    def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
+        """Attention of normalised, padded input; returns the true width. `attend` None is full causal attention."""
+        D, H = self.alignment.padded_width(self.width), self.alignment.padded_head_size(self.head_size)
+        heads = (3, self.num_heads, self.head_size)
+        weight = pad(self.c_attn.weight.unflatten(1, heads), H, D).flatten(1, 3)
+        bias = None if self.c_attn.bias is None else pad(self.c_attn.bias.unflatten(1, heads), H).flatten(1)
+        # [W, B, T, 3*N*H] -> three of [W, B, T, N, H]; the published order is q, k, v
+        q, k, v = batched_linear(x_WBTD, weight, bias).unflatten(-1, (3, self.num_heads, H)).unbind(dim=3)
+        if rotation is not None:
+            q, k = (pad(rotate(x[..., : self.head_size], rotation), H) for x in (q, k))
+        out_WBTNH = causal_attention(q, k, v, self.head_size) if attend is None else attend(q, k, v)
+        weight = pad(self.c_proj.weight.unflatten(2, heads[1:]), D, None, H).flatten(2)
+        bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
+        return batched_linear(out_WBTNH.flatten(-2), weight, bias)[..., : self.width]
 
 
 class MLP(nn.Module):
-    """The feed-forward network of each way."""
+    """The feed-forward network of each way: GELU, or SwiGLU with the gate's rows first in `c_fc`."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.c_fc = WayLinear(config.num_ways, config.width, config.ffn_size)
-        self.c_proj = WayLinear(config.num_ways, config.ffn_size, config.width)
+        self.width, self.ffn_size, self.gated = config.width, config.ffn_size, config.activation == "swiglu"
+        num_hidden = (2 if self.gated else 1) * config.ffn_size
+        self.c_fc = WayLinear(config.num_ways, config.width, num_hidden, config.bias)
+        self.c_proj = WayLinear(config.num_ways, config.ffn_size, config.width, config.bias)
+        self.alignment = Alignment()
 
     def forward(self, x_WBTD: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x_WBTD), approximate="tanh"))
+        """The FFN of normalised, padded input; returns the true width."""
+        D, hidden = self.alignment.padded_width(self.width), self.alignment.padded_width(self.ffn_size)
+        parts = (-1, self.ffn_size)  # one, or the gate and what it gates
+        weight = pad(self.c_fc.weight.unflatten(1, parts), hidden, D).flatten(1, 2)
+        bias = None if self.c_fc.bias is None else pad(self.c_fc.bias.unflatten(1, parts), hidden).flatten(1)
+        y_WBTF = batched_linear(x_WBTD, weight, bias)
+        if self.gated:
+            gate, y_WBTF = y_WBTF.chunk(2, dim=-1)
+            y_WBTF = F.silu(gate) * y_WBTF
+        else:
+            y_WBTF = F.gelu(y_WBTF, approximate="tanh")
+        bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
+        return batched_linear(y_WBTF, pad(self.c_proj.weight, D, hidden), bias)[..., : self.width]
 
 
 class Layer(nn.Module):
-    """One layer of all ways; see the module's docstring for the equation."""
+    """One layer of all ways; see the module's docstring for the equations."""
 
     def __init__(self, config: ModelConfig, layer_index: int):
         super().__init__()
-        self.layer_index = layer_index
-        self.ln_1 = WayNorm(config.num_ways, config.width)
+        self.parallel = config.architecture == "parallel"
+        self.reads_others = config.architecture == "kraken" and layer_index > 0
+        self.ln_1 = WayNorm(config.num_ways, config.width, config.bias)
         self.attn = Attention(config)
-        self.ln_2 = WayNorm(config.num_ways, config.width)
+        self.ln_2 = None if self.parallel else WayNorm(config.num_ways, config.width, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x_WBTD: Tensor, attend: Attend) -> Tensor:
-        a_WBTD = x_WBTD + self.attn(self.ln_1(x_WBTD), self.layer_index, attend)
-        if self.layer_index == 0:
-            return a_WBTD + self.mlp(self.ln_2(a_WBTD))
-        others_WBTD = sum_across_ways(x_WBTD) - x_WBTD
-        return a_WBTD + self.mlp(self.ln_2(a_WBTD + others_WBTD))
+    def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
+        normed_WBTD = self.ln_1(x_WBTD)
+        a_WBTD = x_WBTD + self.attn(normed_WBTD, rotation, attend)
+        if self.ln_2 is None:
+            return a_WBTD + self.mlp(normed_WBTD)
+        seen_WBTD = a_WBTD + (sum_across_ways(x_WBTD) - x_WBTD) if self.reads_others else a_WBTD
+        return a_WBTD + self.mlp(self.ln_2(seen_WBTD))
 
 
 class Kraken(nn.Module):
@@ -127,46 +209,87 @@ class Kraken(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Parameter(torch.empty(config.vocab_size, config.width))
-        self.wpe = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.alignment = Alignment()
+        D = config.width
+        device = torch.get_default_device()  # which may be `meta`: shapes without memory
+        learned = config.positions == "learned"
+        self.wte = skip_init(nn.Embedding, config.vocab_size, D, device=device)
+        self.wpe = skip_init(nn.Embedding, config.context_length, D, device=device) if learned else None
         self.h = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.conjunction = nn.Parameter(torch.empty(config.width, config.num_ways * config.width))
-        self.ln_f = nn.Parameter(torch.empty(config.width))
+        joins = config.architecture == "kraken"
+        self.conjunction = (
+            skip_init(nn.Linear, config.num_ways * D, D, bias=config.bias, device=device) if joins else None
+        )
+        self.ln_f = nn.LayerNorm(D, eps=LAYER_NORM_EPSILON, bias=config.bias)
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+    def align(self, alignment: Alignment) -> None:
+        """Round sizes up inside the forward pass from now on."""
+        for module in self.modules():
+            if isinstance(module, Kraken | WayNorm | Attention | MLP):
+                module.alignment = alignment
+
+    def compile_layers(self) -> None:
+        """`torch.compile` each layer: layers of one kind share one compilation, however many there are."""
+        for layer in self.h:
+            layer.compile()
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """Logits of the next token at every position, in the compute type.
 
         Args:
             positions_BT: int64 positions in the context; None counts from 0.
-            attend: how queries meet keys; the default is full causal attention.
+            attend: how queries meet keys; None is full causal attention.
         """
         return self.readout(self.hidden(ids_BT, positions_BT, attend))
 
-    def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist."""
+        hidden_BTD = self.hidden(ids_BT)
+        padded_width = self.alignment.padded_width(self.config.width)
+        return chunked_cross_entropy(
+            pad(hidden_BTD.flatten(0, 1), padded_width), pad(self.wte.weight, padded_width), targets_BT.flatten()
+        )
+
+    def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """The normalised state [B, T, D] that the head reads."""
-        positions = self.wpe[: ids_BT.shape[1]] if positions_BT is None else F.embedding(positions_BT, self.wpe)
-        x_BTD = F.embedding(ids_BT, self.wte) + positions
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        x_BTD = self.wte(ids_BT)
+        rotation = None
+        if self.wpe is None:
+            rotation = rotation_of(positions_BT, self.config.head_size, self.config.rope_base, x_BTD.dtype)
+        else:
+            x_BTD = x_BTD + self.wpe(positions_BT)
         x_WBTD = x_BTD.expand(self.config.num_ways, -1, -1, -1)
-        for layer in self.h:
-            x_WBTD = layer(x_WBTD, attend)
+        for index, layer in enumerate(self.h):
+            x_WBTD = layer(x_WBTD, rotation, None if attend is None else partial(attend, index))
+        return self.ln_f(self._join(x_WBTD))
+
+    def _join(self, x_WBTD: Tensor) -> Tensor:
+        """Bring the ways back to one state [B, T, D]."""
+        if self.conjunction is None:
+            return x_WBTD[0]
+        W, D = self.config.num_ways, self.config.width
+        padded = self.alignment.padded_width(D)
+        weight = pad(self.conjunction.weight.unflatten(1, (W, D)), padded, None, padded).flatten(1)
+        bias = None if self.conjunction.bias is None else pad(self.conjunction.bias, padded)
         # [W, B, T, D] -> [B, T, W*D], way after way, as the published code concatenates
-        y_BTD = F.linear(x_WBTD.permute(1, 2, 0, 3).flatten(2), self.conjunction)
-        return F.layer_norm(y_BTD, y_BTD.shape[-1:], self.ln_f, eps=LAYER_NORM_EPSILON)
+        return F.linear(pad(x_WBTD, padded).permute(1, 2, 0, 3).flatten(2), weight, bias)[..., :D]
 
     def readout(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D]; the head is tied to the token embedding."""
-        return F.linear(hidden_BTD, self.wte)
+        return F.linear(hidden_BTD, self.wte.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter: gains 1; matrices normal 0.02, `c_proj` smaller by sqrt(2 * layers * ways).
+        """Fill every parameter: gains 1; biases 0; matrices normal 0.02, `c_proj` smaller by sqrt(2 * layers * ways).
 
         Each matrix of each way has a generator of its own, seeded by (seed, name, way): whoever holds only some ways
         draws the same numbers for them.
         """
         for name, parameter in self.named_parameters():
-            if is_gain(name):
-                parameter.fill_(1.0)
+            if is_vector(name):
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = INIT_STD
             if name.endswith("c_proj.weight"):
@@ -189,7 +312,9 @@ class Kraken(nn.Module):
         positions counted (Chowdhery et al., PaLM, 2022, appendix B).
         """
         c = self.config
-        matrix_weights = sum(p.numel() for name, p in self.named_parameters() if not is_gain(name) and name != "wpe")
+        matrix_weights = sum(
+            p.numel() for name, p in self.named_parameters() if not is_vector(name) and "wpe" not in name
+        )
         return 6 * matrix_weights + 12 * c.num_layers * c.num_ways * c.width * c.context_length
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
@@ -198,9 +323,24 @@ class Kraken(nn.Module):
         return 2 * c.num_layers * c.num_ways * c.width * bytes_per_value
 
 
-def is_gain(parameter_name: str) -> bool:
-    """Whether a parameter is a LayerNorm's gain: set to 1 at the start and not decayed."""
-    return "ln_" in parameter_name
+def is_vector(parameter_name: str) -> bool:
+    """Whether a parameter is a gain or a bias: not drawn at the start, and not decayed."""
+    return "ln_" in parameter_name or parameter_name.endswith("bias")
+
+
+def rotation_of(positions_BT: Tensor, head_size: int, base: float, dtype: torch.dtype) -> Rotation:
+    """Rotary positions: channel pair i turns by position * base^(-2i/H) (Su et al., RoFormer, 2021)."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_size, 2, device=positions_BT.device, dtype=exact) / head_size
+    angles = (positions_BT[..., None].to(exact) * base**-exponents)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_WBTNH: Tensor, rotation: Rotation) -> Tensor:
+    """Turn channel i and channel i + H/2 as a pair, in the precision of the rotation; returns the type of x."""
+    cos, sin = rotation
+    first, second = x_WBTNH.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_WBTNH.dtype)
 
 
 def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""The optimizer and its schedule: AdamW over two parameter groups, the learning rate a pure function of the step."""
+"""The optimizer and its schedule: AdamW, or Muon beside it; the learning rate a pure function of the step."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kraken.config import TrainConfig
-from kraken.model import is_gain
+from kraken.model import Kraken, is_vector
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENT = "momentum_buffer"
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -18,17 +21,108 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return final + (config.learning_rate - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with decay on matrices and embeddings, none on gains; one fused kernel per group."""
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        groups[is_gain(name)].append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": groups[False], "weight_decay": config.weight_decay},
-            {"params": groups[True], "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+def is_hidden_matrix(parameter_name: str) -> bool:
+    """Whether Muon takes a parameter: matrices between hidden states; not embeddings, gains and biases."""
+    return not is_vector(parameter_name) and not parameter_name.startswith(("wte", "wpe"))
+
+
+class Optimizer:
+    """Every parameter of a model under AdamW, or its hidden matrices under Muon and the rest under AdamW.
+
+    Decay is on matrices and embeddings, none on gains and biases. Gradients are read from the parameters.
+    """
+
+    def __init__(self, config: TrainConfig, model: Kraken):
+        self._config = config
+        parameters = dict(model.named_parameters())
+        self._by_muon = {n: p for n, p in parameters.items() if config.optimizer == "muon" and is_hidden_matrix(n)}
+        self._by_adamw = {n: p for n, p in parameters.items() if n not in self._by_muon}
+        decayed = [p for name, p in self._by_adamw.items() if not is_vector(name)]
+        not_decayed = [p for name, p in self._by_adamw.items() if is_vector(name)]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": not_decayed, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+        # Muon orthogonalises one matrix at a time: every way's q, k, v, gate and so on is one, and shares our memory
+        self._matrices = {
+            name: [nn.Parameter(m.detach()) for m in matrices_of(name, p, model)] for name, p in self._by_muon.items()
+        }
+        self._model = model
+        every_matrix = [matrix for matrices in self._matrices.values() for matrix in matrices]
+        self._muon = (
+            torch.optim.Muon(
+                every_matrix,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                momentum=config.beta2,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            if every_matrix
+            else None
+        )
+
+    def step(self, rate: float) -> None:
+        """Update every parameter once, at this learning rate."""
+        for optimizer in (self._adamw, self._muon):
+            if optimizer is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+        self._adamw.step()
+        if self._muon is not None:
+            for name, parameter in self._by_muon.items():
+                assert parameter.grad is not None
+                gradients = matrices_of(name, parameter.grad, self._model)
+                for matrix, gradient in zip(self._matrices[name], gradients, strict=True):
+                    matrix.grad = gradient
+            self._muon.step()
+
+    def zero_grad(self) -> None:
+        """Zero the gradients where they are, so that their memory stays where views of it point."""
+        for parameter in (*self._by_adamw.values(), *self._by_muon.values()):
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments as `{moment}.{parameter name}`, each of its parameter's shape, once a step was taken."""
+        tensors = {
+            f"{moment}.{name}": self._adamw.state[parameter][moment]
+            for name, parameter in self._by_adamw.items()
+            for moment in ADAMW_MOMENTS
+        }
+        for name, matrices in self._matrices.items():
+            assert self._muon is not None
+            buffer = torch.empty_like(self._by_muon[name], requires_grad=False)
+            for part, matrix in zip(matrices_of(name, buffer, self._model), matrices, strict=True):
+                part.copy_(self._muon.state[matrix][MUON_MOMENT])
+            tensors[f"{MUON_MOMENT}.{name}"] = buffer
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from what `state` gave after `step` steps.
+
+        Raises:
+            KeyError: the state is another optimizer's.
+        """
+        for name, parameter in self._by_adamw.items():
+            self._adamw.state[parameter] = {
+                "step": torch.tensor(float(step), device=parameter.device),
+                **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in ADAMW_MOMENTS},
+            }
+        for name, matrices in self._matrices.items():
+            assert self._muon is not None
+            buffer = tensors[f"{MUON_MOMENT}.{name}"].to(matrices[0].device)
+            for part, matrix in zip(matrices_of(name, buffer, self._model), matrices, strict=True):
+                self._muon.state[matrix] = {MUON_MOMENT: part.clone()}
+
+
+def matrices_of(name: str, tensor: Tensor, model: Kraken) -> list[Tensor]:
+    """The single matrices [O, I] that a parameter of that name stacks: views of ways, of q, k, v, of gate and value."""
+    if tensor.dim() == 2:
+        return [tensor]
+    num_parts = 1
+    if name.endswith("c_attn.weight"):
+        num_parts = 3
+    elif name.endswith("c_fc.weight") and model.config.activation == "swiglu":
+        num_parts = 2
+    return [part for matrix in tensor.unbind(0) for part in matrix.chunk(num_parts)]

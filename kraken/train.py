@@ -7,23 +7,22 @@ stopped: the batch of a step and its learning rate depend on nothing but the ste
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from kraken.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from kraken.config import RunConfig
 from kraken.data.loader import Loader, sequential_windows, split_windows
+from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
+from kraken.history import History, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.model import Kraken, next_token_loss
-from kraken.optim import build_optimizer, learning_rate
+from kraken.optim import learning_rate
 from kraken.parallel import Replicas, join_replicas
+from kraken.step import TrainingStep
 
 
 class Hooks(Protocol):
@@ -44,42 +43,12 @@ class NoHooks:
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Types of the master weights and of the computation."""
-
-    master: torch.dtype
-    compute: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return str(self.compute).removeprefix("torch.")
-
-    def autocast(self, device: torch.device) -> Any:
-        """The context a forward pass runs in."""
-        return torch.autocast(device.type, self.compute) if self.compute != self.master else nullcontext()
-
-
-def choose_precision(setting: str, device: torch.device) -> Precision:
-    """Resolve `train.precision` for a device.
-
-    A CPU without bfloat16 instructions emulates them, some fifty times slower than float32.
-    """
-    if setting == "float64":
-        return Precision(torch.float64, torch.float64)
-    if setting == "auto":
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = device.type == "cuda" or capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        setting = "bfloat16" if fast else "float32"
-    return Precision(torch.float32, torch.bfloat16 if setting == "bfloat16" else torch.float32)
-
-
 def train(config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks | None = None) -> dict[str, Metric]:
     """Train until `config.train.steps` optimizer steps are done, wherever the newest checkpoint left off.
 
     Args:
         data_folder: a prepared artefact.
-        run_folder: shared by all ranks; checkpoints go here.
+        run_folder: shared by all ranks; checkpoints go here, and at the end the run's history.
 
     Returns:
         The metrics of the finished run, the same on every rank.
@@ -112,116 +81,104 @@ class _Run:
         T = config.model.context_length
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
-        self.precision = choose_precision(c.precision, replicas.device)
-        self.model = Kraken(config.model)
-        self.model.init_weights(c.seed)
-        self.model.to(device=replicas.device, dtype=self.precision.master)
-        self.optimizer = build_optimizer(c, self.model)
-        self.first_step = self._resume()
-        self.replicated = replicas.wrap(self.model)
+        self.step = TrainingStep(config.model, c, replicas)
+        self.first_step, self.history = self._resume()
+        self.step.start(c.steps - self.first_step)
+        self.tokens_per_step = c.sequences_per_step * T
 
-    def _resume(self) -> int:
+    def _resume(self) -> tuple[int, History]:
         # every rank reads the same folder; the barrier keeps one from deleting what another is about to read
         checkpoint = newest_checkpoint(self.run_folder)
         step = 0
+        history: History = []
         if checkpoint is not None:
-            step = load_checkpoint(
+            step, history = load_checkpoint(
                 checkpoint,
-                self.model,
-                self.optimizer,
+                self.step.model,
+                self.step.optimizer,
                 data_fingerprint=self.data.fingerprint,
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
             )
         self.replicas.barrier()
-        return step
+        return step, history
 
     def run(self) -> dict[str, Metric]:
+        c, replicas = self.config.train, self.replicas
+        with Prefetcher(
+            self.loader, replicas.rank, replicas.size, replicas.device, self.first_step, c.steps
+        ) as self.batches:
+            self._run_steps()
+        if self.history and "validation_loss" in self.history[-1]:
+            validation_loss = self.history[-1]["validation_loss"]
+        else:  # of a checkpoint that was written by a run with other settings
+            validation_loss = self._validate()
+        seconds = self.history[-1]["seconds"] if self.history else 0.0
+        if replicas.is_main:
+            write_history(self.run_folder, self.history)
+        return {
+            "parameters": Metric(self.step.model.num_parameters(), "parameters"),
+            "steps": Metric(c.steps, "optimizer steps"),
+            "train_tokens": Metric(c.steps * self.tokens_per_step, "tokens"),
+            "final_validation_loss": Metric(validation_loss, "nats/token"),
+            "training_seconds": Metric(seconds, "s"),
+            "mean_tokens_per_second": Metric(c.steps * self.tokens_per_step / max(seconds, 1e-9), "tokens/s"),
+            "training_flops_per_token": Metric(self.step.model.training_flops_per_token(), "FLOP/token"),
+            "num_workers": Metric(replicas.size, "processes"),
+        }
+
+    def _run_steps(self) -> None:
+        """Train, report and write checkpoints from the first step that is left to the last."""
         c = self.config.train
-        tokens_per_step = c.sequences_per_step * self.config.model.context_length
+        seconds_before = self.history[-1]["seconds"] if self.history else 0.0
         started_at = interval_started_at = time.monotonic()
         loss_sum, interval_steps = torch.zeros((), device=self.replicas.device, dtype=torch.float64), 0
-        validation_loss = math.nan
         for step in range(self.first_step, c.steps):
-            rate = learning_rate(c, step)
-            loss, grad_norm = self._step(step, rate)
+            loss, grad_norm = self.step(step, *self.batches.batch(step))
             loss_sum += loss
             interval_steps += 1
             done = step + 1
             last = done == c.steps
-            validated = last or done % c.validate_every == 0
-            if validated:
-                validation_loss = self._validate()
-            if last or validated or done % c.log_every == 0:
+            validates = last or done % c.validate_every == 0
+            saves = last or done % c.checkpoint_every == 0
+            if not (validates or saves or done % c.log_every == 0):
+                continue
+            self._require_finite()
+            if validates or done % c.log_every == 0:
+                # the sum waits for the device, so that the clock is read when the steps are done
                 mean_loss = float(self.replicas.sum(loss_sum)) / interval_steps
                 seconds = time.monotonic() - interval_started_at
-                metrics = {
+                report = {
                     "step": float(done),
                     "loss": mean_loss,
-                    "learning_rate": rate,
+                    "learning_rate": learning_rate(c, step),
                     "grad_norm": float(grad_norm),
-                    "tokens": float(done * tokens_per_step),
-                    "tokens_per_second": interval_steps * tokens_per_step / seconds,
-                    "tokens_per_second_per_device": interval_steps * tokens_per_step / seconds / self.replicas.size,
+                    "tokens": float(done * self.tokens_per_step),
+                    "tokens_per_second": interval_steps * self.tokens_per_step / seconds,
+                    "tokens_per_second_per_device": interval_steps
+                    * self.tokens_per_step
+                    / seconds
+                    / self.replicas.size,
+                    "seconds": seconds_before + time.monotonic() - started_at,
                     "seconds_left": (c.steps - done) * (time.monotonic() - started_at) / (done - self.first_step),
                 }
-                if validated:
-                    metrics |= {"validation_loss": validation_loss, "validation_perplexity": math.exp(validation_loss)}
-                self._require_finite(metrics, done)
-                self.hooks.on_step(metrics)
+                if validates:
+                    validation_loss = self._validate()
+                    report |= {"validation_loss": validation_loss, "validation_perplexity": math.exp(validation_loss)}
+                self.history.append(report)
+                self.hooks.on_step(report)
                 loss_sum.zero_()
                 interval_started_at, interval_steps = time.monotonic(), 0
-            if last or done % c.checkpoint_every == 0:
+            if saves:
                 self._checkpoint(done)
-        if math.isnan(validation_loss):  # resumed after the last step: nothing was left to train
-            validation_loss = self._validate()
-        seconds = time.monotonic() - started_at
-        trained_now = (c.steps - self.first_step) * tokens_per_step
-        return {
-            "parameters": Metric(self.model.num_parameters(), "parameters"),
-            "steps": Metric(c.steps, "optimizer steps"),
-            "train_tokens": Metric(c.steps * tokens_per_step, "tokens"),
-            "final_validation_loss": Metric(validation_loss, "nats/token"),
-            "mean_tokens_per_second": Metric(trained_now / seconds, "tokens/s"),
-            "training_flops_per_token": Metric(self.model.training_flops_per_token(), "FLOP/token"),
-            "num_workers": Metric(self.replicas.size, "processes"),
-        }
 
-    def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns this rank's part of the mean loss and the gradient norm, still on the device."""
-        c, replicas = self.config.train, self.replicas
-        inputs_BT, targets_BT = (
-            x.to(replicas.device, non_blocking=True) for x in self.loader.batch(step, replicas.rank, replicas.size)
-        )
-        microbatches = list(
-            zip(inputs_BT.split(c.sequences_per_microbatch), targets_BT.split(c.sequences_per_microbatch), strict=True)
-        )
-        loss_sum = torch.zeros((), device=replicas.device, dtype=torch.float64)
-        for index, (inputs, targets) in enumerate(microbatches):
-            is_last = index == len(microbatches) - 1
-            with replicas.accumulating(self.replicated, enabled=not is_last):
-                with self.precision.autocast(replicas.device):
-                    logits = self.replicated(inputs)
-                # the mean over this rank's tokens: averaging the replicas then gives the mean over the global batch
-                loss = next_token_loss(logits, targets) / targets_BT.numel()
-                loss.backward()
-            loss_sum += loss.detach()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        return loss_sum / replicas.size, grad_norm
-
-    @torch.no_grad()
     def _validate(self) -> float:
         """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""
         replicas = self.replicas
         total = torch.zeros(2, device=replicas.device, dtype=torch.float64)
         for windows in self._validation_batches():
             inputs, targets = (x.to(replicas.device) for x in split_windows(windows))
-            with self.precision.autocast(replicas.device):
-                logits = self.model(inputs)
-            total += torch.stack([next_token_loss(logits, targets).double(), torch.tensor(float(targets.numel()))])
+            total[0] += self.step.loss(inputs, targets)
+            total[1] += targets.numel()
         loss_sum, num_tokens = replicas.sum(total).tolist()
         return loss_sum / num_tokens
 
@@ -249,8 +206,9 @@ class _Run:
                 path = save_checkpoint(
                     self.run_folder,
                     step,
-                    self.model,
-                    self.optimizer,
+                    self.step.model,
+                    self.step.optimizer,
+                    self.history,
                     data_fingerprint=self.data.fingerprint,
                     tokenizer_fingerprint=self.tokenizer_fingerprint,
                     keep=self.config.train.keep_checkpoints,
@@ -263,11 +221,19 @@ class _Run:
             raise error or ArtefactError(f"rank 0 could not write the checkpoint of step {step}")
         self.hooks.on_checkpoint(step, path)
 
-    def _require_finite(self, metrics: dict[str, float], step: int) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(metrics[name]):
-                last_good = newest_checkpoint(self.run_folder)
-                raise ArtefactError(
-                    f"{name} is {metrics[name]} within the {self.config.train.log_every} steps up to step {step}; "
-                    f"the last good checkpoint is {last_good or 'none'}; lower train.learning_rate or warm up longer"
-                )
+    def _require_finite(self) -> None:
+        """Raises:
+        ArtefactError: a step since the last report had a gradient that is not finite; its NaNs reach no checkpoint.
+        """
+        step = self.step.first_bad_step()
+        if step is None:
+            return
+        first = step * self.config.train.sequences_per_step
+        token = self.loader.window_start(first)
+        last_good = newest_checkpoint(self.run_folder)
+        raise ArtefactError(
+            f"loss or gradient is not finite at step {step + 1}: training windows "
+            f"{first}..{first + self.config.train.sequences_per_step - 1} of the global order, the first at token "
+            f"{token} of the train split; the last good checkpoint is {last_good or 'none'}, and nothing was written "
+            "since; lower train.learning_rate, warm up longer, or train in float32"
+        )

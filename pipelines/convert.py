@@ -6,7 +6,7 @@ from kraken.config import RunConfig
 from kraken.manifest import ArtefactError
 from pipelines.stage import Outcome, Stage, Work
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the exchange format changes, so that models are converted anew."""
 
 

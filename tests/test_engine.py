@@ -414,7 +414,7 @@ def test_model_and_engine_agree_that_padding_is_never_produced(artefacts: Artefa
 
     async def use(engine: TorchEngine) -> list[int]:
         with torch.no_grad():
-            engine._runner.model.wte[301:] = engine._runner.model.wte[:301].mean() + 100.0
+            engine._runner.model.wte.weight[301:] = engine._runner.model.wte.weight[:301].mean() + 100.0
         return await tokens_of(engine, make_request("r", [5, 6], temperature=5.0, max_tokens=30, seed=1))
 
     assert max(with_engine(artefacts.exchange, use)) < 301

@@ -19,8 +19,8 @@ class Runner:
     def __init__(self, model: Kraken, num_ids: int, num_rows: int):
         self.model = model
         self.num_ids = num_ids
-        self.device = model.wte.device
-        self.cache = KVCache(model.config, num_rows, model.wte.dtype, self.device)
+        self.device = model.wte.weight.device
+        self.cache = KVCache(model.config, num_rows, model.wte.weight.dtype, self.device)
 
     @torch.inference_mode()
     def prefill(self, row: int, token_ids: list[int], all_positions: bool) -> Tensor:
