@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
@@ -31,6 +31,9 @@ class Arguments:
     """Show the stages, and which would run, then stop."""
 
 
+A = TypeVar("A", bound=Arguments)
+
+
 def parse(prog: str, description: str, argv: list[str]) -> Arguments:
     """A preset varied by dotted overrides: `quickstart --train.steps 50`.
 
@@ -43,21 +46,26 @@ def parse(prog: str, description: str, argv: list[str]) -> Arguments:
     if not argv and not wants_help:
         raise ConfigError(f"a preset is missing; choose from: {names} (for example `{prog} quickstart`)")
     name, overrides = (argv[0], argv[1:]) if not argv[0].startswith("-") else ("quickstart", argv)
-    if name not in PRESETS:
-        raise ConfigError(f"preset {name!r} does not exist; choose from: {names}")
+    require_preset(name)
     if argv[0].startswith("-") and not wants_help:
         raise ConfigError(f"the preset comes first: `{prog} PRESET {argv[0]} ...`; choose from: {names}")
+    about = f"{description}\n\nPRESET is one of: {names}. The defaults below are those of {name}."
+    return parse_overrides(Arguments, name, f"{prog} PRESET", about, overrides)
+
+
+def require_preset(name: str) -> None:
+    """Refuse a preset that does not exist."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} does not exist; choose from: {', '.join(PRESETS)}")
+
+
+def parse_overrides(kind: type[A], name: str, prog: str, description: str, overrides: list[str]) -> A:
+    """Vary one preset; raises as `parse` does."""
     preset = dataclasses.replace(PRESETS[name](), storage=os.environ.get("KRAKEN_STORAGE", "storage"))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            arguments = tyro.cli(
-                Arguments,
-                default=Arguments(config=preset),
-                args=overrides,
-                prog=f"{prog} PRESET",
-                description=f"{description}\n\nPRESET is one of: {names}. The defaults below are those of {name}.",
-            )
+            arguments = tyro.cli(kind, default=kind(config=preset), args=overrides, prog=prog, description=description)
     except SystemExit as error:
         if error.code:
             raise ConfigError(one_line(errors.getvalue())) from error

@@ -1,12 +1,106 @@
-"""Convert the newest checkpoint to the exchange format.
+"""Convert the newest checkpoint to the exchange format, or a checkpoint of the published code to and from it.
 
 ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
 python -m jobs.convert quickstart --train.steps 50
+python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
+python -m jobs.convert --to-published FOLDER --out ckpt.pt
 """
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
 
 from jobs.command import run_job
 from jobs.stage import run_until
+from kraken.config import ConfigError
+from kraken.storage import is_remote
 from pipelines.convert import STAGE
 
+PUBLISHED_OPTIONS = ("--from-published", "--to-published")
+DESCRIPTION = """Convert the newest checkpoint to the exchange format.
+
+Checkpoints of the published code, instead of a PRESET (--from-published --help says more):
+  python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
+  python -m jobs.convert --to-published FOLDER --out ckpt.pt"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, as everywhere on these command lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --from-published --help` lists every option")
+
+
+def main(argv: list[str]) -> None:
+    if not {word.partition("=")[0] for word in argv} & set(PUBLISHED_OPTIONS):
+        run_until(STAGE, DESCRIPTION, argv)
+        return
+    parser = _parser()
+    if "-h" in argv or "--help" in argv:
+        parser.print_help()
+        return
+    options = parser.parse_args(argv)
+    if options.from_published is not None:
+        _import(
+            _local("from-published", options.from_published), _local("out", options.out), options.tokenizer or "gpt2"
+        )
+    elif options.tokenizer is not None:
+        raise ConfigError(
+            "--tokenizer has no effect with --to-published, since the published code has none; leave it out"
+        )
+    else:
+        _export(_local("to-published", options.to_published), _local("out", options.out))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m jobs.convert",
+        description="Convert a checkpoint of the published code to an exchange folder, or back.",
+        allow_abbrev=False,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--from-published", metavar="FILE", help="the ckpt.pt to read; nothing in it is executed")
+    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder to write as a ckpt.pt")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the folder, or file, to make")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="gpt2|FOLDER",
+        help="with --from-published: GPT-2's, or that of a folder of prepared data or of a converted model (gpt2)",
+    )
+    return parser
+
+
+def _local(option: str, text: str) -> Path:
+    """An absolute path on this machine; a relative one would be lost with a submitted job's copy of the code."""
+    if is_remote(text):
+        raise ConfigError(f"--{option}={text} is a URI; give a path on this machine")
+    if not os.path.isabs(text) and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(f"--{option}={text} is relative, and a submitted job runs elsewhere; give an absolute path")
+    return Path(text).absolute()
+
+
+def _import(path: Path, folder: Path, tokenizer: str) -> None:
+    from kraken.published import from_published
+
+    manifest = from_published(path, folder, tokenizer)
+    origin = manifest.details["published"]
+    print(f"convert finished: {folder}")
+    print(
+        f"  parameters {manifest.value('parameters'):,}, iter_num {origin['iter_num']}, sha256 {origin['sha256'][:16]}"
+    )
+    print(f"serve it: serve run serve.app:build exchange={folder}")
+
+
+def _export(folder: Path, path: Path) -> None:
+    from kraken.published import to_published
+
+    record = to_published(folder, path)
+    loss = "not known" if record.best_val_loss is None else record.best_val_loss
+    print(f"convert finished: {path}")
+    print(f"  iter_num {record.iter_num or 0}, best_val_loss {loss}")
+    print("  the optimizer starts afresh: an exchange folder keeps no moments")
+
+
 if __name__ == "__main__":
-    run_job(lambda argv: run_until(STAGE, "Convert the newest checkpoint to the exchange format.", argv))
+    run_job(main)

@@ -6,6 +6,7 @@ later, and no secret ever enters the tree: tokens and keys come from the environ
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +35,22 @@ def _require_positive(section: str, config: Any, *names: str) -> None:
         _require(value > 0, f"{section}.{name}={value} is not positive; choose a value above 0")
 
 
+CORPUS_NEEDS = {"embedded": None, "files": "paths", "huggingface": "dataset", "nanogpt": "paths"}
+"""Corpus -> the field without which it cannot be read."""
+
+_DOCUMENT_FIELDS = frozenset({"text_field", "on_bad_document"})
+_PIECE_FIELDS = frozenset({"validation_fraction", "bytes_per_piece", "tokenizer_training_bytes"})
+CORPUS_FIELDS = {
+    "embedded": _PIECE_FIELDS,
+    "files": _PIECE_FIELDS | _DOCUMENT_FIELDS | {"paths"},
+    "huggingface": _PIECE_FIELDS
+    | _DOCUMENT_FIELDS
+    | {"dataset", "dataset_config", "dataset_revision", "dataset_split"},
+    "nanogpt": frozenset({"paths"}),
+}
+"""Corpus -> the fields that it reads, of those that not every corpus does."""
+
+
 def pad_vocab(num_ids: int) -> int:
     """The padded vocabulary size V for a tokenizer of `num_ids` ids."""
     return -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -43,18 +60,40 @@ def pad_vocab(num_ids: int) -> int:
 class DataConfig:
     """Which text becomes which tokens."""
 
-    corpus: Literal["embedded"] = "embedded"
-    """Source of the documents. `embedded`: the Python standard library of the running interpreter, on every machine."""
+    corpus: Literal["embedded", "files", "huggingface", "nanogpt"] = "embedded"
+    """Source of the documents. `embedded`: the Python standard library of the running interpreter, on every machine.
+    `files`: JSONL, Parquet and text under `paths`. `huggingface`: `dataset`, streamed. `nanogpt`: the folder in `paths`
+    with `train.bin` and `val.bin`, GPT-2's ids, used as they are."""
+    paths: tuple[str, ...] = ()
+    """Files, globs (`/data/**/*.jsonl`) or folders, absolute or as URIs that `pyarrow.fs` opens (`s3://...`). The
+    suffix decides: `.jsonl`, `.ndjson`, `.json` (one object a line; also `.gz`, `.zst`), `.parquet`, anything else is
+    text. Of a folder the text files are `.txt`, `.md` and the like; for others give a glob."""
+    dataset: str | None = None
+    """Hugging Face id, `openwebtext` for Skylion007/openwebtext as Parquet, or the absolute path of a local folder."""
+    dataset_config: str | None = None
+    """Configuration of the data set; None takes its only one."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit; None takes the newest. The commit that it means becomes part of the fingerprint."""
+    dataset_split: str = "train"
+    """The data set's own split to read; `validation_fraction` divides it."""
+    text_field: str = "text"
+    """Field of a JSON object, or column, that holds the text."""
+    on_bad_document: Literal["stop", "skip"] = "stop"
+    """What a document that cannot be used does: not UTF-8, not JSON, no text. `skip` leaves it out and counts it."""
     tokenizer: Literal["trained", "gpt2"] = "trained"
     """`trained`: byte pairs learnt from the training split. `gpt2`: OpenAI's GPT-2 ranks, which tiktoken downloads."""
     num_trained_ids: int = 4096
     """Byte-pair ids of a trained tokenizer, the 256 bytes included; `<|endoftext|>` comes on top."""
+    tokenizer_training_bytes: int = 2**27
+    """Bytes of the training split that a trained tokenizer learns from; of a larger split, evenly spread parts."""
     validation_fraction: float = 0.05
     """Share of the documents held out, chosen by a hash of each document's name."""
-    tokens_per_shard: int = 2**26
-    """Tokens per shard file; bounds what a worker writes between two resumable points."""
+    bytes_per_piece: int = 2**23
+    """Text, in bytes, that one task turns into a shard: what an interrupted run does again. Text of unknown size, such
+    as a Hugging Face shard or a compressed file, is one piece. Decides how the tokens are cut into files."""
 
     def __post_init__(self) -> None:
+        self._check_corpus()
         _require(
             256 < self.num_trained_ids <= 2**20,
             f"data.num_trained_ids={self.num_trained_ids} is outside 257..1048576; 4096 suits the embedded corpus",
@@ -63,7 +102,44 @@ class DataConfig:
             0.0 < self.validation_fraction < 0.5,
             f"data.validation_fraction={self.validation_fraction} is outside 0..0.5; 0.05 holds out a twentieth",
         )
-        _require_positive("data", self, "tokens_per_shard")
+        _require_positive("data", self, "tokenizer_training_bytes", "bytes_per_piece")
+
+    def _check_corpus(self) -> None:
+        """The corpus has what it needs, and nothing is set that it would ignore."""
+        needs = CORPUS_NEEDS[self.corpus]
+        _require(
+            needs is None or bool(getattr(self, needs)),
+            f"data.corpus={self.corpus} needs data.{needs}, which is not set; give --data.{needs}, or choose "
+            "data.corpus=embedded, which needs nothing",
+        )
+        for field in dataclasses.fields(self):
+            readers = [corpus for corpus, fields in CORPUS_FIELDS.items() if field.name in fields]
+            value = getattr(self, field.name)
+            _require(
+                not readers or self.corpus in readers or value == field.default,
+                f"data.{field.name}={value} is not read by data.corpus={self.corpus}; choose data.corpus from "
+                f"{readers}, or leave data.{field.name} at {field.default!r}",
+            )
+        for path in (*self.paths, *filter(None, [self.dataset])):
+            _require(
+                not path.startswith((".", "~")) and (path == self.dataset or path.startswith("/") or "://" in path),
+                f"data.{'dataset' if path == self.dataset else 'paths'}={path} is relative, and workers run in other "
+                f"folders; give {os.path.abspath(os.path.expanduser(path))}",
+            )
+        if self.corpus == "nanogpt":
+            _require(
+                len(self.paths) == 1,
+                f"data.paths={self.paths} are {len(self.paths)}; data.corpus=nanogpt reads one folder",
+            )
+            _require(
+                self.tokenizer == "gpt2",
+                f"data.corpus=nanogpt is GPT-2's ids, but data.tokenizer={self.tokenizer}; choose data.tokenizer=gpt2",
+            )
+        _require(
+            self.dataset_revision is None or not (self.dataset or "").startswith("/"),
+            f"data.dataset_revision={self.dataset_revision}, but data.dataset={self.dataset} is a local folder, which "
+            "has no revisions; leave data.dataset_revision at None",
+        )
 
     @property
     def num_ids(self) -> int:
@@ -357,7 +433,7 @@ def from_dict(config_class: type[T], values: dict[str, Any]) -> T:
         ConfigError: an unknown key, a missing key, a value of the wrong type or one that fails the section's checks.
     """
     try:
-        return dacite.from_dict(config_class, values, config=dacite.Config(strict=True))
+        return dacite.from_dict(config_class, values, config=dacite.Config(strict=True, cast=[tuple]))
     except dacite.DaciteError as error:
         raise ConfigError(f"{config_class.__name__}: {error}") from error
 

@@ -1,12 +1,15 @@
 """Conversion: training checkpoint <-> exchange folder (config.json, safetensors, tokenizer), from one table of names.
+Checkpoints of the published code use the same table, in `kraken/published.py`.
 
 Inside the project the ways are stacked: `h.3.attn.c_attn.weight` is [W, 3*D, D]. The exchange format names every way's
 matrix by itself, as the published code does: `transformer.h.{way}.3.attn.c_attn.weight` is [3*D, D]. That lets a device
 read its own ways and nothing else.
 """
 
+import functools
 import json
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +44,29 @@ def has_ways(name: str) -> bool:
     return name.startswith("h.")
 
 
-def to_exchange(model: Kraken) -> dict[str, Tensor]:
-    """Every parameter under its exchange names, detached; the tied head is not stored a second time."""
-    tensors: dict[str, Tensor] = {}
+def exchange_parts(model: Kraken) -> dict[str, Tensor]:
+    """Exchange name -> the part of the model that it names, in the model's own memory; the tied head is there once."""
+    parts: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
+        values = parameter.detach()
         names = exchange_names(name, model.config.num_ways)
-        parts = parameter.unbind(0) if has_ways(name) else [parameter]
-        # a way's matrix gets memory of its own: a file stores whole tensors, not views of one
-        tensors |= {key: part.detach().clone() for key, part in zip(names, parts, strict=True)}
-    return tensors
+        parts |= zip(names, values.unbind(0) if has_ways(name) else [values], strict=True)
+    return parts
 
 
-def model_config_json(config: ModelConfig, num_ids: int, eot_id: int) -> dict[str, Any]:
+def exchange_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Exchange name -> shape, for everything that a model of this shape consists of."""
+    with torch.device("meta"):
+        return {name: part.shape for name, part in exchange_parts(Kraken(config)).items()}
+
+
+def to_exchange(model: Kraken) -> dict[str, Tensor]:
+    """Every parameter under its exchange names, copied."""
+    # a way's matrix gets memory of its own: a file stores whole tensors, not views of one
+    return {name: part.clone() for name, part in exchange_parts(model).items()}
+
+
+def model_config_json(config: ModelConfig, num_ids: int, eot_id: int, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`: the shape in Hugging Face's terms where it has them."""
     return {
         "architectures": ["KrakenForCausalLM"],
@@ -73,7 +87,7 @@ def model_config_json(config: ModelConfig, num_ids: int, eot_id: int) -> dict[st
         "tie_word_embeddings": True,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -127,18 +141,28 @@ def write_exchange(
         tokenizer.fingerprint, checkpoint.details["tokenizer_fingerprint"], str(data_folder), str(checkpoint_folder)
     )
     tensors = {name: tensor.to(torch.float32) for name, tensor in to_exchange(model).items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=MAX_SHARD_SIZE, is_main_process=True)
-    config = model_config_json(model.config, tokenizer.num_ids, tokenizer.eot_id)
-    write_atomically(folder / CONFIG_NAME, json.dumps(config, indent=2))
-    generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2))
-    tokenizer.save(folder)
+    write_folder(folder, model.config, tensors, tokenizer)
     metrics = {
         "parameters": Metric(model.num_parameters(), "parameters"),
         "conversion_seconds": Metric(round(time.monotonic() - started_at, 3), "s"),
     }
     details = {"tokenizer_fingerprint": tokenizer.fingerprint, "checkpoint": checkpoint_folder.name}
     return metrics, details
+
+
+def write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Everything of an exchange folder but its manifest.
+
+    Args:
+        tensors: by exchange name, each with memory of its own, stored in the type that it has.
+    """
+    save_torch_state_dict(dict(tensors), folder, max_shard_size=MAX_SHARD_SIZE, is_main_process=True)
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    values = model_config_json(config, tokenizer.num_ids, tokenizer.eot_id, dtype)
+    write_atomically(folder / CONFIG_NAME, json.dumps(values, indent=2))
+    generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2))
+    tokenizer.save(folder)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
@@ -154,6 +178,29 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
+def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Exchange names and tensors of a folder, one at a time, in the type in which they are stored.
+
+    Raises:
+        ArtefactError: names or shapes do not fit `config`.
+    """
+    shapes, files = exchange_shapes(config), weight_files(folder)
+    if shapes.keys() != files.keys():
+        missing, unexpected = sorted(shapes.keys() - files.keys()), sorted(files.keys() - shapes.keys())
+        raise ArtefactError(
+            f"the weights in {folder} do not fit its {CONFIG_NAME}: missing {missing[:3]}, unexpected {unexpected[:3]};"
+            " convert again"
+        )
+    opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
+    for name, shape in shapes.items():
+        tensor = opened[files[name]].get_tensor(name)
+        if tensor.shape != shape:
+            raise ArtefactError(
+                f"{name} in {folder} is {list(tensor.shape)}, {CONFIG_NAME} asks for {list(shape)}; convert again"
+            )
+        yield name, tensor
+
+
 def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
     """Build the model of an exchange folder on the CPU, reading one parameter at a time.
 
@@ -162,24 +209,7 @@ def read_exchange(folder: Path, dtype: torch.dtype) -> Kraken:
     """
     config, _ = read_model_config(folder)
     model = Kraken(config).to(dtype).requires_grad_(False)
-    files = weight_files(folder)
-    expected = {key for name, _ in model.named_parameters() for key in exchange_names(name, config.num_ways)}
-    if expected != files.keys():
-        missing, unexpected = sorted(expected - files.keys()), sorted(files.keys() - expected)
-        raise ArtefactError(
-            f"the weights in {folder} do not fit its {CONFIG_NAME}: missing {missing[:3]}, unexpected {unexpected[:3]};"
-            " convert again"
-        )
-    opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
-    for name, parameter in model.named_parameters():
-        names = exchange_names(name, config.num_ways)
-        targets = parameter.unbind(0) if has_ways(name) else [parameter]
-        for key, target in zip(names, targets, strict=True):
-            tensor = opened[files[key]].get_tensor(key)
-            if tensor.shape != target.shape:
-                raise ArtefactError(
-                    f"{key} in {folder} is {list(tensor.shape)}, {CONFIG_NAME} asks for {list(target.shape)}; "
-                    "convert again"
-                )
-            target.copy_(tensor)
+    parts = exchange_parts(model)
+    for name, tensor in read_tensors(folder, config):
+        parts[name].copy_(tensor)
     return model

@@ -41,7 +41,7 @@ def _vary(run: RunConfig, name: str, **model: Any) -> RunConfig:
 def kraken_10m_2way() -> RunConfig:
     """10.93 M parameters, head size 104: with the three below, the architectures compared on two CPU cores.
 
-    The four have six layers and differ by 0.84 % at most; no shapes with widths in steps of 16 come that near.
+    The four have six layers and differ by 0.84 % at most; widths in steps of 16 come that near only with two layers.
     """
     data = DataConfig()
     return RunConfig(
@@ -132,7 +132,7 @@ def kraken_760m_4way() -> RunConfig:
     return _published("kraken_760m_4way", layers=24, width=960, heads=16, ways=4, learning_rate=1.5e-4, sequences=504)
 
 
-# Aligned: widths that are multiples of 64 with head size 64 or 128, within 1 % of the published budget. Each is the first
+# Aligned: widths in steps of 64 and head size 64 or 128, within 1 % of the published budget. Each is the first shape
 # that `kraken.plan.reshaped` finds: fewest layers added or removed, then the FFN multiple (1 to 6) nearest to 2.
 
 
@@ -157,7 +157,7 @@ def kraken_350m_2way_aligned() -> RunConfig:
 
 
 def kraken_350m_4way_aligned() -> RunConfig:
-    """353.34 M parameters (-0.01 %), head size 128; FFN multiple 1 and two layers less, the nearest shape."""
+    """353.34 M parameters, head size 128; FFN multiple 1 and two layers less, the nearest shape."""
     return _vary(kraken_350m_4way(), "kraken_350m_4way_aligned", num_layers=22, width=768, num_heads=24, ffn_multiple=1)
 
 

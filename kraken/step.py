@@ -2,9 +2,6 @@
 
 import os
 import shutil
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +10,7 @@ from kraken.config import ModelConfig, TrainConfig
 from kraken.model import Alignment, Kraken
 from kraken.optim import Optimizer, learning_rate
 from kraken.parallel import Replicas
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Types of the master weights and of the computation."""
-
-    master: torch.dtype
-    compute: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return str(self.compute).removeprefix("torch.")
-
-    def autocast(self, device: torch.device) -> Any:
-        """The context a forward pass runs in."""
-        return torch.autocast(device.type, self.compute) if self.compute != self.master else nullcontext()
-
-
-def choose_precision(setting: str, device: torch.device) -> Precision:
-    """Resolve `train.precision` for a device.
-
-    A CPU without bfloat16 instructions emulates them, some fifty times slower than float32.
-    """
-    if setting == "float64":
-        return Precision(torch.float64, torch.float64)
-    if setting == "auto":
-        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = device.type == "cuda" or capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        setting = "bfloat16" if fast else "float32"
-    return Precision(torch.float32, torch.bfloat16 if setting == "bfloat16" else torch.float32)
+from kraken.precision import Precision, choose_precision
 
 
 def choose_alignment(device: torch.device, precision: Precision) -> Alignment:
@@ -107,7 +75,7 @@ class TrainingStep:
         tokens = num_steps * c.sequences_per_step * model.config.context_length / replicas.size
         flops = tokens * model.training_flops_per_token()
         if should_compile(c.compile, replicas.device, flops, torch.get_num_threads()):
-            model.compile_layers()
+            model.compile_parts()
         self._replicated = replicas.wrap(self._loss)
 
     def __call__(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:

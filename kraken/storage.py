@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.fs
@@ -35,6 +36,7 @@ class Storage:
     def __init__(self, uri: str, cache: Path | None = None):
         self.uri = uri
         self._remote: tuple[pyarrow.fs.FileSystem, str] | None = None
+        self._same: dict[Path, tuple[int, int]] = {}  # files of the cache whose very version is in the remote storage
         if is_remote(uri):
             try:
                 self._remote = pyarrow.fs.FileSystem.from_uri(uri)
@@ -71,14 +73,60 @@ class Storage:
         """Copy a finished local folder to a remote storage, its manifest last; nothing to do for a local one."""
         if self._remote is None:
             return
-        file_system, base = self._remote
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in sorted(paths, key=lambda path: path.name == MANIFEST_NAME):
+        paths.sort(key=lambda path: path.name == MANIFEST_NAME)
+        self.publish_files(path for path in paths if self._same.get(path) != _version(path))
+
+    def publish_files(self, paths: Iterable[Path]) -> None:
+        """Copy files of an unfinished artefact to a remote storage, in this order; nothing to do for a local one."""
+        if self._remote is None:
+            return
+        file_system, base = self._remote
+        for path in paths:
             target = f"{base}/{path.relative_to(self.root).as_posix()}"
             file_system.create_dir(target.rsplit("/", 1)[0], recursive=True)
             pyarrow.fs.copy_files(
                 str(path), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system
             )
+            self._same[path] = _version(path)
+
+    def fetch_files(self, paths: Iterable[Path]) -> None:
+        """Bring files of an unfinished remote artefact into the cache, those that another process here has published
+        excepted; `publish` will not copy them again. Nothing to do for a local storage.
+        """
+        if self._remote is None:
+            return
+        file_system, base = self._remote
+        for path in paths:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f".{path.name}.{os.getpid()}")
+                pyarrow.fs.copy_files(
+                    f"{base}/{path.relative_to(self.root).as_posix()}",
+                    str(partial),
+                    source_filesystem=file_system,
+                    destination_filesystem=pyarrow.fs.LocalFileSystem(),
+                )
+                partial.replace(path)
+            self._same[path] = _version(path)
+
+    def remote_files(self, folder: Path) -> list[Path]:
+        """Where the files of a remote artefact, finished or not, lie in the cache; none for a local storage."""
+        if self._remote is None:
+            return []
+        file_system, base = self._remote
+        selector = pyarrow.fs.FileSelector(
+            f"{base}/{folder.relative_to(self.root).as_posix()}", recursive=True, allow_not_found=True
+        )
+        infos = file_system.get_file_info(selector)
+        return [self.root / info.path[len(base) + 1 :] for info in infos if info.type == pyarrow.fs.FileType.File]
+
+    def prune(self, folder: Path) -> None:
+        """Delete a remote artefact's files that are no longer in the cache; nothing to do for a local storage."""
+        for path in self.remote_files(folder):
+            if not path.is_file() and self._remote is not None:
+                file_system, base = self._remote
+                file_system.delete_file(f"{base}/{path.relative_to(self.root).as_posix()}")
 
     def fetch(self, kind: str, fingerprint: str) -> None:
         """Bring a remote artefact into the cache unless a finished copy is there; nothing to do for a local storage."""
@@ -121,3 +169,9 @@ class Storage:
                     path.replace(target)
             shutil.rmtree(partial, ignore_errors=True)
         return True
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes when a local file does."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

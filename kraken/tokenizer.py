@@ -11,7 +11,6 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from kraken.config import DataConfig
 from kraken.manifest import ArtefactError, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,11 +79,6 @@ class Tokenizer:
             ) from error
         return cls(encoding._mergeable_ranks, encoding._pat_str, "gpt2")
 
-    @classmethod
-    def make(cls, config: DataConfig, documents: Iterable[str]) -> "Tokenizer":
-        """The tokenizer that a data config asks for; `documents` is the training split."""
-        return cls.gpt2() if config.tokenizer == "gpt2" else cls.train(documents, config.num_trained_ids)
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides which ids a text becomes."""
@@ -97,10 +91,13 @@ class Tokenizer:
         """Ids of a text, without the end-of-text id."""
         return self._encoding.encode_ordinary(text)
 
-    def encode_documents(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
-        """Ids of each document, each ended by the end-of-text id; uint32 [tokens of the document]."""
-        encoded = self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
-        return [np.array([*ids, self.eot_id], dtype=np.uint32) for ids in encoded]
+    def encode_array(self, text: str) -> np.ndarray:
+        """Ids of a text, without the end-of-text id; uint32 [tokens]. The same as `encode`, without a list of objects.
+
+        Raises:
+            UnicodeEncodeError: the text holds half of a surrogate pair, which no UTF-8 text does.
+        """
+        return self._encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""

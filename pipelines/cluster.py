@@ -162,19 +162,19 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
     """Ray task options for a stage: what the task itself occupies.
 
-    Pretraining and deployment occupy nothing: they wait for workers and replicas that have resources of their own. A
-    task that asks for more than any node has would wait for ever, so the largest node bounds the others.
+    Preparing, pretraining and deployment occupy nothing: they wait for tasks, workers and replicas that have resources
+    of their own. A task that asks for more than any node has would wait for ever, so the largest node bounds it.
     """
-    if kind in ("pretrain", "deploy"):
+    if kind in ("prepare", "pretrain", "deploy"):
         return {"num_cpus": 0}
-    if kind not in ("prepare", "evaluate"):
+    if kind != "evaluate":
         return {"num_cpus": 1}
     nodes = _nodes()
     cluster = config.cluster
     largest = int(max((node.get("CPU", 0.0) for node in nodes), default=1.0))
     options: dict[str, Any] = {"num_cpus": max(1, min(cluster.num_workers * cluster.cpus_per_worker, largest))}
     has_gpu = any(node.get("GPU", 0.0) >= 1 for node in nodes)
-    if kind == "evaluate" and config.engine.device != "cpu" and has_gpu:
+    if config.engine.device != "cpu" and has_gpu:
         options["num_gpus"] = 1  # without it Ray hides the GPUs from the task
     return options
 

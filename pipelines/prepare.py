@@ -1,27 +1,34 @@
 """Stage 1, prepare: a corpus becomes a tokenizer and token shards."""
 
-import os
 from typing import Any
 
 from kraken.config import RunConfig, to_dict
-from kraken.data.corpora import open_corpus
 from pipelines.progress import ProgressLines
 from pipelines.stage import Outcome, Stage, Work
 
 
 def section(config: RunConfig) -> dict[str, Any]:
-    """The data config and the very text it means on this machine."""
-    return {"data": to_dict(config.data), "corpus_fingerprint": open_corpus(config.data).fingerprint}
+    """The data config, and what its source holds now."""
+    from kraken.data.prepare import corpus_fingerprint
+
+    return {"data": to_dict(config.data), "corpus_fingerprint": corpus_fingerprint(config.data)}
 
 
 def work(work: Work) -> Outcome:
-    from kraken.data.prepare import prepare
+    from kraken.data.corpora import open_corpus
+    from kraken.data.prepare import adopt_nanogpt, prepare
+    from pipelines.prepare_tasks import PieceTasks
 
-    for leftover in work.folder.iterdir():
-        leftover.unlink()
     data = work.config.data
-    threads = len(os.sched_getaffinity(0))
-    return prepare(data, open_corpus(data), work.folder, threads, ProgressLines("prepare: tokenize", "B"))
+    if data.corpus == "nanogpt":
+        outcome = adopt_nanogpt(data, work.folder)
+    else:
+        work.storage.fetch_files(work.storage.remote_files(work.folder))  # what an attempt on another node finished
+        corpus = open_corpus(data)
+        progress = ProgressLines("prepare: tokenize", corpus.unit)
+        outcome = prepare(data, corpus, work.folder, progress, PieceTasks(work))
+    work.storage.prune(work.folder)
+    return outcome
 
 
 STAGE = Stage("prepare", parents=(), section=section, work=work)

@@ -19,7 +19,7 @@ class ProgressLines:
         self._label, self._unit = label, unit
         self._started_at = self._printed_at = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if done < total and now - self._printed_at < MIN_INTERVAL_S:
             return
@@ -33,5 +33,6 @@ class ProgressLines:
             ascii=" =",
             unit=self._unit,
             unit_scale=self._unit == "B",
+            postfix=note,
         )
         print(bar, flush=True)

@@ -25,12 +25,13 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from kraken.config import ConfigError
 from kraken.manifest import git_revision
@@ -60,6 +61,12 @@ ARTEFACT_TAG = "kraken.artefact"
 """Where the stage's artefact lies."""
 REUSED_TAG = "kraken.reused"
 """`true` for an artefact that was found, `false` for one that was made."""
+COMPARISON_TAG = "kraken.comparison"
+"""On a pipeline's run: the ids of the comparisons' runs that it is part of, a space between."""
+COMPARED_TAG = "kraken.compared"
+"""On a comparison's run, with the pipeline's name behind it: the id of the pipeline's run."""
+NOTE_TAG = "mlflow.note.content"
+"""Markdown that the UI shows at the top of a run's page."""
 GIT_TAG = "mlflow.source.git.commit"
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -68,6 +75,8 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000  # 8000 in new versions
 
+UI_PORT = 5000
+"""Where the UI of a database listens unless told otherwise."""
 CONNECT_LIMIT_S = 30.0
 """A pipeline does not begin without its tracking server; one that is just starting gets this long."""
 OPEN_WAIT_S = 5.0
@@ -120,7 +129,7 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(match[1]) if match else None
 
 
-def ui_command(storage: str, port: int = 5000) -> list[str]:
+def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
     """The command that opens the MLflow UI of a storage on loopback; where a server is set, one that shows its page."""
     uri = tracking_uri(storage)
     if uri.startswith("http"):
@@ -374,6 +383,37 @@ class PipelineRun(StageRun):
         """A stage in this process, as `RunRef.stage`."""
         with self.ref.stage(key, name, params) as stage:
             yield stage
+
+    @property
+    def page(self) -> str:
+        """Where the UI shows this run: on the server, or on the one that `ui_command` starts for a database."""
+        server = self._uri if self._uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
+        return f"{without_password(server).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+
+    def compare_link(self, run_ids: Sequence[str]) -> str:
+        """Where the UI compares other runs of this experiment, relative to its pages."""
+        runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [self._experiment_id]))
+        return f"#/compare-runs?runs={runs}&experiments={experiments}"
+
+    def link(self, pipeline: str, kind: str, fingerprint: str) -> None:
+        """Tie this run, a comparison, to a pipeline's run that it compares: each gets a tag that names the other.
+
+        Args:
+            pipeline: name of the other run, in which the artefact of this kind and fingerprint was made or reused.
+        """
+        self._outbox.put(lambda: self._link(pipeline, kind, fingerprint))
+
+    def _link(self, pipeline: str, kind: str, fingerprint: str) -> None:
+        condition = f"tags.`{ARTEFACT_TAG}` LIKE '%/{kind}/{fingerprint[:16]}'"
+        stages = _search(self._client, self._experiment_id, condition)
+        for run_id in sorted({run.data.tags[PARENT_TAG] for run in stages if PARENT_TAG in run.data.tags}):
+            run = self._client.get_run(run_id)
+            if run.info.run_name != pipeline:
+                continue
+            comparisons = run.data.tags.get(COMPARISON_TAG, "").split()
+            if self.run_id not in comparisons:
+                self._client.set_tag(run_id, COMPARISON_TAG, " ".join([*comparisons, self.run_id]))
+            self._client.set_tag(self.run_id, f"{COMPARED_TAG}.{pipeline}", run_id)
 
     def _end(self, status: EndStatus, error: str | None) -> None:
         _end_children(self._client, self._experiment_id, self.run_id, status)

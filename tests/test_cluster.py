@@ -67,12 +67,12 @@ def test_stages_ask_for_what_a_node_can_give(monkeypatch: pytest.MonkeyPatch) ->
     nodes(monkeypatch, SMALL)
     asked = {kind: cluster.stage_resources(config(), kind) for kind in ("prepare", "pretrain", "convert", "deploy")}
     assert asked == {
-        "prepare": {"num_cpus": 2},
+        "prepare": {"num_cpus": 0},
         "pretrain": {"num_cpus": 0},  # its workers have their own; a task that held one would starve them
         "convert": {"num_cpus": 1},
         "deploy": {"num_cpus": 0},
     }
-    assert cluster.stage_resources(config(num_workers=4), "prepare") == {"num_cpus": 2}
+    assert cluster.stage_resources(config(num_workers=4), "evaluate") == {"num_cpus": 2}
     nodes(monkeypatch, SMALL, LARGE)
     assert cluster.stage_resources(config(num_workers=4, cpus_per_worker=2), "evaluate") == {
         "num_cpus": 8,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from kraken.config import DataConfig
-from kraken.data.corpora import EmbeddedCorpus, documents_of, open_corpus, split_of
+from kraken.data.corpora import split_of
+from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.loader import Loader, sequential_windows
 from kraken.data.prepare import unigram_entropy
-from kraken.data.shards import TokenShards, shard_name, write_shards
+from kraken.data.shards import ShardWriter, TokenShards, shard_name
 from kraken.manifest import ArtefactError
 from kraken.tokenizer import END_OF_TEXT, RANKS_NAME, Tokenizer
 
@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 class TestCorpus:
     def test_the_embedded_corpus_is_the_standard_library(self) -> None:
-        corpus = open_corpus(DataConfig())
+        corpus = EmbeddedCorpus()
         names = {document.name for document in corpus.documents}
         assert "argparse.py" in names and "json/decoder.py" in names
         assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.split("/"))]
@@ -38,13 +38,25 @@ class TestCorpus:
         (tmp_path / "document_000.py").write_text("changed")
         assert EmbeddedCorpus(tmp_path).fingerprint != first
 
-    def test_splits_are_disjoint_whole_and_do_not_depend_on_the_corpus(self, tmp_path: Path) -> None:
+    def test_the_split_of_a_document_depends_on_its_name_alone(self) -> None:
+        held_out = [name for name in map(str, range(10_000)) if split_of(name, 0.05) == "validation"]
+        assert 400 < len(held_out) < 600
+        assert all(split_of(name, 0.1) == "validation" for name in held_out)
+
+    def test_pieces_hold_every_document_once_in_order(self, tmp_path: Path) -> None:
         corpus = tiny.corpus(tmp_path)
-        train, validation = ({d.name for d in documents_of(corpus, s, 0.2)} for s in ("train", "validation"))
-        assert not train & validation
-        assert train | validation == {document.name for document in corpus.documents}
-        held_out = sum(split_of(f"document {i}", 0.05) == "validation" for i in range(10_000))
-        assert 400 < held_out < 600
+        for bytes_per_piece in (1, 3000, 2**20):
+            pieces = corpus.pieces(bytes_per_piece)
+            read = [document for piece in pieces for document in EmbeddedCorpus(tmp_path).read(piece, pytest.fail)]
+            assert tuple(read) == corpus.documents
+            assert [piece.index for piece in pieces] == list(range(len(pieces)))
+        assert len(corpus.pieces(1)) == 40 and len(corpus.pieces(2**20)) == 1
+
+    def test_another_machine_s_library_is_noticed(self, tmp_path: Path) -> None:
+        [piece] = tiny.corpus(tmp_path).pieces(2**20)
+        (tmp_path / "document_000.py").write_text("changed")
+        with pytest.raises(ArtefactError, match="differs from that of the machine which planned"):
+            list(EmbeddedCorpus(tmp_path).read(piece, pytest.fail))
 
     def test_no_documents_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="found no .py files"):
@@ -70,9 +82,10 @@ class TestTokenizer:
         texts = [document.text for document in tiny.corpus(tmp_path).documents]
         assert Tokenizer.train(texts, 280).fingerprint == Tokenizer.train(texts, 280).fingerprint
 
-    def test_documents_end_with_the_end_of_text_id(self, tokenizer: Tokenizer) -> None:
-        encoded = tokenizer.encode_documents(["def f", "class"], num_threads=2)
-        assert [ids.tolist() for ids in encoded] == [[*tokenizer.encode(t), 300] for t in ("def f", "class")]
+    @pytest.mark.parametrize("text", ["", "def f", f"naïve {END_OF_TEXT} 漢字🙂\n", " " * 5000 + "x" * 5000])
+    def test_arrays_hold_the_same_ids_as_lists(self, tokenizer: Tokenizer, text: str) -> None:
+        ids = tokenizer.encode_array(text)
+        assert ids.dtype == np.uint32 and ids.tolist() == tokenizer.encode(text)
 
     def test_damaged_and_missing_files_are_refused(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="holds no tokenizer"):
@@ -105,45 +118,55 @@ class TestTokenizer:
             Tokenizer.gpt2()
 
 
+def write_shard(folder: Path, index: int, ids: list[int], num_ids: int) -> None:
+    writer = ShardWriter(folder, "train", index, num_ids)
+    writer.write(np.array(ids, dtype=np.uint32))
+    writer.finish()
+
+
 class TestShards:
-    def test_shards_read_as_one_array_whatever_their_size(self, tmp_path: Path) -> None:
-        documents = [np.arange(start, start + 37, dtype=np.uint32) for start in range(0, 370, 37)]
-        for tokens_per_shard in (1, 10, 64, 370, 1000):
-            folder = tmp_path / str(tokens_per_shard)
-            folder.mkdir()
-            assert write_shards(folder, "train", documents, 400, tokens_per_shard) == 370
-            shards = TokenShards(folder, "train", 400)
-            assert shards.num_tokens == 370
-            assert shards.read(0, 370).tolist() == list(range(370))
-            assert shards.read(63, 5).tolist() == [63, 64, 65, 66, 67]
-            sizes = [path.stat().st_size // 2 for path in sorted(folder.glob("*.bin"))]
-            assert all(size == tokens_per_shard for size in sizes[:-1]) and sum(sizes) == 370
+    @pytest.mark.parametrize("size", [1, 10, 64, 370, 1000])
+    def test_shards_read_as_one_array_whatever_their_size(self, tmp_path: Path, size: int) -> None:
+        for index, start in enumerate(range(0, 370, size)):
+            write_shard(tmp_path, index, list(range(start, min(start + size, 370))), 400)
+        shards = TokenShards(tmp_path, "train", 400)
+        assert shards.num_tokens == 370
+        assert shards.read(0, 370).tolist() == list(range(370))
+        assert shards.read(63, 5).tolist() == [63, 64, 65, 66, 67]
 
     def test_a_shard_is_a_flat_little_endian_array(self, tmp_path: Path) -> None:
-        write_shards(tmp_path, "train", [np.array([1, 258], dtype=np.uint32)], 300, 10)
+        write_shard(tmp_path, 0, [1, 258], 300)
         assert (tmp_path / shard_name("train", 0)).read_bytes() == bytes([1, 0, 2, 1])
 
     def test_large_vocabularies_take_four_bytes(self, tmp_path: Path) -> None:
-        write_shards(tmp_path, "train", [np.array([70_000], dtype=np.uint32)], 100_000, 10)
+        write_shard(tmp_path, 0, [70_000], 100_000)
         assert TokenShards(tmp_path, "train", 100_000).read(0, 1).tolist() == [70_000]
+
+    def test_a_shard_exists_whole_or_not_at_all(self, tmp_path: Path) -> None:
+        writer = ShardWriter(tmp_path, "train", 0, 300)
+        writer.write(np.zeros(2**20, dtype=np.uint32))
+        assert not list(tmp_path.glob("train_*"))
+        writer.discard()
+        empty = ShardWriter(tmp_path, "train", 1, 300)
+        empty.finish()
+        assert not list(tmp_path.iterdir())
 
     def test_bad_shards_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ArtefactError, match="holds no train shards"):
             TokenShards(tmp_path, "train", 300)
         with pytest.raises(ArtefactError, match="past the 300 ids"):
-            write_shards(tmp_path, "train", [np.array([300], dtype=np.uint32)], 300, 10)
-        with pytest.raises(ArtefactError, match="holds no tokens"):
-            write_shards(tmp_path, "train", [], 300, 10)
+            write_shard(tmp_path, 0, [300], 300)
         path = tmp_path / shard_name("train", 0)
-        path.write_bytes(b"\x01\x00\x02")
-        with pytest.raises(ArtefactError, match="truncated"):
-            TokenShards(tmp_path, "train", 300)
+        for content in (b"\x01\x00\x02", b""):
+            path.write_bytes(content)
+            with pytest.raises(ArtefactError, match="truncated"):
+                TokenShards(tmp_path, "train", 300)
         path.write_bytes(b"\xff\xff\x02\x00")
         with pytest.raises(ArtefactError, match="shards are damaged"):
             TokenShards(tmp_path, "train", 300).read(0, 2)
 
     def test_unigram_entropy_is_that_of_the_frequencies(self, tmp_path: Path) -> None:
-        write_shards(tmp_path, "train", [np.array([0, 0, 1, 2], dtype=np.uint32)], 300, 10)
+        write_shard(tmp_path, 0, [0, 0, 1, 2], 300)
         entropy = unigram_entropy(TokenShards(tmp_path, "train", 300))
         assert entropy == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(4))
 
@@ -151,7 +174,8 @@ class TestShards:
 class TestLoader:
     @pytest.fixture
     def shards(self, tmp_path: Path) -> TokenShards:
-        write_shards(tmp_path, "train", [np.arange(1000, dtype=np.uint32)], 1000, 128)
+        for index, start in enumerate(range(0, 1000, 128)):
+            write_shard(tmp_path, index, list(range(start, min(start + 128, 1000))), 1000)
         return TokenShards(tmp_path, "train", 1000)
 
     def test_a_batch_is_a_pure_function_of_seed_and_step(self, shards: TokenShards) -> None:

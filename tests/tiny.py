@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kraken.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from kraken.data.corpora import EmbeddedCorpus
+from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.prepare import prepare
 from kraken.manifest import Manifest, finish_artefact
 
@@ -59,7 +59,7 @@ def prepared(folder: Path, run: RunConfig | None = None) -> Manifest:
     source = corpus(folder.with_name(folder.name + "_corpus"))
     folder.mkdir(parents=True, exist_ok=True)
     started_at = time.monotonic()
-    metrics, details = prepare(run.data, source, folder, num_threads=1, on_progress=lambda done, total: None)
+    metrics, details = prepare(run.data, source, folder, on_progress=lambda done, total, note: None)
     return finish_artefact(
         folder,
         started_at=started_at,

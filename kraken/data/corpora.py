@@ -1,23 +1,24 @@
-"""Corpora: where documents come from, and which of them are held out."""
+"""Corpora: where documents come from, how they are cut into pieces of work, and which of them are held out.
+
+A *piece* is what one task tokenises: a stretch of files, Parquet row groups or a Hugging Face shard. The pieces of a
+corpus follow from its layout alone, without reading it and whatever the number of workers.
+"""
 
 import hashlib
-import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from kraken.config import DataConfig
-from kraken.manifest import ArtefactError
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
-# Not the library's own text: tests, what it vendors, what others installed, and a folder of demos.
-LEFT_OUT_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "_bundled", "__pycache__"}
-)
+MAX_DOCUMENT_BYTES = 2**26
+"""A longer document is refused: a document is in memory whole while it is encoded."""
+
+OnBad = Callable[[str], None]
+"""Told of a document that cannot be used, and why. Raises where such a document ends the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,60 +27,110 @@ class Document:
 
     name: str
     text: str
+    ends: bool = True
+    """Whether end-of-text follows; not after a section of a long text, unless it is the last."""
 
 
-class EmbeddedCorpus:
-    """The Python standard library of the running interpreter: real text on every machine, with nothing shipped."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of one source."""
 
-    name = "embedded"
+    name: str
+    """Stable name of the source, which its documents' names begin with."""
+    start: int
+    """First byte, row group, shard or document; documents that begin from here on belong to the part."""
+    end: int
+    """The first that does not belong to it."""
+    num_bytes: int
+    """Size in bytes as far as it is known without reading; 0: unknown."""
+    source: str = ""
+    """Where it is read: a path inside the file system of `origin`."""
+    origin: int = 0
+    """Index into `data.paths`."""
+    version: str = ""
+    """What the source was when the piece was cut; it is compared when the piece is read."""
 
-    def __init__(self, root: Path | None = None):
-        self.root = root or Path(sysconfig.get_paths()["stdlib"])
 
-    @cached_property
-    def documents(self) -> tuple[Document, ...]:
-        """Every document, in the order of their names.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one task tokenises, in the corpus's order."""
+
+    index: int
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size as far as it is known; 0: unknown."""
+        return sum(part.num_bytes for part in self.parts)
+
+
+class Corpus(Protocol):
+    """A source of documents. Making one reads nothing, so that every worker can."""
+
+    name: str
+    unit: str
+    """What progress counts: `B` where the pieces' sizes are known."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the documents, without reading them all.
 
         Raises:
-            ArtefactError: the interpreter came without its library's source files.
+            ConfigError, ArtefactError: there is no such source, or it cannot be reached.
         """
-        documents = []
-        for path in sorted(self.root.rglob("*.py")):
-            relative = path.relative_to(self.root)
-            if LEFT_OUT_FOLDERS.isdisjoint(relative.parts):
-                try:
-                    text = path.read_text(encoding="utf-8")
-                except UnicodeDecodeError:
-                    continue  # a handful of files declare another encoding
-                if text:
-                    documents.append(Document(relative.as_posix(), text))
-        if not documents:
-            raise ArtefactError(
-                f"data.corpus=embedded found no .py files under {self.root}; use a Python with its library's source"
-            )
-        return tuple(documents)
+        ...
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all names and texts."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            for part in (document.name.encode(), document.text.encode()):
-                digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
+    def pieces(self, bytes_per_piece: int) -> tuple[Piece, ...]:
+        """All pieces, none of them empty as far as sizes are known."""
+        ...
+
+    def read(self, piece: Piece, on_bad: OnBad) -> Iterator[Document]:
+        """The documents of a piece in order, one in memory at a time.
+
+        Raises:
+            ArtefactError: the source is not what it was when the piece was cut, or is damaged.
+        """
+        ...
 
 
-def open_corpus(config: DataConfig) -> EmbeddedCorpus:
-    """The corpus that a data config names."""
-    return EmbeddedCorpus()
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus that a data config names; not for `nanogpt`, which holds tokens instead of documents."""
+    match config.corpus:
+        case "files":
+            from kraken.data.files import FilesCorpus
+
+            return FilesCorpus(config.paths, config.text_field)
+        case "huggingface":
+            from kraken.data.huggingface import HuggingFaceCorpus
+
+            return HuggingFaceCorpus(config)
+        case "embedded":
+            from kraken.data.embedded import EmbeddedCorpus
+
+            return EmbeddedCorpus()
+    raise AssertionError(f"{config.corpus} is not a corpus of documents")
+
+
+def group(parts: Iterable[Part], bytes_per_piece: int) -> tuple[Piece, ...]:
+    """Put parts together, in order, into pieces of about `bytes_per_piece`; neighbours in a source become one part."""
+    pieces: list[Piece] = []
+    current: list[Part] = []
+    num_bytes = 0
+    for part in parts:
+        if current and num_bytes + part.num_bytes > bytes_per_piece:
+            pieces.append(Piece(len(pieces), tuple(current)))
+            current, num_bytes = [], 0
+        num_bytes += part.num_bytes
+        if current and (last := current[-1]).source == part.source and last.end == part.start:
+            current[-1] = replace(last, end=part.end, num_bytes=last.num_bytes + part.num_bytes)
+        else:
+            current.append(part)
+    if current:
+        pieces.append(Piece(len(pieces), tuple(current)))
+    return tuple(pieces)
 
 
 def split_of(document_name: str, validation_fraction: float) -> Split:
     """Which split a document belongs to: decided by a hash of its name, so that it never moves as a corpus grows."""
     position = int.from_bytes(hashlib.sha256(document_name.encode()).digest()[:8], "little") / 2**64
     return "validation" if position < validation_fraction else "train"
-
-
-def documents_of(corpus: EmbeddedCorpus, split: Split, validation_fraction: float) -> Iterator[Document]:
-    """The documents of one split, in the corpus's order."""
-    return (doc for doc in corpus.documents if split_of(doc.name, validation_fraction) == split)

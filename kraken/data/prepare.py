@@ -1,65 +1,154 @@
-"""Prepare: a corpus becomes a tokenizer and token shards, in one folder."""
+"""Prepare: a corpus becomes a tokenizer and token shards, in one folder, whose finished pieces are never done twice."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kraken.config import DataConfig
-from kraken.data.corpora import SPLITS, Document, EmbeddedCorpus, documents_of
-from kraken.data.shards import TokenShards, write_shards
-from kraken.manifest import Metric
-from kraken.tokenizer import Tokenizer
+from kraken.data.corpora import SPLITS, Corpus, Piece, open_corpus
+from kraken.data.nanogpt import NanoGptFolder
+from kraken.data.pieces import PieceRecord, finished_records, tokenize_piece, training_texts
+from kraken.data.shards import TokenShards
+from kraken.manifest import ArtefactError, Metric
+from kraken.tokenizer import META_NAME, Tokenizer
 
-DOCUMENTS_PER_BATCH = 64
-"""Documents encoded at once; bounds memory and the steps of the progress bar."""
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, what there is in all, in the corpus's unit, and a note on the speed."""
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+Workers = Callable[[Sequence[Piece], Tokenizer], Iterator[PieceRecord]]
+"""Tokenises pieces, whose records it gives as they are finished, in any order."""
+
+Outcome = tuple[dict[str, Metric], dict[str, Any]]
+"""The manifest's metrics and details."""
+
+SHOWN_SKIPPED = 20
+
+
+def corpus_fingerprint(config: DataConfig) -> str:
+    """Hash of what a data config's source holds, without reading it all."""
+    return NanoGptFolder(config.paths[0]).fingerprint if config.corpus == "nanogpt" else open_corpus(config).fingerprint
 
 
 def prepare(
-    config: DataConfig, corpus: EmbeddedCorpus, folder: Path, num_threads: int, on_progress: Progress
-) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """Train or load the tokenizer, then write both splits' shards.
+    config: DataConfig, corpus: Corpus, folder: Path, on_progress: Progress, workers: Workers | None = None
+) -> Outcome:
+    """Train or load the tokenizer, then turn every piece that is not finished into shards.
 
-    Returns:
-        The manifest's metrics and details.
+    Args:
+        workers: None works through the pieces here.
+    Raises:
+        ArtefactError: the corpus is empty or damaged, or one of the splits is empty.
     """
-    tokenizer = Tokenizer.make(config, (d.text for d in documents_of(corpus, "train", config.validation_fraction)))
+    pieces = corpus.pieces(config.bytes_per_piece)
+    if not pieces:
+        raise ArtefactError(f"the corpus is empty: nothing in {config.paths or config.dataset or corpus.name} is text")
+    tokenizer = make_tokenizer(config, corpus, pieces, folder)
+    finished = finished_records(folder, pieces, tokenizer)
+    records = list(finished.values())
+    meter = Meter(pieces, records, on_progress)
+    todo = [piece for piece in pieces if piece.index not in finished]
+    work = workers or (lambda some, tok: (tokenize_piece(config, corpus, piece, tok, folder) for piece in some))
+    for record in work(todo, tokenizer):
+        records.append(record)
+        meter.add(record)
+    for path in folder.glob(".*"):  # of attempts whose process was killed
+        path.unlink()
+    return summarise(corpus, tokenizer, records, folder)
+
+
+def make_tokenizer(config: DataConfig, corpus: Corpus, pieces: Sequence[Piece], folder: Path) -> Tokenizer:
+    """The tokenizer that an earlier attempt left in the folder, else a new one, saved there."""
+    if (folder / META_NAME).is_file():
+        try:
+            return Tokenizer.load(folder)
+        except ArtefactError:
+            pass  # damaged: made again
+    if config.tokenizer == "gpt2":
+        tokenizer = Tokenizer.gpt2()
+    else:
+        tokenizer = Tokenizer.train(training_texts(config, corpus, pieces), config.num_trained_ids)
     tokenizer.save(folder)
-    total_bytes = sum(len(document.text.encode()) for document in corpus.documents)
-    done_bytes = 0
+    return tokenizer
 
-    def encode(documents: Iterator[Document], counts: dict[str, int]) -> Iterator[np.ndarray]:
-        nonlocal done_bytes
-        while batch := list(islice(documents, DOCUMENTS_PER_BATCH)):
-            yield from tokenizer.encode_documents([document.text for document in batch], num_threads)
-            num_bytes = sum(len(document.text.encode()) for document in batch)
-            counts["documents"] += len(batch)
-            counts["bytes"] += num_bytes
-            done_bytes += num_bytes
-            on_progress(done_bytes, total_bytes)
 
+class Meter:
+    """Progress over the pieces, finished ones included; the speed is that of this attempt."""
+
+    def __init__(self, pieces: Sequence[Piece], finished: Sequence[PieceRecord], on_progress: Progress):
+        self._sizes = {piece.index: piece.num_bytes or 1 for piece in pieces}
+        self._total = sum(self._sizes.values())
+        self._done = sum(self._sizes[record.index] for record in finished)
+        self._num_tokens = 0
+        self._on_progress = on_progress
+        self._started_at = time.monotonic()
+
+    def add(self, record: PieceRecord) -> None:
+        """Count a piece that was just finished."""
+        self._done += self._sizes[record.index]
+        self._num_tokens += record.num_tokens
+        seconds = max(time.monotonic() - self._started_at, 1e-9)
+        self._on_progress(self._done, self._total, f"{self._num_tokens / seconds:,.0f} tokens/s")
+
+
+def summarise(corpus: Corpus, tokenizer: Tokenizer, records: Sequence[PieceRecord], folder: Path) -> Outcome:
+    """What the manifest says of finished shards.
+
+    Raises:
+        ArtefactError: a split is empty.
+    """
     metrics: dict[str, Metric] = {}
     for split in SPLITS:
-        counts = {"documents": 0, "bytes": 0}
-        documents = documents_of(corpus, split, config.validation_fraction)
-        num_tokens = write_shards(folder, split, encode(documents, counts), tokenizer.num_ids, config.tokens_per_shard)
-        metrics[f"{split}_documents"] = Metric(counts["documents"], "documents")
-        metrics[f"{split}_bytes"] = Metric(counts["bytes"], "bytes")
-        metrics[f"{split}_tokens"] = Metric(num_tokens, "tokens")
-    validation = TokenShards(folder, "validation", tokenizer.num_ids)
-    metrics["unigram_entropy"] = Metric(unigram_entropy(validation), "nats/token")
+        counts = [record.splits[split] for record in records]
+        metrics[f"{split}_documents"] = Metric(sum(c.documents for c in counts), "documents")
+        metrics[f"{split}_bytes"] = Metric(sum(c.num_bytes for c in counts), "bytes")
+        metrics[f"{split}_tokens"] = Metric(sum(c.num_tokens for c in counts), "tokens")
+    num_skipped = sum(record.num_skipped for record in records)
+    for split in SPLITS:
+        if metrics[f"{split}_tokens"].value == 0:
+            left_out = f" ({num_skipped} documents were left out)" if num_skipped else ""
+            raise ArtefactError(
+                f"the {split} split holds no tokens{left_out}; give more text or another data.validation_fraction"
+            )
+    metrics["skipped_documents"] = Metric(num_skipped, "documents")
+    metrics["unigram_entropy"] = Metric(
+        unigram_entropy(TokenShards(folder, "validation", tokenizer.num_ids)), "nats/token"
+    )
     metrics["vocabulary_ids"] = Metric(tokenizer.num_ids, "ids")
-    details = {
-        "corpus": corpus.name,
-        "corpus_fingerprint": corpus.fingerprint,
+    details = details_of(corpus.name, corpus.fingerprint, tokenizer)
+    if num_skipped:
+        in_order = sorted(records, key=lambda record: record.index)
+        details["skipped"] = [reason for record in in_order for reason in record.skipped][:SHOWN_SKIPPED]
+    return metrics, details
+
+
+def details_of(corpus_name: str, fingerprint: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Which corpus and tokenizer the shards come from."""
+    return {
+        "corpus": corpus_name,
+        "corpus_fingerprint": fingerprint,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
-    return metrics, details
+
+
+def adopt_nanogpt(config: DataConfig, folder: Path) -> Outcome:
+    """Take over nanoGPT's token files as shards, with GPT-2's tokenizer; their ids are checked."""
+    source = NanoGptFolder(config.paths[0])
+    fingerprint = source.fingerprint
+    for leftover in folder.iterdir():
+        leftover.unlink()
+    tokenizer = Tokenizer.gpt2()
+    tokenizer.save(folder)
+    counts = {split: source.adopt(split, tokenizer, folder) for split in SPLITS}
+    metrics: dict[str, Metric] = {}
+    for split in SPLITS:
+        metrics[f"{split}_documents"] = Metric(int(counts[split][tokenizer.eot_id]), "documents")
+        metrics[f"{split}_tokens"] = Metric(int(counts[split].sum()), "tokens")
+    metrics["unigram_entropy"] = Metric(entropy_of(counts["validation"]), "nats/token")
+    metrics["vocabulary_ids"] = Metric(tokenizer.num_ids, "ids")
+    return metrics, details_of(source.name, fingerprint, tokenizer)
 
 
 def unigram_entropy(shards: TokenShards) -> float:
@@ -71,5 +160,10 @@ def unigram_entropy(shards: TokenShards) -> float:
     for start in range(0, shards.num_tokens, 2**24):
         tokens = shards.read(start, min(2**24, shards.num_tokens - start))
         counts += np.bincount(tokens, minlength=shards.num_ids)
-    probabilities = counts[counts > 0] / shards.num_tokens
+    return entropy_of(counts)
+
+
+def entropy_of(counts: np.ndarray) -> float:
+    """Entropy in nats of frequencies given as counts."""
+    probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())

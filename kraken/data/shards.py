@@ -1,13 +1,17 @@
 """Token shards: flat little-endian arrays of ids, as nanoGPT's `train.bin`, written whole or not at all."""
 
 import os
-from collections.abc import Iterable
+import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from kraken.data.corpora import Split
 from kraken.manifest import ArtefactError
+
+FLUSH_TOKENS = 2**18
+"""Tokens gathered before they are checked and written."""
 
 
 def token_dtype(num_ids: int) -> np.dtype:
@@ -20,48 +24,64 @@ def shard_name(split: Split, index: int) -> str:
     return f"{split}_{index:06d}.bin"
 
 
-def write_shards(
-    folder: Path, split: Split, documents: Iterable[np.ndarray], num_ids: int, tokens_per_shard: int
-) -> int:
-    """Write the documents' ids one after the other into shards of exactly `tokens_per_shard` tokens (the last: fewer).
+class ShardWriter:
+    """One shard, written under a hidden name and renamed when it is whole. Without tokens there is no file.
 
-    Returns:
-        The number of tokens written.
-    Raises:
-        ArtefactError: an id is past the vocabulary, or the split is empty.
+    Args:
+        num_ids: ids of the tokenizer; decides the type on disk and bounds what is valid.
     """
-    dtype = token_dtype(num_ids)
-    num_tokens, index, pending, num_pending = 0, 0, [], 0
 
-    def write(ids: np.ndarray) -> None:
-        nonlocal index
-        partial = folder / f".{shard_name(split, index)}"
-        with partial.open("wb") as file:
-            ids.astype(dtype).tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(folder / shard_name(split, index))
-        index += 1
+    def __init__(self, folder: Path, split: Split, index: int, num_ids: int):
+        self.path = folder / shard_name(split, index)
+        self.split = split
+        self.num_ids = num_ids
+        self.num_tokens = 0
+        # Two attempts at one shard may overlap, when the first one's machine was only thought dead.
+        self._partial = folder / f".{self.path.name}.{uuid.uuid4().hex}"
+        self._file: BinaryIO | None = None
+        self._pending: list[np.ndarray] = []
+        self._num_pending = 0
 
-    for ids in documents:
-        if len(ids) and int(ids.max()) >= num_ids:
+    def write(self, ids: np.ndarray) -> None:
+        """Append ids.
+
+        Raises:
+            ArtefactError: an id is past the vocabulary.
+        """
+        self._pending.append(ids)
+        self._num_pending += len(ids)
+        if self._num_pending >= FLUSH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._num_pending:
+            return
+        ids = np.concatenate(self._pending)
+        if int(ids.max()) >= self.num_ids:
             raise ArtefactError(
-                f"a {split} document holds id {int(ids.max())}, past the {num_ids} ids of the tokenizer"
+                f"a {self.split} document holds id {int(ids.max())}, past the {self.num_ids} ids of the tokenizer"
             )
-        pending.append(ids)
-        num_pending += len(ids)
-        num_tokens += len(ids)
-        if num_pending >= tokens_per_shard:
-            whole = np.concatenate(pending)
-            cut = num_pending - num_pending % tokens_per_shard
-            for start in range(0, cut, tokens_per_shard):
-                write(whole[start : start + tokens_per_shard])
-            pending, num_pending = [whole[cut:]], num_pending - cut
-    if num_pending:
-        write(np.concatenate(pending))
-    if num_tokens == 0:
-        raise ArtefactError(f"the {split} split holds no tokens; give more text or another data.validation_fraction")
-    return num_tokens
+        self._file = self._file or self._partial.open("wb")
+        ids.astype(token_dtype(self.num_ids)).tofile(self._file)
+        self.num_tokens += len(ids)
+        self._pending, self._num_pending = [], 0
+
+    def finish(self) -> None:
+        """Make the shard exist for readers, or not exist when nothing was written."""
+        self._flush()
+        if self._file is None:
+            self.path.unlink(missing_ok=True)  # of an attempt by other rules
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind; after `finish` nothing happens."""
+        if self._file is not None:
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
 
 
 class TokenShards:
@@ -81,10 +101,13 @@ class TokenShards:
         if not paths:
             raise ArtefactError(f"{folder} holds no {split} shards; run prepare again")
         for path in paths:
-            if path.stat().st_size % dtype.itemsize:
+            num_bytes = path.stat().st_size
+            if num_bytes == 0 or num_bytes % dtype.itemsize:
                 raise ArtefactError(
-                    f"{path} is truncated: its size is no multiple of {dtype.itemsize} bytes; run prepare again"
+                    f"{path} is truncated: its {num_bytes} bytes are no multiple of {dtype.itemsize}, or none; "
+                    f"delete {folder} and run prepare again"
                 )
+        self.folder = folder
         self.split = split
         self.num_ids = num_ids
         self._shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
@@ -112,6 +135,6 @@ class TokenShards:
         if length and int(tokens.max()) >= self.num_ids:
             raise ArtefactError(
                 f"{self.split} tokens {start}..{start + length} hold id {int(tokens.max())}, past the {self.num_ids} "
-                "ids of the tokenizer: the shards are damaged; run prepare again"
+                f"ids of the tokenizer: the shards are damaged; delete {self.folder} and run prepare again"
             )
         return tokens
