@@ -1,5 +1,6 @@
 """What the command lines share: a preset's name, dotted overrides, errors in one line, exit status 2 or 1."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -102,6 +103,13 @@ def one_line(box: str) -> str:
         hint = f"perhaps you meant {' or '.join(similar)}" if similar else "--help lists every setting"
         return f"unknown setting: {unknown.strip()}; {hint}"
     return text
+
+
+class LineParser(argparse.ArgumentParser):
+    """Plain options, for command lines that take no preset; errors in one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists every option")
 
 
 def run_job(main: Callable[[list[str]], None]) -> NoReturn:

@@ -9,9 +9,8 @@ python -m jobs.convert --to-published FOLDER --out ckpt.pt
 import argparse
 import os
 from pathlib import Path
-from typing import NoReturn
 
-from jobs.command import run_job
+from jobs.command import LineParser, run_job
 from jobs.stage import run_until
 from kraken.config import ConfigError
 from kraken.storage import is_remote
@@ -23,13 +22,6 @@ DESCRIPTION = """Convert the newest checkpoint to the exchange format.
 Checkpoints of the published code, instead of a PRESET (--from-published --help says more):
   python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
   python -m jobs.convert --to-published FOLDER --out ckpt.pt"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere on these command lines."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; `{self.prog} --from-published --help` lists every option")
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="python -m jobs.convert",
         description="Convert a checkpoint of the published code to an exchange folder, or back.",
         allow_abbrev=False,

@@ -11,9 +11,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from jobs.command import run_job
+from jobs.command import LineParser, run_job
 from kraken import plan, roofline
 from kraken.config import ConfigError, ModelConfig
 from kraken.plan import Candidate
@@ -46,13 +46,6 @@ DEVICE_OPTIONS = {
 WORKLOAD_OPTIONS = ("prompt_length", "batch_size", "sequences_per_step", "sequences_per_microbatch")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere on these command lines."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists every option")
-
-
 def main(argv: list[str]) -> None:
     options = vars(_parser().parse_args(argv))
     shape, budget = _shape_and_budget(options)
@@ -72,7 +65,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="python -m jobs.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", choices=PRESETS, metavar="NAME", help="start from this preset's shape and budget")

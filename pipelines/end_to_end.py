@@ -45,9 +45,13 @@ class PlannedStage:
     """Of the artefact that will be reused; None when the stage will run."""
 
 
-def plan(config: RunConfig, until: str = "deploy") -> list[PlannedStage]:
-    """What would run and what would be reused; asks the storage and the endpoint, changes nothing."""
-    found = fingerprints(STAGES, config)
+def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None = None) -> list[PlannedStage]:
+    """What would run and what would be reused; asks the storage and the endpoint, changes nothing.
+
+    Args:
+        found: the stages' fingerprints, where they are known already; the corpus is read for them.
+    """
+    found = found or fingerprints(STAGES, config)
     planned: list[PlannedStage] = []
     for stage in STAGES[: KINDS.index(until) + 1]:
         fingerprint = found[stage.kind]
@@ -79,13 +83,14 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
     from pipelines import cluster
     from pipelines.tracking import Tracker
 
-    key = make_fingerprint("pipeline", config.name, fingerprints(STAGES, config))
+    found = fingerprints(STAGES, config)
+    key = make_fingerprint("pipeline", config.name, found)
     with cluster.connect(config):
         tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
         with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
-            planned = plan(config, until)
+            planned = plan(config, until, found)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 cluster.preflight(config)
             try:
