@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.loop import LoopKraken
 from kraken.config import ModelConfig, TrainConfig
-from kraken.parallel import Replicas
+from kraken.parallel import Mesh
 from kraken.plan import training_flops_per_token
 from kraken.precision import choose_precision
 from kraken.presets import PRESETS
@@ -54,7 +54,7 @@ Step = Callable[[int, Tensor, Tensor], object]
 
 
 def our_step(model: ModelConfig, config: TrainConfig, device: torch.device, compile_setting: str) -> Step:
-    step = TrainingStep(model, dataclasses.replace(config, compile=compile_setting), Replicas(0, 1, device))
+    step = TrainingStep(model, dataclasses.replace(config, compile=compile_setting), Mesh(device))
     step.start(num_steps=config.steps)
     return step
 

@@ -5,18 +5,19 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from kraken.config import ModelConfig, from_dict, to_dict
 from kraken.history import History, read_history, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact
-from kraken.model import Kraken
+from kraken.model import Kraken, fill, part_of, whole_shapes
 from kraken.optim import Optimizer
 from kraken.tokenizer import require_same_tokenizer
 
@@ -28,8 +29,9 @@ STEP_FOLDER = re.compile(r"step_(\d{9})")
 def save_checkpoint(
     run_folder: Path,
     step: int,
-    model: Kraken,
-    optimizer: Optimizer,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     history: History,
     *,
     data_fingerprint: str,
@@ -40,6 +42,10 @@ def save_checkpoint(
 
     The loader's position is the step itself. Everything is written to a folder of another name, which is renamed.
 
+    Args:
+        weights: every parameter, whole.
+        moments: the optimizer's state, whole, as `Optimizer.state` names it.
+
     Raises:
         ArtefactError: the disk is full; the checkpoint before this one stays.
     """
@@ -49,15 +55,15 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, partial / MODEL_NAME)
-        save_file({name: x.cpu().contiguous() for name, x in optimizer.state().items()}, partial / OPTIMIZER_NAME)
+        save_file({name: x.contiguous() for name, x in weights.items()}, partial / MODEL_NAME)
+        save_file({name: x.contiguous() for name, x in moments.items()}, partial / OPTIMIZER_NAME)
         write_history(partial, history)
         finish_artefact(
             partial,
             started_at=started_at,
             kind="checkpoint",
             fingerprint=folder.name,
-            config=to_dict(model.config),
+            config=to_dict(config),
             parents={"prepare": data_fingerprint},
             metrics={"step": Metric(step, "optimizer steps")},
             details={"tokenizer_fingerprint": tokenizer_fingerprint},
@@ -118,24 +124,24 @@ def load_checkpoint(
     return step, read_history(folder)
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy a file's tensors into a model's parameters, name by name.
+@torch.no_grad()
+def load_weights(path: Path, model: Kraken) -> None:
+    """Copy a file's tensors into a model's parameters, name by name; of each, the part that this process holds.
 
     Raises:
         ArtefactError: the file's names or shapes are not the model's.
     """
-    tensors = load_file(path)
-    parameters = dict(model.named_parameters())
-    if tensors.keys() != parameters.keys():
-        missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
-        raise ArtefactError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise ArtefactError(
-                    f"{path}: {name} is {list(tensors[name].shape)}, the model's is {list(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
+    shapes = whole_shapes(model.config)
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        if names != shapes.keys():
+            missing, unexpected = sorted(shapes.keys() - names), sorted(names - shapes.keys())
+            raise ArtefactError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        for name, parameter in model.named_parameters():
+            whole = file.get_tensor(name)
+            if whole.shape != shapes[name]:
+                raise ArtefactError(f"{path}: {name} is {list(whole.shape)}, the model's is {list(shapes[name])}")
+            fill(parameter, part_of(name, whole, model.config, model.ways))
 
 
 def load_model(folder: Path) -> tuple[Kraken, Manifest]:

@@ -14,6 +14,8 @@ import dacite
 
 T = TypeVar("T")
 
+EngineKind = Literal["auto", "torch", "tensorrt_llm"]
+
 VOCAB_MULTIPLE = 64
 """Vocabularies are padded up to a multiple of this many ids: GPT-2's 50,257 become 50,304, as in nanoGPT."""
 
@@ -302,8 +304,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """The PyTorch engine."""
+    """The engine that runs a converted model."""
 
+    kind: EngineKind = "auto"
+    """`auto`: TensorRT-LLM where it imports, the model has been converted for it and every way has a GPU; else `torch`."""
+    startup_timeout_s: float = 900.0
+    """TensorRT-LLM must be ready within this, or everything it started is ended."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -311,13 +317,50 @@ class EngineConfig:
     num_threads: int = 0
     """CPU threads of a forward pass; 0 takes every core this process may use."""
     max_batch_size: int = 16
-    """Requests decoded together; each holds a cache of one context."""
+    """Requests decoded together."""
+    max_step_tokens: int = 512
+    """Tokens of one step: one of each request that decodes, the rest for prompts. More of them speeds prompts up and
+    makes those that decode wait longer for their next token."""
+    kv_cache_tokens: int = 0
+    """Tokens that the cache has room for, at least one context; 0 takes `max_batch_size` contexts, on CUDA at most what
+    nine tenths of the free memory hold. Where they run out, the newest requests wait and are computed again."""
+    tokens_per_block: int = 16
+    """Tokens of the cache that are handed out and reused together."""
+    prefix_reuse: bool = True
+    """Whether prompts that begin alike share what is computed of the beginning; the time of an answer then tells whether
+    someone else's prompt began so."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 
     def __post_init__(self) -> None:
-        _require_positive("engine", self, "max_batch_size", "max_queued_requests")
+        _require_positive("engine", self, "max_batch_size", "max_queued_requests", "startup_timeout_s")
+        _require_positive("engine", self, "max_step_tokens", "tokens_per_block")
+        _require(
+            self.max_step_tokens >= self.max_batch_size,
+            f"engine.max_step_tokens={self.max_step_tokens} is below engine.max_batch_size={self.max_batch_size}, and "
+            "every request of a batch needs one token a step; raise the first or lower the second",
+        )
+        _require(
+            self.kv_cache_tokens >= 0,
+            f"engine.kv_cache_tokens={self.kv_cache_tokens} is negative; 0 takes max_batch_size contexts",
+        )
+        _require(
+            self.kind != "tensorrt_llm" or self.device != "cpu",
+            "engine.kind=tensorrt_llm needs GPUs, but engine.device=cpu; leave one of the two out",
+        )
+        _require(
+            self.kind != "tensorrt_llm" or not self.num_threads,
+            f"engine.num_threads={self.num_threads} has no effect with engine.kind=tensorrt_llm; leave it out",
+        )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """What a checkpoint is converted to, besides the exchange format."""
+
+    tensorrt_llm: bool = False
+    """Also write the folder that TensorRT-LLM reads, in bfloat16 and with heads padded to sizes that have kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,7 +415,13 @@ class ClusterConfig:
     """What training asks of the Ray cluster. It changes how fast a result comes, never which."""
 
     num_workers: int = 2
-    """Ray Train workers; the global batch is divided among them."""
+    """Ray Train workers: `shard_size` x `way_size` x as many replicas as that leaves."""
+    way_size: int = 1
+    """Workers that share the ways of one model, and its vocabulary; neighbours, so that they share a node."""
+    shard_size: int = 1
+    """Workers that share parameters, gradients and optimizer state of one model (FSDP2)."""
+    overlap: bool = True
+    """Whether a layer's sum over the way axis is in flight while its attention computes, or waited for at once."""
     cpus_per_worker: int = 1
     """CPUs, and torch threads, of a worker."""
     gpus_per_worker: int = 0
@@ -381,7 +430,13 @@ class ClusterConfig:
     """Restarts of the worker group from its last checkpoint before training fails."""
 
     def __post_init__(self) -> None:
-        _require_positive("cluster", self, "num_workers", "cpus_per_worker")
+        _require_positive("cluster", self, "num_workers", "cpus_per_worker", "way_size", "shard_size")
+        group = self.way_size * self.shard_size
+        _require(
+            self.num_workers % group == 0,
+            f"cluster.num_workers={self.num_workers} is not a multiple of cluster.shard_size={self.shard_size} times "
+            f"cluster.way_size={self.way_size}; choose {group}, or a multiple of it",
+        )
         _require(
             self.gpus_per_worker in (0, 1),
             f"cluster.gpus_per_worker={self.gpus_per_worker} is neither 0 nor 1; add workers to use more GPUs",
@@ -398,6 +453,7 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig = DataConfig()
+    convert: ConvertConfig = ConvertConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
@@ -414,10 +470,23 @@ class RunConfig:
             f"model.vocab_size={self.model.vocab_size} does not fit the {self.data.num_ids} ids of "
             f"data.tokenizer={self.data.tokenizer}; choose model.vocab_size={self.data.vocab_size}",
         )
+        c = self.cluster
+        num_data_ranks = c.num_workers // c.way_size
         _require(
-            self.train.sequences_per_step % self.cluster.num_workers == 0,
-            f"train.sequences_per_step={self.train.sequences_per_step} is not divisible by "
-            f"cluster.num_workers={self.cluster.num_workers}; choose a multiple of {self.cluster.num_workers}",
+            self.train.sequences_per_step % num_data_ranks == 0,
+            f"train.sequences_per_step={self.train.sequences_per_step} is not divisible by the {num_data_ranks} parts "
+            f"that cluster.num_workers={c.num_workers} / cluster.way_size={c.way_size} make of it; choose a multiple "
+            f"of {num_data_ranks}",
+        )
+        _require(
+            self.model.num_ways % c.way_size == 0,
+            f"cluster.way_size={c.way_size} does not divide model.num_ways={self.model.num_ways}; choose "
+            f"{[size for size in range(1, self.model.num_ways + 1) if self.model.num_ways % size == 0]}",
+        )
+        _require(
+            self.train.optimizer == "adamw" or c.shard_size == 1,
+            f"train.optimizer={self.train.optimizer} needs whole matrices, and cluster.shard_size={c.shard_size} "
+            "divides them; choose cluster.shard_size=1, or train.optimizer=adamw",
         )
 
 

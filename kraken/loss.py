@@ -6,13 +6,16 @@ The idea is Liger Kernel's fused linear cross-entropy (Hsu et al., 2024).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.precision import compute_dtype
+from kraken.ways import WayGroup
 
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}
 """Logits that exist at a time: on a CPU about what its cache holds, on a GPU enough to fill it."""
@@ -32,22 +35,56 @@ def chunk_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor
     return loss, gradient_TV
 
 
+def shared_chunk_gradient(
+    logits_TV: Tensor, targets_T: Tensor, ways: WayGroup, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts."""
+    exact = logits_TV.to(torch.float64 if logits_TV.dtype == torch.float64 else torch.float32)
+    rows = ways.part(vocab_size)
+    is_here_T = (targets_T >= rows.start) & (targets_T < rows.stop)
+    columns_T1 = (targets_T - rows.start).clamp(0, len(rows) - 1)[:, None]
+    largest_T1 = ways.all_reduce(exact.max(dim=-1, keepdim=True).values, dist.ReduceOp.MAX)
+    exponentials_TV = (exact - largest_T1).exp()
+    target_logits_T1 = exact.gather(1, columns_T1) * is_here_T[:, None]
+    sums_T2 = ways.all_reduce(torch.cat((exponentials_TV.sum(dim=-1, keepdim=True), target_logits_T1), dim=-1))
+    loss = (sums_T2[:, 0].log() + largest_T1[:, 0] - sums_T2[:, 1]).sum()
+    gradient_TV = exponentials_TV.div_(sums_T2[:, :1]).to(logits_TV.dtype)
+    gradient_TV.scatter_add_(1, columns_T1, -is_here_T[:, None].to(logits_TV.dtype))
+    return loss, gradient_TV
+
+
 def chunked_cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, gradient: ChunkGradient = chunk_gradient
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    gradient: ChunkGradient = chunk_gradient,
+    ways: WayGroup = WayGroup(),  # noqa: B008 - frozen
+    vocab_size: int = 0,
 ) -> Tensor:
     """Sum of the cross-entropy in nats of softmax(hidden @ weight^T) against the targets; at least float32.
 
     Products are in autocast's type where it is on, softmax and sums in float32, or float64 where the inputs are.
 
     Args:
-        gradient: `chunk_gradient`, or the same compiled.
+        gradient: `chunk_gradient`, or the same compiled; used where one process holds the whole vocabulary.
+        ways: the processes that hold a part of `vocab_size` rows each; hidden states and loss are equal on all.
     """
-    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, gradient)
+    if ways.size > 1:
+        gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, gradient, ways, vocab_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, gradient: ChunkGradient) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        gradient: ChunkGradient,
+        ways: WayGroup,
+        vocab_size: int,
+    ) -> Tensor:
         dtype = compute_dtype(hidden_TD)
         hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
         sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,25 +92,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=sum_dtype)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
         weight_gradient = torch.zeros_like(weight, dtype=sum_dtype) if needs_gradient else None
-        num_chunks = -(-hidden.shape[0] * weight.shape[0] // LOGITS_PER_CHUNK[hidden.device.type])
+        rows = weight.shape[0] if ways.size == 1 else -(-vocab_size // ways.size)  # the same on every process
+        num_chunks = -(-hidden.shape[0] * rows // LOGITS_PER_CHUNK[hidden.device.type])
         tokens_per_chunk = -(-hidden.shape[0] // num_chunks)  # chunks of one size, so that one compilation serves all
         for start in range(0, hidden.shape[0], tokens_per_chunk):
             chunk = slice(start, start + tokens_per_chunk)
             logits_TV = hidden[chunk] @ weight.T
-            if hidden_gradient is None or weight_gradient is None:
+            if ways.size == 1 and (hidden_gradient is None or weight_gradient is None):
                 loss += F.cross_entropy(logits_TV.to(sum_dtype), targets_T[chunk], reduction="sum")
                 continue
             chunk_loss, logits_gradient_TV = gradient(logits_TV, targets_T[chunk])
             loss += chunk_loss
-            torch.mm(logits_gradient_TV, weight, out=hidden_gradient[chunk])
-            weight_gradient += logits_gradient_TV.T @ hidden[chunk]
-        if needs_gradient:
+            if hidden_gradient is not None and weight_gradient is not None:
+                torch.mm(logits_gradient_TV, weight, out=hidden_gradient[chunk])
+                weight_gradient += logits_gradient_TV.T @ hidden[chunk]
+        if hidden_gradient is not None:
+            ways.all_reduce(hidden_gradient)
             ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         (scale,) = gradients
-        return (hidden_gradient * scale).to(ctx.dtypes[0]), (weight_gradient * scale).to(ctx.dtypes[1]), None, None
+        by_hidden, by_weight = (hidden_gradient * scale).to(ctx.dtypes[0]), (weight_gradient * scale).to(ctx.dtypes[1])
+        return by_hidden, by_weight, None, None, None, None

@@ -33,12 +33,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
 from kraken.config import ModelConfig
 from kraken.loss import chunk_gradient, chunked_cross_entropy
 from kraken.precision import compute_dtype
+from kraken.ways import WayGroup
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5
@@ -93,7 +95,7 @@ def causal_attention(q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor, head_siz
 
 
 def sum_across_ways(x_WBTD: Tensor) -> Tensor:
-    """The sum over all ways, [1, B, T, D], at least float32; with ways on several devices the layer's all-reduce."""
+    """The sum over the ways held here, [1, B, T, D], at least float32."""
     return x_WBTD.sum(dim=0, keepdim=True, dtype=None if x_WBTD.dtype == torch.float64 else torch.float32)
 
 
@@ -139,11 +141,11 @@ class WayNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention inside each way."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, num_ways: int):
         super().__init__()
         self.width, self.num_heads, self.head_size = config.width, config.heads_per_way, config.head_size
-        self.c_attn = WayLinear(config.num_ways, config.width, 3 * config.width, config.bias)
-        self.c_proj = WayLinear(config.num_ways, config.width, config.width, config.bias)
+        self.c_attn = WayLinear(num_ways, config.width, 3 * config.width, config.bias)
+        self.c_proj = WayLinear(num_ways, config.width, config.width, config.bias)
         self.alignment = Alignment()
 
     def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
@@ -165,12 +167,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward network of each way: GELU, or SwiGLU with the gate's rows first in `c_fc`."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, num_ways: int):
         super().__init__()
         self.width, self.ffn_size, self.gated = config.width, config.ffn_size, config.activation == "swiglu"
         num_hidden = (2 if self.gated else 1) * config.ffn_size
-        self.c_fc = WayLinear(config.num_ways, config.width, num_hidden, config.bias)
-        self.c_proj = WayLinear(config.num_ways, config.ffn_size, config.width, config.bias)
+        self.c_fc = WayLinear(num_ways, config.width, num_hidden, config.bias)
+        self.c_proj = WayLinear(num_ways, config.ffn_size, config.width, config.bias)
         self.alignment = Alignment()
 
     def forward(self, x_WBTD: Tensor) -> Tensor:
@@ -190,23 +192,30 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of all ways; see the module's docstring for the equations."""
+    """One layer of the ways held here; see the module's docstring for the equations."""
 
-    def __init__(self, config: ModelConfig, layer_index: int):
+    def __init__(self, config: ModelConfig, layer_index: int, ways: WayGroup):
         super().__init__()
-        self.parallel = config.architecture == "parallel"
+        num_ways = len(ways.part(config.num_ways))
+        self.ways = ways
         self.reads_others = config.architecture == "kraken" and layer_index > 0
-        self.ln_1 = WayNorm(config.num_ways, config.width, config.bias)
-        self.attn = Attention(config)
-        self.ln_2 = None if self.parallel else WayNorm(config.num_ways, config.width, config.bias)
-        self.mlp = MLP(config)
+        self.ln_1 = WayNorm(num_ways, config.width, config.bias)
+        self.attn = Attention(config, num_ways)
+        self.ln_2 = None if config.architecture == "parallel" else WayNorm(num_ways, config.width, config.bias)
+        self.mlp = MLP(config, num_ways)
 
     def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
+        pending = None
+        if self.reads_others and self.ways.size > 1:  # in flight while the ways held here attend
+            pending = self.ways.start_sum(sum_across_ways(x_WBTD))
         normed_WBTD = self.ln_1(x_WBTD)
         a_WBTD = x_WBTD + self.attn(normed_WBTD, rotation, attend)
         if self.ln_2 is None:
             return a_WBTD + self.mlp(normed_WBTD)
-        seen_WBTD = a_WBTD + (sum_across_ways(x_WBTD) - x_WBTD) if self.reads_others else a_WBTD
+        seen_WBTD = a_WBTD
+        if self.reads_others:
+            sum_1BTD = sum_across_ways(x_WBTD) if pending is None else pending.wait()
+            seen_WBTD = a_WBTD + (sum_1BTD - x_WBTD)
         return a_WBTD + self.mlp(self.ln_2(seen_WBTD))
 
 
@@ -215,23 +224,25 @@ class Kraken(nn.Module):
 
     Parameters are uninitialised until `init_weights` or a checkpoint fills them. Names follow the published code, with
     the ways stacked into the first dimension.
+
+    Args:
+        ways: the processes that share the model; each holds the parameters that `part_of` cuts for it.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ways: WayGroup = WayGroup()):  # noqa: B008 - frozen
         super().__init__()
-        self.config = config
+        self.config, self.ways = config, ways
         self.alignment = Alignment()
         self.chunk_gradient = chunk_gradient
         D = config.width
         device = torch.get_default_device()  # which may be `meta`: shapes without memory
         learned = config.positions == "learned"
-        self.wte = skip_init(nn.Embedding, config.vocab_size, D, device=device)
+        self.wte = skip_init(nn.Embedding, len(ways.part(config.vocab_size)), D, device=device)
         self.wpe = skip_init(nn.Embedding, config.context_length, D, device=device) if learned else None
-        self.h = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.h = nn.ModuleList(Layer(config, index, ways) for index in range(config.num_layers))
         joins = config.architecture == "kraken"
-        self.conjunction = (
-            skip_init(nn.Linear, config.num_ways * D, D, bias=config.bias, device=device) if joins else None
-        )
+        num_joined = len(ways.part(config.num_ways)) * D
+        self.conjunction = skip_init(nn.Linear, num_joined, D, bias=config.bias, device=device) if joins else None
         self.ln_f = nn.LayerNorm(D, eps=LAYER_NORM_EPSILON, bias=config.bias)
 
     def align(self, alignment: Alignment) -> None:
@@ -264,62 +275,61 @@ class Kraken(nn.Module):
             pad(self.wte.weight, padded_width),
             targets_BT.flatten(),
             self.chunk_gradient,
+            self.ways,
+            self.config.vocab_size,
         )
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """The normalised state [B, T, D] that the head reads."""
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        x_BTD = self.wte(ids_BT)
+        x_BTD = self._embed(ids_BT)
         rotation = None
         if self.wpe is None:
             rotation = rotation_of(positions_BT, self.config.head_size, self.config.rope_base, x_BTD.dtype)
         else:
             x_BTD = x_BTD + self.wpe(positions_BT)
-        x_BTD = x_BTD.to(compute_dtype(x_BTD))  # the state between layers too, as its sums stay in float32
-        x_WBTD = x_BTD.expand(self.config.num_ways, -1, -1, -1)
-        if x_BTD.is_cuda and self.config.num_ways > 1:
+        x_BTD = self.ways.share(x_BTD.to(compute_dtype(x_BTD)))  # between layers too, as sums stay in float32
+        num_ways = len(self.ways.part(self.config.num_ways))
+        x_WBTD = x_BTD.expand(num_ways, -1, -1, -1)
+        if x_BTD.is_cuda and num_ways > 1:
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
         for index, layer in enumerate(self.h):
             x_WBTD = layer(x_WBTD, rotation, None if attend is None else partial(attend, index))
         return self.ln_f(self._join(x_WBTD))
 
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings [B, T, D], of whose rows each process holds some."""
+        if self.ways.size == 1:
+            return self.wte(ids_BT)
+        rows = self.ways.part(self.config.vocab_size)
+        elsewhere_BT1 = ((ids_BT < rows.start) | (ids_BT >= rows.stop))[..., None]
+        x_BTD = self.wte((ids_BT - rows.start).clamp(0, len(rows) - 1)).masked_fill(elsewhere_BT1, 0.0)
+        return self.ways.sum_partial(x_BTD)
+
     def _join(self, x_WBTD: Tensor) -> Tensor:
         """Bring the ways back to one state [B, T, D]."""
         if self.conjunction is None:
             return x_WBTD[0]
-        W, D = self.config.num_ways, self.config.width
+        D = self.config.width
         padded = self.alignment.padded_width(D)
-        weight = pad(self.conjunction.weight.unflatten(1, (W, D)), padded, None, padded).flatten(1)
-        bias = None if self.conjunction.bias is None else pad(self.conjunction.bias, padded)
+        weight = pad(self.conjunction.weight.unflatten(1, (-1, D)), padded, None, padded).flatten(1)
         # [W, B, T, D] -> [B, T, W*D], way after way, as the published code concatenates
-        return F.linear(pad(x_WBTD, padded).permute(1, 2, 0, 3).flatten(2), weight, bias)[..., :D]
+        y_BTD = F.linear(pad(x_WBTD, padded).permute(1, 2, 0, 3).flatten(2), weight)[..., :D]
+        y_BTD = self.ways.sum_partial(y_BTD)
+        return y_BTD if self.conjunction.bias is None else y_BTD + self.conjunction.bias
 
     def readout(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits [..., V] of states [..., D]; the head is tied to the token embedding."""
+        """Logits [..., V] of states [..., D], of the rows of the vocabulary held here; the head is the embedding."""
         return F.linear(hidden_BTD, self.wte.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter: gains 1; biases 0; matrices normal 0.02, `c_proj` smaller by sqrt(2 * layers * ways).
-
-        Each matrix of each way has a generator of its own, seeded by (seed, name, way): whoever holds only some ways
-        draws the same numbers for them.
-        """
+        """Fill every parameter, each drawn whole and by itself, so that whoever holds a part has the same numbers."""
+        shapes = whole_shapes(self.config)
         for name, parameter in self.named_parameters():
-            if is_vector(name):
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = INIT_STD
-            if name.endswith("c_proj.weight"):
-                std /= math.sqrt(2 * self.config.num_layers * self.config.num_ways)
-            matrices = parameter.unbind(0) if parameter.dim() == 3 else (parameter,)
-            for way, matrix in enumerate(matrices):
-                digest = hashlib.sha256(f"{seed}/{name}/{way}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-                # drawn in float32 on the CPU, so that every device and precision starts from the same numbers
-                matrix.copy_(torch.randn(matrix.shape, generator=generator) * std)
+            fill(parameter, part_of(name, initial_value(name, shapes[name], self.config, seed), self.config, self.ways))
 
     def num_parameters(self) -> int:
         """Parameters, with the tied head counted once."""
@@ -346,6 +356,62 @@ class Kraken(nn.Module):
 def is_vector(parameter_name: str) -> bool:
     """Whether a parameter is a gain or a bias: not drawn at the start, and not decayed."""
     return "ln_" in parameter_name or parameter_name.endswith("bias")
+
+
+def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name -> shape of every parameter of the whole model."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Kraken(config).named_parameters()}
+
+
+def way_dimension(name: str) -> int | None:
+    """The dimension in which a parameter is divided among the processes of a `WayGroup`; None: each holds all of it."""
+    if name.startswith("h.") or name == "wte.weight":
+        return 0
+    return 1 if name == "conjunction.weight" else None
+
+
+def part_of(name: str, whole: Tensor, config: ModelConfig, ways: WayGroup) -> Tensor:
+    """What one process holds of a whole parameter, as a view."""
+    dimension = way_dimension(name)
+    if dimension is None or ways.size == 1:
+        return whole
+    if name == "wte.weight":
+        rows = ways.part(config.vocab_size)
+        return whole[rows.start : rows.stop]
+    held = ways.part(config.num_ways)
+    each = whole.shape[dimension] // config.num_ways
+    return whole.narrow(dimension, held.start * each, len(held) * each)
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value into a parameter, or where FSDP shards it, this rank's share of the value."""
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if placement.is_shard():
+                chunks = value.chunk(parameter.device_mesh.size(axis), dim=placement.dim)  # type: ignore[attr-defined]
+                rank = parameter.device_mesh.get_local_rank(axis)
+                value = chunks[rank] if rank < len(chunks) else value.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+        parameter = parameter.to_local()
+    parameter.copy_(value)
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """A whole parameter as training starts: gains 1; biases 0; matrices normal 0.02, `c_proj` divided by
+    sqrt(2 * layers * ways). Each matrix of each way has a generator of its own, seeded by (seed, name, way).
+    """
+    if is_vector(name):
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    std = INIT_STD
+    if name.endswith("c_proj.weight"):
+        std /= math.sqrt(2 * config.num_layers * config.num_ways)
+    value = torch.empty(shape)
+    for way, matrix in enumerate(value.unbind(0) if value.dim() == 3 else (value,)):
+        digest = hashlib.sha256(f"{seed}/{name}/{way}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        # drawn in float32 on the CPU, so that every device and precision starts from the same numbers
+        torch.randn(matrix.shape, generator=generator, out=matrix).mul_(std)
+    return value
 
 
 def rotation_of(positions_BT: Tensor, head_size: int, base: float, dtype: torch.dtype) -> Rotation:

@@ -1,12 +1,13 @@
 """The optimizer and its schedule: AdamW, or Muon beside it; the learning rate a pure function of the step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from kraken.config import TrainConfig
-from kraken.model import Kraken, is_vector
+from kraken.model import Kraken, fill, is_vector, part_of
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENT = "momentum_buffer"
@@ -82,7 +83,7 @@ class Optimizer:
         self._model.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """The moments as `{moment}.{parameter name}`, each of its parameter's shape, once a step was taken."""
+        """The moments as `{moment}.{parameter name}`, each as its parameter is held here, once a step was taken."""
         tensors = {
             f"{moment}.{name}": self._adamw.state[parameter][moment]
             for name, parameter in self._by_adamw.items()
@@ -96,8 +97,9 @@ class Optimizer:
             tensors[f"{MUON_MOMENT}.{name}"] = buffer
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from what `state` gave after `step` steps.
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Continue from the whole state after `step` steps; of each tensor, the part that this process holds.
 
         Raises:
             KeyError: the state is another optimizer's.
@@ -105,13 +107,18 @@ class Optimizer:
         for name, parameter in self._by_adamw.items():
             self._adamw.state[parameter] = {
                 "step": torch.tensor(float(step), device=parameter.device),
-                **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in ADAMW_MOMENTS},
+                **{moment: self._part(tensors[f"{moment}.{name}"], name, parameter) for moment in ADAMW_MOMENTS},
             }
         for name, matrices in self._matrices.items():
             assert self._muon is not None
-            buffer = tensors[f"{MUON_MOMENT}.{name}"].to(matrices[0].device)
+            buffer = self._part(tensors[f"{MUON_MOMENT}.{name}"], name, self._by_muon[name])
             for part, matrix in zip(matrices_of(name, buffer, self._model), matrices, strict=True):
                 self._muon.state[matrix] = {MUON_MOMENT: part.clone()}
+
+    def _part(self, whole: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
+        moment = torch.zeros_like(parameter, requires_grad=False)
+        fill(moment, part_of(name, whole, self._model.config, self._model.ways))
+        return moment
 
 
 def matrices_of(name: str, tensor: Tensor, model: Kraken) -> list[Tensor]:

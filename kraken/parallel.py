@@ -1,4 +1,8 @@
-"""Who takes part in training: the processes, their devices and every training collective."""
+"""Who takes part in training: one mesh of processes (replicate, shard, way), their devices, and who averages what.
+
+The way axis is innermost, so that neighbours in rank, which share a node, share a model; shards come next, replicas
+last. Every process of one way group trains on the same sequences; the other two axes divide a step's batch.
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,52 +12,193 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
+
+from kraken.config import ConfigError
+from kraken.model import way_dimension
+from kraken.ways import WayGroup
+
+AXES = ("replicate", "shard", "way")
+
+
+def num_replicas(num_processes: int, shard_size: int, way_size: int) -> int:
+    """The replicate axis: what the other two leave of the processes.
+
+    Raises:
+        ConfigError: the axes' product cannot be the number of processes.
+    """
+    if num_processes % (shard_size * way_size):
+        raise ConfigError(
+            f"cluster.num_workers={num_processes} is not a multiple of cluster.shard_size={shard_size} times "
+            f"cluster.way_size={way_size}; choose {shard_size * way_size}, or a multiple of it"
+        )
+    return num_processes // (shard_size * way_size)
 
 
 @dataclass(frozen=True, slots=True)
-class Replicas:
-    """Processes that hold the whole model each and share a step's batch."""
+class Mesh:
+    """This process's place among those that train together; the default is one process alone.
 
-    rank: int
-    size: int
+    Args:
+        devices: the mesh of all processes; None for one.
+    """
+
     device: torch.device
+    devices: DeviceMesh | None = None
+    overlap: bool = True
+
+    @property
+    def rank(self) -> int:
+        """Place among all processes."""
+        return 0 if self.devices is None else self.devices.get_rank()
+
+    @property
+    def size(self) -> int:
+        """All processes."""
+        return 1 if self.devices is None else self.devices.size()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
 
+    def axis_size(self, axis: str) -> int:
+        """Processes along one axis."""
+        return 1 if self.devices is None else self.devices[axis].size()
+
+    @property
+    def ways(self) -> WayGroup:
+        """The processes that share this one's model."""
+        if self.devices is None or self.axis_size("way") == 1:
+            return WayGroup(overlap=self.overlap)
+        axis = self.devices["way"]
+        return WayGroup(axis.get_local_rank(), axis.size(), axis.get_group(), self.overlap)
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Parts that a step's batch is divided into."""
+        return self.size // self.axis_size("way")
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a step's batch this process trains on."""
+        return self.rank // self.axis_size("way")
+
+    def shard(self, model: nn.Module, layers: nn.ModuleList) -> None:
+        """Divide parameters, gradients and optimizer state over the shard axis, layer by layer; no-op without one."""
+        if self.devices is None or self.axis_size("shard") == 1:
+            return
+        mesh = self.devices["replicate", "shard"] if self.axis_size("replicate") > 1 else self.devices["shard"]
+        num_shards = self.axis_size("shard")
+
+        def placement(parameter: nn.Parameter) -> Shard:
+            # the ways come first and are few; a matrix's rows are many
+            rows_divide = parameter.dim() == 3 and parameter.shape[1] % num_shards == 0
+            return Shard(1 if rows_divide else 0)
+
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        """A model whose backward averages the gradients over the replicas, overlapped with the backward itself."""
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.size > 1 else model
+        """A model whose backward averages the gradients over the data ranks, overlapped with the backward itself."""
+        if self.devices is None or self.axis_size("shard") > 1 or self.axis_size("replicate") == 1:
+            return model
+        group = self.devices["replicate"].get_group()
+        return DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
 
     @contextmanager
     def accumulating(self, model: nn.Module, enabled: bool) -> Iterator[None]:
-        """Inside, a wrapped model's backward only adds to the local gradients."""
-        if enabled and isinstance(model, DistributedDataParallel):
+        """Inside, the model's backward only adds to the local gradients."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(not enabled)
+            yield
+        elif enabled and isinstance(model, DistributedDataParallel):
             with model.no_sync():
                 yield
         else:
             yield
 
+    @torch.no_grad()
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
+        """Scale the gradients down to a global L2 norm; returns the norm before, equal on every process.
+
+        A parameter that every process of a way group holds counts once.
+        """
+        gradients: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[way_dimension(name) is not None].append(local(parameter.grad))
+        held_by_all, divided = (squared_norm(gradients[key]) for key in (False, True))
+        squared = held_by_all + self.ways.all_reduce(divided)
+        if self.devices is not None and self.axis_size("shard") > 1:
+            dist.all_reduce(squared, group=self.devices["shard"].get_group())
+        norm = squared.sqrt()
+        torch._foreach_mul_(gradients[False] + gradients[True], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over the replicas, in place."""
+        """The tensor summed over the data ranks, in place; a way group counts once."""
         if self.size > 1:
             dist.all_reduce(tensor)
+            tensor /= self.axis_size("way")
         return tensor
 
     def barrier(self) -> None:
-        """Return when every replica has arrived."""
+        """Return when every process has arrived."""
         if self.size > 1:
             dist.barrier()
 
+    def whole(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A parameter, or a moment of its shape, put together from all processes; on the main process only.
+
+        All processes must call it, in one order. The result is on the CPU.
+        """
+        tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        dimension = way_dimension(name)
+        ways = self.ways
+        if dimension is None or ways.size == 1:
+            return tensor.cpu() if self.is_main else None
+        assert self.devices is not None
+        if self.data_rank != 0:  # the first way group has it all
+            return None
+        shapes: list[torch.Size] = [tensor.shape] * ways.size
+        dist.all_gather_object(shapes, tensor.shape, group=ways.group)
+        if not self.is_main:
+            dist.send(tensor.contiguous(), group=ways.group, group_dst=0)
+            return None
+        parts = [tensor]
+        for source in range(1, ways.size):
+            part = torch.empty(shapes[source], dtype=tensor.dtype, device=tensor.device)
+            dist.recv(part, group=ways.group, group_src=source)
+            parts.append(part)
+        return torch.cat(parts, dim=dimension).cpu()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """Sum of the squares of all elements of at least one tensor."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    if not filled:
+        return tensors[0].new_zeros(())
+    return torch.stack(torch._foreach_norm(filled)).square().sum()
+
 
 @contextmanager
-def join_replicas(use_gpu: bool) -> Iterator[Replicas]:
+def join_mesh(use_gpu: bool, shard_size: int = 1, way_size: int = 1, overlap: bool = True) -> Iterator[Mesh]:
     """Join whatever launched this process: a Ray worker's group, torchrun's environment, or nothing (one process).
 
     A group that already exists is used and left alone; one made here is ended here.
+
+    Raises:
+        ConfigError: the axes' product is not the number of processes.
     """
     made_here = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
@@ -62,10 +207,10 @@ def join_replicas(use_gpu: bool) -> Iterator[Replicas]:
     if made_here:
         dist.init_process_group("nccl" if use_gpu else "gloo")
     try:
-        if dist.is_initialized():
-            yield Replicas(dist.get_rank(), dist.get_world_size(), device)
-        else:
-            yield Replicas(0, 1, device)
+        num_processes = dist.get_world_size() if dist.is_initialized() else 1
+        shape = (num_replicas(num_processes, shard_size, way_size), shard_size, way_size)
+        devices = init_device_mesh(device.type, shape, mesh_dim_names=AXES) if num_processes > 1 else None
+        yield Mesh(device, devices, overlap)
     finally:
         if made_here:
             dist.destroy_process_group()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from kraken.config import ModelConfig, TrainConfig
 from kraken.model import Alignment, Kraken
 from kraken.optim import Optimizer, learning_rate
-from kraken.parallel import Replicas
+from kraken.parallel import Mesh
+from kraken.plan import training_flops_per_token
 from kraken.precision import Precision, choose_precision
 
 
@@ -57,52 +58,54 @@ class TrainingStep:
     The weights are the seed's until a checkpoint fills `model` and `optimizer`; then comes `start`, then the steps.
     """
 
-    def __init__(self, model_config: ModelConfig, config: TrainConfig, replicas: Replicas):
-        self._config, self._replicas = config, replicas
-        self.precision = choose_precision(config.precision, replicas.device)
-        self.model = Kraken(model_config)
-        self.model.init_weights(config.seed)
-        self.model.to(device=replicas.device, dtype=self.precision.master)
-        self.model.align(choose_alignment(replicas.device, self.precision))
-        self.optimizer = Optimizer(config, self.model)
+    def __init__(self, model_config: ModelConfig, config: TrainConfig, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        self.precision = choose_precision(config.precision, mesh.device)
+        with torch.device("meta"):  # so that no process ever holds more than its own part and one whole parameter
+            self.model = Kraken(model_config, mesh.ways).to(self.precision.master)
         self._loss = SummedLoss(self.model)
-        self._replicated: nn.Module = self._loss
-        self._bad_step = torch.full((), -1, device=replicas.device)
+        mesh.shard(self._loss, self.model.h)
+        self._loss.to_empty(device=mesh.device)
+        self.model.init_weights(config.seed)
+        self.model.align(choose_alignment(mesh.device, self.precision))
+        self.optimizer = Optimizer(config, self.model)
+        self._averaged: nn.Module = self._loss
+        self._bad_step = torch.full((), -1, device=mesh.device)
 
     def start(self, num_steps: int) -> None:
-        """Compile, if that pays for so many steps, and join the replicas; the weights are final for the first step."""
-        c, model, replicas = self._config, self.model, self._replicas
-        tokens = num_steps * c.sequences_per_step * model.config.context_length / replicas.size
-        flops = tokens * model.training_flops_per_token()
-        if should_compile(c.compile, replicas.device, flops, torch.get_num_threads()):
-            model.compile_parts()
-        self._replicated = replicas.wrap(self._loss)
+        """Compile, if that pays for so many steps, and join the other processes; the weights are the first step's."""
+        c, mesh = self._config, self._mesh
+        tokens = num_steps * c.sequences_per_step * self.model.config.context_length / mesh.size
+        flops = tokens * training_flops_per_token(self.model.config)
+        if should_compile(c.compile, mesh.device, flops, torch.get_num_threads()):
+            self.model.compile_parts()
+        self._averaged = mesh.wrap(self._loss)
 
     def __call__(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Train on this rank's share of a step's batch.
+        """Train on this process's share of a step's batch.
 
         Returns:
-            This rank's part of the mean loss in nats (they sum up to it) and the gradient norm, still on the device.
+            This data rank's part of the mean loss in nats (they sum up to it) and the gradient norm, on the device.
         """
-        c, replicas = self._config, self._replicas
+        c, mesh = self._config, self._mesh
         size = c.sequences_per_microbatch
         microbatches = list(zip(inputs_BT.split(size), targets_BT.split(size), strict=True))
-        loss_sum = torch.zeros((), device=replicas.device, dtype=torch.float64)
+        loss_sum = torch.zeros((), device=mesh.device, dtype=torch.float64)
         for index, (inputs, targets) in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
-            with replicas.accumulating(self._replicated, enabled=not is_last):
-                with self.precision.autocast(replicas.device):
-                    loss = self._replicated(inputs, targets)
-                # the mean over this rank's tokens: averaging the replicas then gives the mean over the global batch
+            with mesh.accumulating(self._averaged, enabled=not is_last):
+                with self.precision.autocast(mesh.device):
+                    loss = self._averaged(inputs, targets)
+                # the mean over this rank's tokens: averaging the data ranks then gives the mean over the global batch
                 loss = loss / targets_BT.numel()
                 loss.backward()
             loss_sum += loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip_norm)
+        grad_norm = mesh.clip_gradients(self.model, c.clip_norm)
         is_first_bad = (self._bad_step < 0) & ~grad_norm.isfinite()
         self._bad_step = torch.where(is_first_bad, step, self._bad_step)
         self.optimizer.step(learning_rate(c, step))
         self.optimizer.zero_grad()
-        return loss_sum / replicas.size, grad_norm
+        return loss_sum / mesh.num_data_ranks, grad_norm
 
     def first_bad_step(self) -> int | None:
         """The first step whose gradient was not finite, the same on every rank; waits for the device."""
@@ -111,6 +114,6 @@ class TrainingStep:
 
     @torch.no_grad()
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed loss in nats, for validation; on this rank alone."""
-        with self.precision.autocast(self._replicas.device):
+        """Summed loss in nats of this data rank's sequences, for validation."""
+        with self.precision.autocast(self._mesh.device):
             return self._loss(inputs_BT, targets_BT)

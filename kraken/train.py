@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kraken.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from kraken.config import RunConfig
@@ -21,7 +22,8 @@ from kraken.data.shards import TokenShards
 from kraken.history import History, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric
 from kraken.optim import learning_rate
-from kraken.parallel import Replicas, join_replicas
+from kraken.parallel import Mesh, join_mesh
+from kraken.plan import num_parameters, training_flops_per_token
 from kraken.step import TrainingStep
 
 
@@ -55,20 +57,21 @@ def train(config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks |
     Raises:
         ArtefactError: data or checkpoint do not fit, the disk is full, or the loss is not a number.
     """
-    with join_replicas(use_gpu=config.cluster.gpus_per_worker > 0) as replicas:
-        return _Run(config, data_folder, run_folder, hooks or NoHooks(), replicas).run()
+    c = config.cluster
+    with join_mesh(c.gpus_per_worker > 0, c.shard_size, c.way_size, c.overlap) as mesh:
+        return _Run(config, data_folder, run_folder, hooks or NoHooks(), mesh).run()
 
 
 class _Run:
     """The state of one training run on one rank."""
 
-    def __init__(self, config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks, replicas: Replicas):
-        self.config, self.run_folder, self.hooks, self.replicas = config, run_folder, hooks, replicas
+    def __init__(self, config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks, mesh: Mesh):
+        self.config, self.run_folder, self.hooks, self.mesh = config, run_folder, hooks, mesh
         c = config.train
-        if c.sequences_per_step % replicas.size:
+        if c.sequences_per_step % mesh.num_data_ranks:
             raise ArtefactError(
-                f"train.sequences_per_step={c.sequences_per_step} is not divisible by the {replicas.size} processes; "
-                f"choose a multiple of {replicas.size}"
+                f"train.sequences_per_step={c.sequences_per_step} is not divisible by the {mesh.num_data_ranks} data "
+                f"ranks; choose a multiple of {mesh.num_data_ranks}"
             )
         self.data = Manifest.read(data_folder)
         self.tokenizer_fingerprint: str = self.data.details["tokenizer_fingerprint"]
@@ -81,7 +84,7 @@ class _Run:
         T = config.model.context_length
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
-        self.step = TrainingStep(config.model, c, replicas)
+        self.step = TrainingStep(config.model, c, mesh)
         self.first_step, self.history = self._resume()
         self.step.start(c.steps - self.first_step)
         self.tokens_per_step = c.sequences_per_step * T
@@ -99,13 +102,13 @@ class _Run:
                 data_fingerprint=self.data.fingerprint,
                 tokenizer_fingerprint=self.tokenizer_fingerprint,
             )
-        self.replicas.barrier()
+        self.mesh.barrier()
         return step, history
 
     def run(self) -> dict[str, Metric]:
-        c, replicas = self.config.train, self.replicas
+        c, mesh = self.config.train, self.mesh
         with Prefetcher(
-            self.loader, replicas.rank, replicas.size, replicas.device, self.first_step, c.steps
+            self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, self.first_step, c.steps
         ) as self.batches:
             self._run_steps()
         if self.history and "validation_loss" in self.history[-1]:
@@ -113,17 +116,17 @@ class _Run:
         else:  # of a checkpoint that was written by a run with other settings
             validation_loss = self._validate()
         seconds = self.history[-1]["seconds"] if self.history else 0.0
-        if replicas.is_main:
+        if mesh.is_main:
             write_history(self.run_folder, self.history)
         return {
-            "parameters": Metric(self.step.model.num_parameters(), "parameters"),
+            "parameters": Metric(num_parameters(self.config.model), "parameters"),
             "steps": Metric(c.steps, "optimizer steps"),
             "train_tokens": Metric(c.steps * self.tokens_per_step, "tokens"),
             "final_validation_loss": Metric(validation_loss, "nats/token"),
             "training_seconds": Metric(seconds, "s"),
             "mean_tokens_per_second": Metric(c.steps * self.tokens_per_step / max(seconds, 1e-9), "tokens/s"),
-            "training_flops_per_token": Metric(self.step.model.training_flops_per_token(), "FLOP/token"),
-            "num_workers": Metric(replicas.size, "processes"),
+            "training_flops_per_token": Metric(training_flops_per_token(self.config.model), "FLOP/token"),
+            "num_workers": Metric(mesh.size, "processes"),
         }
 
     def _run_steps(self) -> None:
@@ -131,7 +134,7 @@ class _Run:
         c = self.config.train
         seconds_before = self.history[-1]["seconds"] if self.history else 0.0
         started_at = interval_started_at = time.monotonic()
-        loss_sum, interval_steps = torch.zeros((), device=self.replicas.device, dtype=torch.float64), 0
+        loss_sum, interval_steps = torch.zeros((), device=self.mesh.device, dtype=torch.float64), 0
         for step in range(self.first_step, c.steps):
             loss, grad_norm = self.step(step, *self.batches.batch(step))
             loss_sum += loss
@@ -145,7 +148,7 @@ class _Run:
             self._require_finite()
             if validates or done % c.log_every == 0:
                 # the sum waits for the device, so that the clock is read when the steps are done
-                mean_loss = float(self.replicas.sum(loss_sum)) / interval_steps
+                mean_loss = float(self.mesh.sum(loss_sum)) / interval_steps
                 seconds = time.monotonic() - interval_started_at
                 report = {
                     "step": float(done),
@@ -154,10 +157,7 @@ class _Run:
                     "grad_norm": float(grad_norm),
                     "tokens": float(done * self.tokens_per_step),
                     "tokens_per_second": interval_steps * self.tokens_per_step / seconds,
-                    "tokens_per_second_per_device": interval_steps
-                    * self.tokens_per_step
-                    / seconds
-                    / self.replicas.size,
+                    "tokens_per_second_per_device": interval_steps * self.tokens_per_step / seconds / self.mesh.size,
                     "seconds": seconds_before + time.monotonic() - started_at,
                     "seconds_left": (c.steps - done) * (time.monotonic() - started_at) / (done - self.first_step),
                 }
@@ -173,13 +173,13 @@ class _Run:
 
     def _validate(self) -> float:
         """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""
-        replicas = self.replicas
-        total = torch.zeros(2, device=replicas.device, dtype=torch.float64)
+        mesh = self.mesh
+        total = torch.zeros(2, device=mesh.device, dtype=torch.float64)
         for windows in self._validation_batches():
-            inputs, targets = (x.to(replicas.device) for x in split_windows(windows))
+            inputs, targets = (x.to(mesh.device) for x in split_windows(windows))
             total[0] += self.step.loss(inputs, targets)
             total[1] += targets.numel()
-        loss_sum, num_tokens = replicas.sum(total).tolist()
+        loss_sum, num_tokens = mesh.sum(total).tolist()
         return loss_sum / num_tokens
 
     def _validation_batches(self) -> Iterator[np.ndarray]:
@@ -192,22 +192,24 @@ class _Run:
                 f"model.context_length={T}; give more text, a larger data.validation_fraction or a shorter context"
             )
         chosen = spans[:: max(1, len(spans) // c.validation_windows)][: c.validation_windows]
-        mine = chosen[self.replicas.rank :: self.replicas.size]
+        mine = chosen[self.mesh.data_rank :: self.mesh.num_data_ranks]
         for first in range(0, len(mine), c.sequences_per_microbatch):
             batch = mine[first : first + c.sequences_per_microbatch]
             yield np.stack([self.validation_shards.read(*span) for span in batch])
 
     def _checkpoint(self, step: int) -> None:
         path = self.run_folder / f"step_{step:09d}"
-        failure = torch.zeros(1, device=self.replicas.device)
+        weights, moments = self._whole_state()
+        failure = torch.zeros(1, device=self.mesh.device)
         error: ArtefactError | None = None
-        if self.replicas.is_main:
+        if self.mesh.is_main:
             try:
                 path = save_checkpoint(
                     self.run_folder,
                     step,
-                    self.step.model,
-                    self.step.optimizer,
+                    self.config.model,
+                    weights,
+                    moments,
                     self.history,
                     data_fingerprint=self.data.fingerprint,
                     tokenizer_fingerprint=self.tokenizer_fingerprint,
@@ -217,9 +219,20 @@ class _Run:
                 error = caught
                 failure += 1
         # a sum every rank waits for: it says that the checkpoint is finished, or that all must stop together
-        if float(self.replicas.sum(failure)) > 0:
+        if float(self.mesh.sum(failure)) > 0:
             raise error or ArtefactError(f"rank 0 could not write the checkpoint of step {step}")
         self.hooks.on_checkpoint(step, path)
+
+    def _whole_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and moments put together on the main process; empty on the others, which take part in it."""
+        weights, moments = {}, {}
+        for name, parameter in self.step.model.named_parameters():
+            if (whole := self.mesh.whole(name, parameter)) is not None:
+                weights[name] = whole
+        for key, moment in self.step.optimizer.state().items():
+            if (whole := self.mesh.whole(key.partition(".")[2], moment)) is not None:
+                moments[key] = whole
+        return weights, moments
 
     def _require_finite(self) -> None:
         """Raises:

@@ -214,12 +214,21 @@ def _check_size(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> None:
                 f"(cluster.num_workers={cluster.num_workers} x {setting}={amount}), the cluster has {total:g}; "
                 "lower one of the two, or add nodes"
             )
-    places = sum(min(node.get(name, 0.0) // amount for name, (_, amount) in per_worker.items()) for node in nodes)
+    places_of = [int(min(node.get(name, 0.0) // amount for name, (_, amount) in per_worker.items())) for node in nodes]
+    places = sum(places_of)
     if places < cluster.num_workers:
         each = " and ".join(f"{amount} {name}s" for name, (_, amount) in per_worker.items())
         raise ConfigError(
             f"cluster.num_workers={cluster.num_workers} need {each} each on one node, and the nodes have room for "
             f"{places:g}; lower cluster.cpus_per_worker or cluster.num_workers, or add larger nodes"
+        )
+    way = cluster.way_size
+    if sum(count // way * way for count in places_of) < cluster.num_workers:
+        have = " + ".join(str(count) for count in places_of if count)
+        raise ConfigError(
+            f"cluster.way_size={way} needs {way} workers in one node for each of the "
+            f"{cluster.num_workers // way} groups that share a model, and the nodes have room for {have}; lower "
+            "cluster.way_size or cluster.num_workers, or add larger nodes"
         )
 
 

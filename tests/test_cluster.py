@@ -40,6 +40,11 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: d
         ),
         ({"cpus_per_worker": 3}, [SMALL, SMALL, SMALL], "need 3 CPUs each on one node, and the nodes have room for 0"),
         ({"cpus_per_worker": 9}, [LARGE, SMALL, SMALL], "room for 1"),
+        (
+            {"num_workers": 4, "way_size": 4},
+            [SMALL, SMALL],
+            r"way_size=4 needs 4 workers in one node for each of the 1 groups .* have room for 2 \+ 2",
+        ),
     ],
 )
 def test_a_cluster_that_is_too_small_is_refused(

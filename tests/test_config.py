@@ -64,7 +64,7 @@ def test_model_and_tokens_must_fit() -> None:
 
 def test_batch_must_divide_among_workers() -> None:
     config = PRESETS["quickstart"]()
-    with pytest.raises(ConfigError, match="train.sequences_per_step=2 is not divisible by cluster.num_workers=3"):
+    with pytest.raises(ConfigError, match="train.sequences_per_step=2 is not divisible by the 3 parts"):
         dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, num_workers=3))
 
 

@@ -1,0 +1,135 @@
+"""Training on a mesh of two processes against one process with as many threads.
+
+    python -m benchmarks.sharding kraken_10m_4way                       # two CPU processes over gloo, one thread each
+    python -m benchmarks.sharding kraken_350m_4way --device cuda        # two GPUs over NCCL, against one
+
+All train on the same random tokens in alternation; the processes of a mesh live through the whole benchmark and wait
+while another contestant runs. The last line is JSON: `way2_ratio`, `shard2_ratio` and `replicate2_ratio` are tokens/s
+of a mesh over tokens/s of one process (on CPUs with two threads; on GPUs of one GPU, so that 2 would be perfect),
+`overlap_gain` is way2's tokens/s over those of the same mesh that waits for every sum at once. Medians over the rounds.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from kraken.config import TrainConfig
+from kraken.parallel import join_mesh
+from kraken.presets import PRESETS
+from kraken.step import TrainingStep
+
+MESHES: dict[str, dict[str, Any]] = {
+    "one": {"processes": 1},
+    "way2": {"processes": 2, "way_size": 2},
+    "way2_blocking": {"processes": 2, "way_size": 2, "overlap": False},
+    "shard2": {"processes": 2, "shard_size": 2},
+    "replicate2": {"processes": 2},
+}
+
+
+def serve(pipe: Connection, rank: int, port: int, mesh_name: str, args: argparse.Namespace) -> None:
+    """One process of a mesh: answers each number of steps with the seconds that they took."""
+    settings = dict(MESHES[mesh_name])
+    processes = settings.pop("processes")
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in environment.items()} | {"MASTER_PORT": str(port)})
+    torch.set_num_threads(args.threads // processes)
+    run = PRESETS[args.preset]()
+    config: TrainConfig = dataclasses.replace(
+        run.train,
+        steps=100_000,
+        sequences_per_step=args.sequences,
+        sequences_per_microbatch=args.sequences,
+        warmup_steps=0,
+        compile="on" if args.device == "cuda" else "off",
+    )
+    with join_mesh(args.device == "cuda", **settings) as mesh:
+        step = TrainingStep(run.model, config, mesh)
+        step.start(config.steps)
+        torch.manual_seed(mesh.data_rank)
+        shape = (args.sequences // mesh.num_data_ranks, run.model.context_length + 1)
+        ids = torch.randint(run.model.vocab_size, shape, device=mesh.device)
+        batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        while (num_steps := pipe.recv()) is not None:
+            mesh.barrier()
+            started_at = time.perf_counter()
+            for index in range(num_steps):
+                norm = step(index, *batch)[1]
+            float(norm)  # waits for the device
+            mesh.barrier()
+            pipe.send(time.perf_counter() - started_at)
+
+
+class Contestant:
+    """The processes of one mesh."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(MESHES[name]["processes"]):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, rank, port, name, args), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def seconds(self, num_steps: int) -> float:
+        """Seconds per step, of the slowest process."""
+        for pipe in self.pipes:
+            pipe.send(num_steps)
+        return max(pipe.recv() for pipe in self.pipes) / num_steps
+
+    def stop(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(None)
+            process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="kraken_10m_4way", choices=sorted(PRESETS), metavar="PRESET")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences per step, over all processes (8)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of all processes together (2)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations of all contestants (5)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a contestant per round (2)")
+    args = parser.parse_args()
+    if args.device == "cuda" and torch.cuda.device_count() < 2:
+        parser.error(f"--device cuda needs two GPUs, this machine has {torch.cuda.device_count()}")
+    contestants = {name: Contestant(name, args) for name in MESHES}
+    times: dict[str, list[float]] = {name: [] for name in MESHES}
+    try:
+        for contestant in contestants.values():
+            contestant.seconds(2)
+        for _ in range(args.rounds):
+            for name, contestant in contestants.items():
+                times[name].append(contestant.seconds(args.steps))
+    finally:
+        for contestant in contestants.values():
+            contestant.stop()
+    tokens = args.sequences * PRESETS[args.preset]().model.context_length
+    for name in MESHES:
+        middle = statistics.median(times[name])
+        print(f"{name:14} {middle * 1e3:10.1f} ms/step {tokens / middle:12,.0f} tokens/s", flush=True)
+
+    def ratio(theirs: str, ours: str) -> float:
+        return round(statistics.median(t / o for t, o in zip(times[theirs], times[ours], strict=True)), 3)
+
+    result: dict[str, Any] = {f"{name}_ratio": ratio("one", name) for name in ("way2", "shard2", "replicate2")}
+    print(json.dumps({"preset": args.preset, **result, "overlap_gain": ratio("way2_blocking", "way2")}))
+
+
+if __name__ == "__main__":
+    main()

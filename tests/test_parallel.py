@@ -1,0 +1,183 @@
+"""Every mesh of processes trains the model that one process trains: losses, gradients, weights; float64 over gloo."""
+
+import dataclasses
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from kraken.checkpoint import MODEL_NAME, OPTIMIZER_NAME
+from kraken.config import ConfigError, ModelConfig, RunConfig
+from kraken.history import read_history
+from kraken.parallel import join_mesh
+from kraken.train import NoHooks, train
+from kraken.ways import WayGroup
+
+TOLERANCE = 1e-9
+STEPS = 10
+
+
+def run_config(num_workers: int = 1, shard: int = 1, way: int = 1, model: dict[str, Any] | None = None) -> RunConfig:
+    """Four ways, clipping that bites, micro-batches; of `num_workers` processes."""
+    run = tiny.config(
+        steps=STEPS, sequences_per_microbatch=1, checkpoint_every=1, keep_checkpoints=STEPS, log_every=1, clip_norm=0.2
+    )
+    shape = {"num_layers": 3, "num_heads": 4, "num_ways": 4} | (model or {})
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, **shape),
+        cluster=dataclasses.replace(run.cluster, num_workers=num_workers, shard_size=shard, way_size=way),
+    )
+
+
+class StopAt(NoHooks):
+    """Ends training right after a checkpoint."""
+
+    def __init__(self, step: int | None):
+        self.step = step
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+def train_as_rank(rank: int, port: int, run: RunConfig, data: Path, folder: Path, stop_at: int | None) -> None:
+    environment = {"RANK": rank, "WORLD_SIZE": run.cluster.num_workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    try:
+        train(run, data, folder, StopAt(stop_at))
+    except KeyboardInterrupt:
+        os._exit(0)
+
+
+def train_on(run: RunConfig, data: Path, folder: Path, stop_at: int | None = None) -> None:
+    """Train on as many processes as the config says."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=train_as_rank, args=(rank, port, run, data, folder, stop_at))
+        for rank in range(run.cluster.num_workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * run.cluster.num_workers
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel") / "data"
+    tiny.prepared(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parallel") / "alone"
+    train(run_config(), data, folder)
+    return folder
+
+
+def assert_equal_runs(left: Path, right: Path, steps: tuple[int, ...] = (1, STEPS)) -> None:
+    """Losses of every step; after each of `steps` the weights and moments. After step 1 those are the gradients."""
+    for a, b in zip(read_history(left), read_history(right), strict=True):
+        for name in ("step", "loss", "grad_norm", "validation_loss"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=TOLERANCE), (a["step"], name)
+    for step in steps:
+        for file in (MODEL_NAME, OPTIMIZER_NAME):
+            a, b = (load_file(folder / f"step_{step:09d}" / file) for folder in (left, right))
+            assert a.keys() == b.keys()
+            for name in a:
+                torch.testing.assert_close(
+                    a[name], b[name], rtol=0, atol=TOLERANCE, msg=lambda m, n=name, s=step: f"step {s}, {n}: {m}"
+                )
+
+
+MESHES = {
+    "way2": {"num_workers": 2, "way": 2},
+    "shard2": {"num_workers": 2, "shard": 2},
+    "way4": {"num_workers": 4, "way": 4},
+    "way2_shard2": {"num_workers": 4, "way": 2, "shard": 2},
+    "replicate2_way2": {"num_workers": 4, "way": 2},
+    "replicate2_shard2": {"num_workers": 4, "shard": 2},
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_trains_what_one_process_trains(mesh: str, data: Path, alone: Path, tmp_path: Path) -> None:
+    train_on(run_config(**MESHES[mesh]), data, tmp_path)
+    assert_equal_runs(alone, tmp_path)
+
+
+def test_modern_options_and_biases_on_the_way_axis(data: Path, tmp_path: Path) -> None:
+    model = {"positions": "rope", "activation": "swiglu", "bias": True}
+    train(run_config(model=model), data, tmp_path / "alone")
+    train_on(run_config(2, way=2, model=model), data, tmp_path / "two")
+    assert_equal_runs(tmp_path / "alone", tmp_path / "two")
+
+
+def test_a_checkpoint_of_any_mesh_continues_on_any_other(data: Path, alone: Path, tmp_path: Path) -> None:
+    train_on(run_config(2, way=2), data, tmp_path, stop_at=3)
+    assert [report["step"] for report in read_history(tmp_path / "step_000000003")] == [1, 2, 3]
+    train_on(run_config(1), data, tmp_path, stop_at=5)
+    train_on(run_config(4, way=2, shard=2), data, tmp_path)
+    assert_equal_runs(alone, tmp_path, steps=(3, 5, STEPS))
+
+
+class TestBadInput:
+    def test_the_axes_must_make_up_the_workers(self) -> None:
+        with pytest.raises(
+            ConfigError, match="num_workers=4 is not a multiple of cluster.shard_size=3.*choose 3"
+        ):
+            run_config(4, shard=3)
+
+    def test_ways_must_divide(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"way_size=3 does not divide model.num_ways=4; choose \[1, 2, 4\]"
+        ):
+            run_config(3, way=3)
+
+    def test_baselines_have_no_way_axis(self) -> None:
+        with pytest.raises(ConfigError, match="cluster.way_size=2 does not divide model.num_ways=1"):
+            run_config(2, way=2, model={"architecture": "standard", "num_ways": 1})
+
+    def test_muon_needs_whole_matrices(self) -> None:
+        run = run_config(2, shard=2)
+        with pytest.raises(ConfigError, match="train.optimizer=muon needs whole matrices"):
+            dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer="muon"))
+
+    def test_the_processes_must_fit_the_axes(self) -> None:
+        with pytest.raises(ConfigError, match="num_workers=1 is not a multiple"), join_mesh(False, way_size=2):
+            pass
+
+
+@pytest.mark.parametrize(("count", "size"), [(4, 2), (65, 2), (65, 4), (6, 6), (3, 4)])
+def test_parts_cover_everything_once(count: int, size: int) -> None:
+    parts = [WayGroup(rank, size).part(count) for rank in range(size)]
+    assert [index for part in parts for index in part] == list(range(count))
+
+
+def test_the_largest_preset_is_never_whole_on_a_process() -> None:
+    """A process's parameters are its part; on the meta device, since nothing has to be computed for that."""
+    from kraken.model import Kraken, part_of, whole_shapes
+    from kraken.presets import PRESETS
+
+    config: ModelConfig = PRESETS["kraken_760m_4way"]().model
+    with torch.device("meta"):
+        held = [Kraken(config, WayGroup(rank, 4)) for rank in range(4)]
+        wholes = {name: torch.empty(shape) for name, shape in whole_shapes(config).items()}
+    for rank, model in enumerate(held):
+        for name, parameter in model.named_parameters():
+            assert parameter.shape == part_of(name, wholes[name], config, WayGroup(rank, 4)).shape, name
+    largest = max(sum(p.numel() for p in model.parameters()) for model in held)
+    assert largest < 0.26 * sum(whole.numel() for whole in wholes.values())
