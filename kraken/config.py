@@ -274,6 +274,12 @@ class TrainConfig:
     """Compute type; master weights stay float32 (or float64). `auto`: bfloat16 where the device is fast at it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`torch.compile` of the layers and the loss. `auto`: where it pays, see `kraken/train.py`."""
+    recompute_activations: bool = False
+    """Keep only each layer's input for the backward pass and run the layer again there: less memory, a third more
+    arithmetic (activation checkpointing)."""
+    trace_step: int = 0
+    """Step that the torch profiler records, counted from 1; each process leaves `trace_rank_R.json` in the run's
+    folder, for chrome://tracing or ui.perfetto.dev. 0: none."""
     log_every: int = 10
     """Steps between two reported metrics."""
     validate_every: int = 100
@@ -299,6 +305,10 @@ class TrainConfig:
         for name in ("beta1", "beta2", "final_learning_rate_fraction"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1.0, f"train.{name}={value} is outside 0..1")
+        _require(
+            0 <= self.trace_step <= self.steps,
+            f"train.trace_step={self.trace_step} is outside 0..train.steps={self.steps}; 0 records none",
+        )
         _require(self.weight_decay >= 0.0, f"train.weight_decay={self.weight_decay} is negative; 0 switches it off")
 
 

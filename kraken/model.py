@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
 
 from kraken.config import ModelConfig
 from kraken.loss import chunk_gradient, chunked_cross_entropy
@@ -234,6 +235,7 @@ class Kraken(nn.Module):
         self.config, self.ways = config, ways
         self.alignment = Alignment()
         self.chunk_gradient = chunk_gradient
+        self.recomputes = False
         D = config.width
         device = torch.get_default_device()  # which may be `meta`: shapes without memory
         learned = config.positions == "learned"
@@ -250,6 +252,10 @@ class Kraken(nn.Module):
         for module in self.modules():
             if isinstance(module, Kraken | WayNorm | Attention | MLP):
                 module.alignment = alignment
+
+    def recompute_activations(self) -> None:
+        """Keep only the layers' inputs for the backward pass from now on."""
+        self.recomputes = True
 
     def compile_parts(self) -> None:
         """`torch.compile` each layer and the loss: layers of one kind share one compilation, however many there are."""
@@ -296,7 +302,10 @@ class Kraken(nn.Module):
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
         for index, layer in enumerate(self.h):
-            x_WBTD = layer(x_WBTD, rotation, None if attend is None else partial(attend, index))
+            if self.recomputes and torch.is_grad_enabled():
+                x_WBTD = checkpoint(layer, x_WBTD, rotation, None, use_reentrant=False)
+            else:
+                x_WBTD = layer(x_WBTD, rotation, None if attend is None else partial(attend, index))
         return self.ln_f(self._join(x_WBTD))
 
     def _embed(self, ids_BT: Tensor) -> Tensor:

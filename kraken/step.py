@@ -68,6 +68,8 @@ class TrainingStep:
         self._loss.to_empty(device=mesh.device)
         self.model.init_weights(config.seed)
         self.model.align(choose_alignment(mesh.device, self.precision))
+        if config.recompute_activations:
+            self.model.recompute_activations()
         self.optimizer = Optimizer(config, self.model)
         self._averaged: nn.Module = self._loss
         self._bad_step = torch.full((), -1, device=mesh.device)

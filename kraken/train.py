@@ -7,6 +7,7 @@ stopped: the batch of a step and its learning rate depend on nothing but the ste
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -136,7 +137,8 @@ class _Run:
         started_at = interval_started_at = time.monotonic()
         loss_sum, interval_steps = torch.zeros((), device=self.mesh.device, dtype=torch.float64), 0
         for step in range(self.first_step, c.steps):
-            loss, grad_norm = self.step(step, *self.batches.batch(step))
+            with self._traced(step + 1):
+                loss, grad_norm = self.step(step, *self.batches.batch(step))
             loss_sum += loss
             interval_steps += 1
             done = step + 1
@@ -170,6 +172,17 @@ class _Run:
                 interval_started_at, interval_steps = time.monotonic(), 0
             if saves:
                 self._checkpoint(done)
+
+    @contextmanager
+    def _traced(self, step: int) -> Iterator[None]:
+        """Record the step that the settings ask for, on every process."""
+        if step != self.config.train.trace_step:
+            yield
+            return
+        with torch.profiler.profile() as profiler:
+            yield
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self.run_folder / f"trace_rank_{self.mesh.rank}.json"))
 
     def _validate(self) -> float:
         """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""

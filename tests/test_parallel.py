@@ -1,6 +1,7 @@
 """Every mesh of processes trains the model that one process trains: losses, gradients, weights; float64 over gloo."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import socket
@@ -113,17 +114,62 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+QUICK = ("way2", "shard2", "way2_shard2")
+
+
+@pytest.mark.parametrize(
+    "mesh", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
 def test_every_mesh_trains_what_one_process_trains(mesh: str, data: Path, alone: Path, tmp_path: Path) -> None:
     train_on(run_config(**MESHES[mesh]), data, tmp_path)
     assert_equal_runs(alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_modern_options_and_biases_on_the_way_axis(data: Path, tmp_path: Path) -> None:
     model = {"positions": "rope", "activation": "swiglu", "bias": True}
     train(run_config(model=model), data, tmp_path / "alone")
     train_on(run_config(2, way=2, model=model), data, tmp_path / "two")
     assert_equal_runs(tmp_path / "alone", tmp_path / "two")
+
+
+def test_recomputed_activations_change_nothing(data: Path, alone: Path, tmp_path: Path) -> None:
+    run = run_config(2, way=2)
+    recomputing = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute_activations=True))
+    train_on(recomputing, data, tmp_path)
+    assert_equal_runs(alone, tmp_path)
+
+
+def spans(trace: Path, name: str) -> list[tuple[float, float]]:
+    """(start, end) of every span of that name, in order of time."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"] == name)
+
+
+@pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_trace_shows_attention_while_the_sum_is_in_flight(overlap: bool, data: Path, tmp_path: Path) -> None:
+    run = run_config(2, way=2)
+    run = dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, trace_step=2, steps=2, warmup_steps=1),
+        cluster=dataclasses.replace(run.cluster, overlap=overlap),
+    )
+    train_on(run, data, tmp_path)
+    for rank in range(2):
+        trace = tmp_path / f"trace_rank_{rank}.json"
+        for begins, attention, ends in (
+            ("_StartSum", "aten::_scaled_dot_product_flash_attention_for_cpu", "_WaitForSum"),
+            ("_WaitForSumBackward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_StartSumBackward"),
+        ):
+            begun, ended, attended = spans(trace, begins), spans(trace, ends), spans(trace, attention)
+            assert len(begun) == len(ended) == 4 * 2 // 2 * 2  # micro-batches, times the layers that read a sum
+            for (_, begin), (end, _) in zip(begun, ended, strict=True):
+                assert any(begin < start and stop < end for start, stop in attended)
+        if not overlap:  # then nothing is in flight any more when the launch returns
+            launched = [span for name in ("_StartSum", "_WaitForSumBackward") for span in spans(trace, name)]
+            reduced = spans(trace, "gloo:all_reduce")
+            for begin, end in launched:
+                assert any(begin < start and stop < end for start, stop in reduced)
 
 
 def test_a_checkpoint_of_any_mesh_continues_on_any_other(data: Path, alone: Path, tmp_path: Path) -> None:
@@ -136,15 +182,11 @@ def test_a_checkpoint_of_any_mesh_continues_on_any_other(data: Path, alone: Path
 
 class TestBadInput:
     def test_the_axes_must_make_up_the_workers(self) -> None:
-        with pytest.raises(
-            ConfigError, match="num_workers=4 is not a multiple of cluster.shard_size=3.*choose 3"
-        ):
+        with pytest.raises(ConfigError, match="num_workers=4 is not a multiple of cluster.shard_size=3.*choose 3"):
             run_config(4, shard=3)
 
     def test_ways_must_divide(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"way_size=3 does not divide model.num_ways=4; choose \[1, 2, 4\]"
-        ):
+        with pytest.raises(ConfigError, match=r"way_size=3 does not divide model.num_ways=4; choose \[1, 2, 4\]"):
             run_config(3, way=3)
 
     def test_baselines_have_no_way_axis(self) -> None:
