@@ -1,9 +1,11 @@
-"""Convert the newest checkpoint to the exchange format, or a checkpoint of the published code to and from it.
+"""Convert the newest checkpoint to the exchange format, a published checkpoint to and from it, or a converted model to
+what TensorRT-LLM reads.
 
 ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
 python -m jobs.convert quickstart --train.steps 50
 python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
 python -m jobs.convert --to-published FOLDER --out ckpt.pt
+python -m jobs.convert --to-tensorrt-llm FOLDER --out FOLDER
 """
 
 import argparse
@@ -16,16 +18,17 @@ from kraken.config import ConfigError
 from kraken.storage import is_remote
 from pipelines.convert import STAGE
 
-PUBLISHED_OPTIONS = ("--from-published", "--to-published")
+FOLDER_OPTIONS = ("--from-published", "--to-published", "--to-tensorrt-llm")
 DESCRIPTION = """Convert the newest checkpoint to the exchange format.
 
-Checkpoints of the published code, instead of a PRESET (--from-published --help says more):
+Checkpoints of the published code and converted models, instead of a PRESET (--from-published --help says more):
   python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
-  python -m jobs.convert --to-published FOLDER --out ckpt.pt"""
+  python -m jobs.convert --to-published FOLDER --out ckpt.pt
+  python -m jobs.convert --to-tensorrt-llm FOLDER --out FOLDER"""
 
 
 def main(argv: list[str]) -> None:
-    if not {word.partition("=")[0] for word in argv} & set(PUBLISHED_OPTIONS):
+    if not {word.partition("=")[0] for word in argv} & set(FOLDER_OPTIONS):
         run_until(STAGE, DESCRIPTION, argv)
         return
     parser = _parser()
@@ -39,8 +42,11 @@ def main(argv: list[str]) -> None:
         )
     elif options.tokenizer is not None:
         raise ConfigError(
-            "--tokenizer has no effect with --to-published, since the published code has none; leave it out"
+            "--tokenizer has no effect without --from-published: a converted model has its own, and the published code "
+            "has none; leave it out"
         )
+    elif options.to_tensorrt_llm is not None:
+        _to_trtllm(_local("to-tensorrt-llm", options.to_tensorrt_llm), _local("out", options.out))
     else:
         _export(_local("to-published", options.to_published), _local("out", options.out))
 
@@ -48,12 +54,16 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(
         prog="python -m jobs.convert",
-        description="Convert a checkpoint of the published code to an exchange folder, or back.",
+        description="Convert a checkpoint of the published code to an exchange folder or back, or an exchange folder "
+        "to what TensorRT-LLM reads.",
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-published", metavar="FILE", help="the ckpt.pt to read; nothing in it is executed")
     source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder to write as a ckpt.pt")
+    source.add_argument(
+        "--to-tensorrt-llm", metavar="FOLDER", help="the exchange folder to convert, in bfloat16 and with padded heads"
+    )
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder, or file, to make")
     parser.add_argument(
         "--tokenizer",
@@ -92,6 +102,18 @@ def _export(folder: Path, path: Path) -> None:
     print(f"convert finished: {path}")
     print(f"  iter_num {record.iter_num or 0}, best_val_loss {loss}")
     print("  the optimizer starts afresh: an exchange folder keeps no moments")
+
+
+def _to_trtllm(exchange: Path, folder: Path) -> None:
+    from kraken.trtllm.checkpoint import from_exchange
+
+    if not exchange.is_dir():
+        raise ConfigError(f"--to-tensorrt-llm={exchange} is no folder; give the exchange folder of a converted model")
+    manifest = from_exchange(exchange, folder)
+    sizes = (manifest.details["head_size"], manifest.details["padded_head_size"])
+    print(f"convert finished: {folder}")
+    print("  heads of {} channels became {}".format(*sizes))
+    print(f"  padding changes the logits by {manifest.value('padding_max_abs_diff'):.1e}, in float32")
 
 
 if __name__ == "__main__":

@@ -337,8 +337,8 @@ class EngineConfig:
     tokens_per_block: int = 16
     """Tokens of the cache that are handed out and reused together."""
     prefix_reuse: bool = True
-    """Whether prompts that begin alike share what is computed of the beginning; the time of an answer then tells whether
-    someone else's prompt began so."""
+    """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
+    whether someone else's prompt began so."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 

@@ -8,6 +8,7 @@ read its own ways and nothing else.
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kraken.checkpoint import load_model
 from kraken.config import ModelConfig
+from kraken.huggingface.tokenizer import write_fast_tokenizer
 from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.model import Kraken
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
@@ -29,6 +31,9 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
+CODE_FOLDER = Path(__file__).parent / "huggingface"
+CODE = {"AutoConfig": "configuration_kraken.KrakenConfig", "AutoModelForCausalLM": "modeling_kraken.KrakenForCausalLM"}
+"""Class of transformers -> the one of ours that it becomes, by the file that travels with the weights."""
 
 
 def exchange_names(name: str, num_ways: int) -> list[str]:
@@ -71,6 +76,7 @@ def model_config_json(config: ModelConfig, num_ids: int, eot_id: int, dtype: tor
     return {
         "architectures": ["KrakenForCausalLM"],
         "model_type": "kraken",
+        "auto_map": CODE,
         "architecture": config.architecture,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.width,
@@ -160,9 +166,29 @@ def write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     values = model_config_json(config, tokenizer.num_ids, tokenizer.eot_id, dtype)
     write_atomically(folder / CONFIG_NAME, json.dumps(values, indent=2))
-    generation = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-    write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation, indent=2))
+    write_generation_config(folder, config.vocab_size, tokenizer)
+    copy_code(folder, CODE)
+    write_tokenizer(folder, tokenizer, config.context_length)
+
+
+def write_generation_config(folder: Path, vocab_size: int, tokenizer: Tokenizer) -> None:
+    """How transformers generates by default: ids that only pad the vocabulary are never taken."""
+    generation: dict[str, Any] = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    if vocab_size > tokenizer.num_ids:
+        generation["suppress_tokens"] = list(range(tokenizer.num_ids, vocab_size))
+    write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation))
+
+
+def copy_code(folder: Path, auto_map: Mapping[str, str]) -> None:
+    """Put the files that an `auto_map` names beside the weights."""
+    for module in {name.partition(".")[0] for name in auto_map.values()}:
+        shutil.copyfile(CODE_FOLDER / f"{module}.py", folder / f"{module}.py")
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+    """The tokenizer in tiktoken's format and in that of transformers."""
     tokenizer.save(folder)
+    write_fast_tokenizer(folder, tokenizer, context_length)
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

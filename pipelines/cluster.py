@@ -175,7 +175,8 @@ def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": max(1, min(cluster.num_workers * cluster.cpus_per_worker, largest))}
     has_gpu = any(node.get("GPU", 0.0) >= 1 for node in nodes)
     if config.engine.device != "cpu" and has_gpu:
-        options["num_gpus"] = 1  # without it Ray hides the GPUs from the task
+        # without them Ray hides the GPUs from the task
+        options["num_gpus"] = config.model.num_ways if config.engine.kind == "tensorrt_llm" else 1
     return options
 
 

@@ -1,28 +1,38 @@
-"""Stage 3, convert: the newest checkpoint becomes an exchange folder."""
+"""Stage 3, convert: the newest checkpoint becomes an exchange folder, and one for TensorRT-LLM inside it when asked."""
 
+import shutil
 from typing import Any
 
-from kraken.config import RunConfig
+from kraken.config import RunConfig, to_dict
 from kraken.manifest import ArtefactError
 from pipelines.stage import Outcome, Stage, Work
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the exchange format changes, so that models are converted anew."""
 
 
 def section(config: RunConfig) -> dict[str, Any]:
-    return {"format": FORMAT}
+    return {"format": FORMAT} | to_dict(config.convert)
 
 
 def work(work: Work) -> Outcome:
     from kraken.checkpoint import newest_checkpoint
     from kraken.convert import write_exchange
+    from kraken.engine.choose import TENSORRT_LLM_FOLDER
 
     folder = work.parent_folder("pretrain")
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ArtefactError(f"{folder} holds no good checkpoint; delete the folder and run pretrain again")
-    return write_exchange(checkpoint, work.parent_folder("prepare"), work.folder)
+    trtllm_folder = work.folder / TENSORRT_LLM_FOLDER
+    shutil.rmtree(trtllm_folder, ignore_errors=True)  # an interrupted attempt's
+    metrics, details = write_exchange(checkpoint, work.parent_folder("prepare"), work.folder)
+    if not work.config.convert.tensorrt_llm:
+        return metrics, details
+    from kraken.trtllm.checkpoint import from_exchange
+
+    made = from_exchange(work.folder, trtllm_folder, exchange_fingerprint=work.fingerprint)
+    return metrics | made.metrics, details | {"tensorrt_llm": TENSORRT_LLM_FOLDER}
 
 
 STAGE = Stage("convert", parents=("prepare", "pretrain"), section=section, work=work)

@@ -46,6 +46,7 @@ def work(work: Work) -> Outcome:
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
 
+    from kraken.trtllm.proof import require_proven
     from serve.app import ServeArgs, build
 
     evaluation = work.parents["evaluate"]
@@ -55,6 +56,7 @@ def work(work: Work) -> Outcome:
             f"{evaluation.value('parity_max_abs_diff'):.2e} and {evaluation.value('parity_tokens_different'):.0f} "
             "greedy tokens differ; raise evaluate.parity_tolerance only if the engine computes in a lower precision"
         )
+    require_proven(work.parents["convert"])
     serve_config = work.config.serve
     require_free_port(serve_config)
     ray_serve.start(
@@ -74,6 +76,7 @@ def work(work: Work) -> Outcome:
     return {"replicas": Metric(serve_config.num_replicas, "replicas")}, {
         "endpoint": f"{url}/v1",
         "model_name": serve_config.model_name,
+        "engine": answer["engine"],
     }
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from kraken.config import RunConfig
+from kraken.engine.choose import Choice, choose_for, open_engine
 from kraken.manifest import ArtefactError, Metric, write_atomically
 from pipelines.progress import ProgressLines
 from pipelines.stage import Outcome, Stage, Work, section_of
@@ -19,27 +20,29 @@ def work(work: Work) -> Outcome:
     checkpoint = newest_checkpoint(work.parent_folder("pretrain"))
     if checkpoint is None:
         raise ArtefactError(f"{work.parent_folder('pretrain')} holds no good checkpoint; run pretrain again")
+    exchange = work.parent_folder("convert")
+    choice = choose_for(exchange, work.config.engine)
+    print(f"evaluate: {choice}", flush=True)
     metrics = asyncio.run(
-        evaluate(work.config, work.parent_folder("prepare"), checkpoint, work.parent_folder("convert"), work.folder)
+        evaluate(work.config, choice, work.parent_folder("prepare"), checkpoint, exchange, work.folder)
     )
     entropy = work.parents["prepare"].metrics["unigram_entropy"]
-    return metrics | {"unigram_entropy": entropy}, {"engine": "torch"}
+    return metrics | {"unigram_entropy": entropy}, {"engine": choice.kind}
 
 
 async def evaluate(
-    config: RunConfig, data_folder: Path, checkpoint: Path, exchange_folder: Path, folder: Path
+    config: RunConfig, choice: Choice, data_folder: Path, checkpoint: Path, exchange_folder: Path, folder: Path
 ) -> dict[str, Metric]:
     """Run both evaluations on one engine; the parity report is also written to `folder`."""
     from kraken.checkpoint import load_model
     from kraken.data.shards import TokenShards
-    from kraken.engine.torch_engine import TorchEngine
     from kraken.evaluate import parity, parity_prompts, perplexity
     from kraken.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(data_folder)
     shards = TokenShards(data_folder, "validation", tokenizer.num_ids)
     settings = config.evaluate
-    engine = TorchEngine.from_exchange(exchange_folder, config.engine)
+    engine = open_engine(choice, exchange_folder, config.engine)
     try:
         model, _ = load_model(checkpoint)
         prompts = parity_prompts(shards, config.model.context_length, settings.parity_windows, settings.parity_tokens)

@@ -62,9 +62,17 @@ class Part:
     finish_reason: FinishReason | None
     num_tokens: int
     """Tokens generated for this choice so far."""
+    prompt_logprobs: Logprobs | None = None
+    """Of the prompt, where they are asked for by themselves; with a choice's first part."""
 
     def choice(self) -> Choice:
-        return Choice(index=self.index, text=self.text, logprobs=self.logprobs, finish_reason=self.finish_reason)
+        return Choice(
+            index=self.index,
+            text=self.text,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -124,15 +132,24 @@ class CompletionCall:
         with_logprobs = self._body.logprobs is not None
         texts: list[list[str]] = [[] for _ in self._requests]
         logprobs = [Logprobs() if with_logprobs else None for _ in self._requests]
+        prompt_logprobs: dict[int, Logprobs] = {}
         last: dict[int, Part] = {}
         async with aclosing(parts):
             async for part in parts:
                 texts[part.index].append(part.text)
                 if part.logprobs and (total := logprobs[part.index]):
                     total.extend(part.logprobs)
+                if part.prompt_logprobs:
+                    prompt_logprobs[part.index] = part.prompt_logprobs
                 last[part.index] = part
         choices = [
-            Choice(index=i, text="".join(text), logprobs=logprobs[i], finish_reason=last[i].finish_reason)
+            Choice(
+                index=i,
+                text="".join(text),
+                logprobs=logprobs[i],
+                finish_reason=last[i].finish_reason,
+                prompt_logprobs=prompt_logprobs.get(i),
+            )
             for i, text in enumerate(texts)
         ]
         return self._completion(choices, self._usage(part.num_tokens for part in last.values()))
@@ -172,51 +189,64 @@ class CompletionCall:
             # top_p=0 leaves the most likely token alone, which the engine spells top_k=1.
             top_p=body.top_p or 1.0,
             top_k=body.top_k if body.top_p else 1,
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            min_tokens=body.min_tokens,
             seed=None if body.seed is None else body.seed + k,
-            stop_ids=(info.eot_id,),
+            stop_ids=(*(() if body.ignore_eos else (info.eot_id,)), *body.stop_token_ids),
         )
+        echoes_logprobs = body.echo and body.logprobs is not None
+        asked = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
         request = Request(
             id=f"{self._id}-{index}",
             prompt_ids=prompt_ids,
             sampling=sampling,
-            num_logprobs=body.logprobs,
-            prompt_logprobs=body.echo and body.logprobs is not None,
+            num_logprobs=max(asked, default=None),
+            prompt_logprobs=echoes_logprobs or body.prompt_logprobs is not None,
         )
         try:
             check_request(request, info)
         except RequestError as error:
-            raise ApiError(400, str(error), param="prompt", code="invalid_value") from error
+            param = "stop_token_ids" if str(error).startswith("stop_ids") else "prompt"
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
         return request
 
     async def _choice_parts(self, index: int, request: Request) -> AsyncGenerator[Part, None]:
         """One choice. An echoed prompt goes out with the first output, when the engine has accepted the request."""
         engine, tokenizer = self._model.engine, self._model.tokenizer
-        unsent, starts = _decode_prompt(tokenizer, request.prompt_ids) if self._body.echo else ("", ())
+        body = self._body
+        prompt, starts = "", tuple[int, ...]()
+        if body.echo or body.prompt_logprobs is not None:
+            prompt, starts = _decode_prompt(tokenizer, request.prompt_ids)
+        unsent = prompt if body.echo else ""
         offset = len(unsent)
         async with aclosing(generate_text(engine, tokenizer, request, self._body.stop)) as outputs:
             async for output in outputs:
                 if isinstance(output, PromptOutput):
-                    prompt_slots = zip(request.prompt_ids, starts, output.logprobs, strict=True)
-                    yield Part(index, unsent, self._logprobs(prompt_slots), None, 0)
+                    prompt_slots = list(zip(request.prompt_ids, starts, output.logprobs, strict=True))
+                    echoed = self._logprobs(prompt_slots, body.logprobs if body.echo else None)
+                    yield Part(index, unsent, echoed, None, 0, self._logprobs(prompt_slots, body.prompt_logprobs))
                 else:
-                    slots = ((token.token_id, offset + token.start, token.logprobs) for token in output.tokens)
-                    logprobs = self._logprobs(slots) if self._body.logprobs is not None else None
+                    slots = [(token.token_id, offset + token.start, token.logprobs) for token in output.tokens]
+                    logprobs = self._logprobs(slots, body.logprobs)
                     yield Part(index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
                 unsent = ""
 
-    def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]]) -> Logprobs:
-        """OpenAI's parallel lists from (token id, text offset, log-probabilities)."""
+    def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]], num_top: int | None) -> Logprobs | None:
+        """OpenAI's parallel lists from (token id, text offset, log-probabilities); None where nobody asked."""
+        if num_top is None:
+            return None
         result = Logprobs()
         for token_id, text_offset, logprobs in slots:
             result.tokens.append(token_label(self._model.tokenizer, token_id))
             result.text_offset.append(text_offset)
             result.token_logprobs.append(logprobs.logprob if logprobs else None)
-            result.top_logprobs.append(self._top_logprobs(logprobs) if logprobs else None)
+            result.top_logprobs.append(self._top_logprobs(logprobs, num_top) if logprobs else None)
         return result
 
-    def _top_logprobs(self, logprobs: TokenLogprobs) -> dict[str, float]:
+    def _top_logprobs(self, logprobs: TokenLogprobs, num_top: int) -> dict[str, float]:
         """The most likely tokens and, where it is not among them, the actual one."""
-        pairs = (*logprobs.top[: self._body.logprobs], (logprobs.token_id, logprobs.logprob))
+        pairs = (*logprobs.top[:num_top], (logprobs.token_id, logprobs.logprob))
         return {token_label(self._model.tokenizer, token_id): logprob for token_id, logprob in pairs}
 
     def _usage(self, num_tokens: Iterable[int]) -> Usage:

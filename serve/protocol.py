@@ -8,7 +8,17 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.types import FailFast
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
@@ -18,6 +28,7 @@ from kraken.tokenizer import END_OF_TEXT
 
 MAX_CHOICES_PER_PROMPT = 128
 MAX_STOP_STRINGS = 4
+MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 5
 RETRY_AFTER_S = 1
 
@@ -152,6 +163,18 @@ class CompletionRequest(_Body):
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """Not OpenAI's: draw from this many most likely tokens; 0 draws from all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Not OpenAI's: draw from tokens at least this share as likely as the most likely one."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Not OpenAI's: above 1, tokens of prompt and completion become less likely."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Not OpenAI's: tokens before the end of text, a stop id or a stop string may end the completion."""
+    ignore_eos: bool = False
+    """Not OpenAI's: the end of text is a token like any other."""
+    stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    """Not OpenAI's: ids that end the completion; they are no part of its text."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Not OpenAI's: the prompt's log-probabilities, in a field of their own, with this many most likely tokens."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES_PER_PROMPT)] | None = None
     """Choice k of a prompt draws with seed + k."""
@@ -179,8 +202,12 @@ class CompletionRequest(_Body):
             )
         if self.stream_options is not None and not self.stream:
             raise _refusal("invalid_value", "stream_options", "stream_options needs stream=true")
-        if self.max_tokens == 0 and not self.echo:
-            raise _refusal("invalid_value", "max_tokens", "max_tokens=0 needs echo=true, or nothing would come back")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
+            raise _refusal("invalid_value", "max_tokens", message)
+        if self.min_tokens > self.max_tokens:
+            message = f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it"
+            raise _refusal("invalid_value", "min_tokens", message)
         return self
 
 
@@ -233,6 +260,15 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: Logprobs | None = None
+    """Only there when asked for; in a stream with a choice's first part."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_openai_has_not(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = to_dict(self)
+        if self.prompt_logprobs is None:
+            del values["prompt_logprobs"]
+        return values
 
 
 class Completion(BaseModel):
@@ -295,6 +331,11 @@ class EngineStatus(BaseModel):
     num_aborted: int
     prompt_tokens: int
     completion_tokens: int
+    ttft_ms: float | None = None
+    """Median time to first token, where the engine measures it; from the request's arrival at the engine."""
+    reported_ttft_ms: float | None = None
+    reported_queue_ms: float | None = None
+    """The same, and the time in the queue, by TensorRT-LLM's own clock."""
 
 
 class Health(BaseModel):

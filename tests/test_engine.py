@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kraken.checkpoint import load_model
-from kraken.config import EngineConfig
+from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
 from kraken.engine.protocol import (
     EngineError,
+    EngineInfo,
     EngineOverloaded,
     PromptOutput,
     Request,
@@ -30,7 +31,9 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
+from kraken.engine.runner import Chunk
 from kraken.engine.sampling import Draw, sample, uniform
+from kraken.engine.sampling import _truncate as truncated
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
@@ -86,11 +89,58 @@ def with_engine(folder: Path, use: Callable[[TorchEngine], Awaitable[T]], **conf
     return asyncio.run(main())
 
 
+def with_model(model: Kraken, num_ids: int, use: Callable[[TorchEngine], Awaitable[T]], **config: Any) -> T:
+    """The same with a model in memory."""
+    info = EngineInfo(
+        name="torch",
+        context_length=model.config.context_length,
+        num_ids=num_ids,
+        eot_id=num_ids - 1,
+        tokenizer_fingerprint="none",
+    )
+
+    async def main() -> T:
+        engine = TorchEngine.from_model(model, info, EngineConfig(device="cpu", dtype="float32", **config))
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+            assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+    return asyncio.run(main())
+
+
 def make_request(request_id: str, prompt: list[int], **fields: Any) -> Request:
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     sampling = {"temperature": 0.0, "max_tokens": 8} | {k: v for k, v in fields.items() if k in names}
     rest = {k: v for k, v in fields.items() if k not in names}
     return Request(id=request_id, prompt_ids=tuple(prompt), sampling=SamplingParams(**sampling), **rest)
+
+
+def with_model_tokens(artefacts: Artefacts, prompts: list[list[int]], num_tokens: int = 4) -> list[list[int]]:
+    """Greedy tokens by whole forward passes of the trainer's model."""
+    model, _ = load_model(artefacts.checkpoint)
+    completions = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(num_tokens):
+            with torch.inference_mode():
+                ids.append(int(model(torch.tensor([ids]))[0, -1, :301].argmax()))
+        completions.append(ids[len(prompt) :])
+    return completions
+
+
+async def next_step(engine: TorchEngine) -> int:
+    """Wait until another step has begun; returns the tokens that the only request then has in the cache."""
+    (sequence,) = engine._scheduler.running or [None]
+    before = sequence.num_computed if sequence else 0
+    while sequence is None or sequence.num_computed == before:
+        await asyncio.sleep(0)
+        running = engine._scheduler.running
+        if sequence is not None and not running:
+            return before
+        sequence = running[0] if running else None
+    return sequence.num_computed
 
 
 async def tokens_of(engine: TorchEngine, request: Request) -> list[int]:
@@ -249,6 +299,9 @@ class TestSampling:
             ({"top_p": 0.5}, {0}),
             ({"top_p": 0.6}, {0, 1}),
             ({"top_p": 1e-9}, {0}),
+            ({"min_p": 0.29}, {0, 1, 2}),
+            ({"min_p": 0.5}, {0, 1}),
+            ({"min_p": 0.1, "top_k": 3}, {0, 1, 2}),
         ],
     )
     def test_truncation_keeps_the_smallest_sufficient_set(self, params: dict[str, Any], allowed: set[int]) -> None:
@@ -274,6 +327,67 @@ class TestSampling:
     def test_randomness_depends_on_seed_and_index_only(self) -> None:
         assert uniform(1, 2) == uniform(1, 2)
         assert len({uniform(s, t) for s in (0, 1, -1, 2**63 - 1) for t in range(50)}) == 200
+
+    def test_truncation_of_a_large_vocabulary_equals_its_definition(self) -> None:
+        """Flat and peaked rows, with equal logits, each against sorting everything."""
+        generator = torch.Generator().manual_seed(1)
+        logits = torch.randn(6, 2000, generator=generator) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
+        logits = (logits * 16).round() / 16  # ties
+        for params in ({"top_p": 0.9}, {"top_k": 700, "top_p": 0.99}, {"min_p": 0.01}, {"top_k": 40}):
+            sampling = SamplingParams(**params)
+            kept = truncated(logits, [sampling] * 6).isfinite()
+            for row in range(6):
+                probabilities = torch.softmax(logits[row].double(), -1)
+                order = logits[row].sort(descending=True, stable=True).indices
+                expected = torch.zeros(2000, dtype=torch.bool)
+                mass = 0.0
+                for rank, token in enumerate(order.tolist()):
+                    probability = float(probabilities[token])
+                    if mass >= sampling.top_p or probability < sampling.min_p * float(probabilities.max()):
+                        break
+                    if sampling.top_k and rank >= sampling.top_k:
+                        break
+                    expected[token] = True
+                    mass += probability
+                assert torch.equal(kept[row], expected), (params, row)
+
+    def test_drawing_from_candidates_equals_drawing_from_everything_that_is_kept(self) -> None:
+        """Rows in one batch whose cut the candidates decide, or do not: flat ones, and equal logits at the cut."""
+        generator = torch.Generator().manual_seed(4)
+        logits = torch.randn(60, 2000, generator=generator) * torch.tensor([0.1, 1.0, 4.0]).repeat(20)[:, None]
+        logits[30:] = (logits[30:] * 4).round() / 4  # ties
+        kinds = [{"top_p": 0.9}, {"top_k": 30}, {"min_p": 0.05}, {"top_k": 600, "top_p": 0.95}, {}]
+        draws = [Draw(SamplingParams(**kinds[row % 5]), row, 3) for row in range(60)]
+        together = sample(logits, draws)
+        for row, draw in enumerate(draws):
+            kept = truncated(logits[row : row + 1], [draw.params])
+            assert together[row] == sample(kept, [Draw(SamplingParams(), row, 3)])[0]
+            assert together[row] == sample(logits[row : row + 1], [draw])[0]
+
+    def test_draws_follow_a_distribution_of_many_groups(self) -> None:
+        """The token is the one at which the cumulative distribution passes the uniform number."""
+        logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2)).expand(200, 1000)
+        cumulative = torch.softmax(logits[0].double(), -1).cumsum(0)
+        drawn = sample(logits, [Draw(SamplingParams(), 5, t) for t in range(200)])
+        for index, token in enumerate(drawn):
+            expected = int(torch.searchsorted(cumulative, torch.tensor(uniform(5, index)).double(), right=True))
+            assert token is not None and abs(token - expected) <= 1  # the sums are of float32 here
+
+    def test_the_repetition_penalty_acts_on_what_came_before(self) -> None:
+        logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
+        penalised = SamplingParams(temperature=0.0, repetition_penalty=2.0)
+        assert sample(logits, [Draw(penalised, 0, 0, {0})]) == [1]
+        assert sample(logits[:, 2:], [Draw(penalised, 0, 0, {0})]) == [1]  # -1 becomes -2
+        assert sample(logits, [Draw(penalised, 0, 0)]) == [0]
+
+    def test_stop_ids_wait_for_min_tokens(self) -> None:
+        logits = torch.tensor([[3.0, 2.0, 1.0]])
+        params = SamplingParams(temperature=0.0, min_tokens=2, stop_ids=(0,))
+        assert [sample(logits, [Draw(params, 0, index)])[0] for index in range(3)] == [1, 1, 0]
+
+    def test_a_row_that_is_no_number_is_named_and_the_others_drawn(self) -> None:
+        logits = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0]])
+        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)] * 3) == [1, None, None]
 
 
 class TestRequests:
@@ -317,6 +431,8 @@ class TestRequests:
             ([1] * 25, {"max_tokens": 8}, "exceed the context of 32"),
             ([1] * 34, {"max_tokens": 0}, "exceed the context of 32"),
             ([1], {"num_logprobs": 302}, "num_logprobs=302"),
+            ([1], {"stop_ids": (301,)}, "stop_ids holds token id 301"),
+            ([1], {"stop_ids": tuple(range(301)), "min_tokens": 1}, "stop_ids holds every id"),
         ],
     )
     def test_impossible_requests_are_refused(
@@ -326,7 +442,17 @@ class TestRequests:
             with_engine(artefacts.exchange, lambda e: collect(e, make_request("r", prompt, **fields)))
 
     @pytest.mark.parametrize(
-        "fields", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": -1}, {"seed": 2**63}]
+        "fields",
+        [
+            {"temperature": -1.0},
+            {"top_p": 0.0},
+            {"top_k": -1},
+            {"min_p": 1.5},
+            {"repetition_penalty": 0.0},
+            {"max_tokens": -1},
+            {"min_tokens": 17},
+            {"seed": 2**63},
+        ],
     )
     def test_impossible_sampling_is_refused(self, fields: dict[str, Any]) -> None:
         with pytest.raises(RequestError, match=next(iter(fields))):
@@ -380,7 +506,7 @@ class TestLifetime:
             def broken(*args: object) -> torch.Tensor:
                 raise torch.OutOfMemoryError("no memory left")
 
-            monkeypatch.setattr(engine._runner, "decode", broken)
+            monkeypatch.setattr(engine._runner, "forward", broken)
             tasks = [collect(engine, make_request(f"r{i}", prompt)) for i in range(3)]
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(isinstance(r, EngineError) and "no memory left" in str(r) for r in results)
@@ -389,6 +515,102 @@ class TestLifetime:
                 await collect(engine, make_request("later", prompt))
 
         with_engine(artefacts.exchange, use)
+
+    @pytest.mark.parametrize("aborted_at", ["queued", "prefill", "decode"])
+    def test_an_abort_frees_the_blocks_within_one_step(self, artefacts: Artefacts, aborted_at: str) -> None:
+        (prompt,) = prompts_of(artefacts.data, 20)
+
+        async def use(engine: TorchEngine) -> None:
+            task = asyncio.create_task(collect(engine, make_request("r", prompt, max_tokens=12)))
+            await asyncio.sleep(0)  # queued
+            if aborted_at != "queued":
+                assert await next_step(engine) == 4  # tokens in the cache: a part of the prompt
+            if aborted_at == "decode":
+                while await next_step(engine) < len(prompt):
+                    pass
+            engine.abort("r")
+            if aborted_at != "queued":
+                await next_step(engine)
+            await asyncio.sleep(0)
+            await task
+            await asyncio.sleep(0.01)
+            stats = engine.stats()
+            assert stats.num_free_blocks == stats.num_blocks and (stats.num_running, stats.num_queued) == (0, 0)
+
+        with_engine(artefacts.exchange, use, max_step_tokens=4, max_batch_size=4)
+
+    def test_a_request_whose_logits_are_no_numbers_fails_alone(
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts = prompts_of(artefacts.data, 4, 6, 8)
+
+        async def use(engine: TorchEngine) -> None:
+            forward = engine._runner.forward
+
+            @torch.inference_mode()
+            def poisoned(chunks: list[Chunk]) -> torch.Tensor:
+                logits = forward(chunks)
+                rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
+                for row, chunk in enumerate(rows):
+                    if chunk.start == 8:  # the second token of the longest prompt
+                        logits[row] = math.nan
+                return logits
+
+            expected = [await tokens_of(engine, make_request("e", prompt)) for prompt in prompts[:2]]
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._runner, "forward", poisoned)
+                tasks = [collect(engine, make_request(f"r{i}", p, max_tokens=3)) for i, p in enumerate(prompts)]
+                good, other, bad = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(bad, EngineError) and "after 9 tokens are not finite" in str(bad)
+            assert [o.token_id for o in good] == expected[0][:3] and [o.token_id for o in other] == expected[1][:3]
+            assert engine.stats().healthy
+
+        with_engine(artefacts.exchange, use)
+
+    def test_an_exception_in_one_request_stops_no_other(
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three share a prefix of two blocks; the one whose forward pass fails computed it for all of them."""
+        (shared,) = prompts_of(artefacts.data, 16)
+
+        async def use(engine: TorchEngine) -> None:
+            forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
+            expected = with_model_tokens(artefacts, prompts)
+
+            def broken(chunks: list[Chunk]) -> torch.Tensor:
+                if any(chunk.token_ids[-1] == 7 for chunk in chunks):
+                    raise RuntimeError("no such kernel")
+                return forward(chunks)
+
+            monkeypatch.setattr(engine._runner, "forward", broken)
+            tasks = [collect(engine, make_request(f"r{i}", p, max_tokens=4)) for i, p in enumerate(prompts)]
+            bad, *good = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(bad, EngineError) and "no such kernel" in str(bad)
+            assert [[o.token_id for o in outputs] for outputs in good] == expected[1:]
+            stats = engine.stats()
+            assert stats.healthy and stats.num_preempted == 2 and stats.num_free_blocks == stats.num_blocks
+
+        with_engine(artefacts.exchange, use, tokens_per_block=8)
+
+    def test_an_engine_that_fails_every_step_says_so(
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def use(engine: TorchEngine) -> None:
+            def broken(chunks: list[Chunk]) -> torch.Tensor:
+                raise RuntimeError("nothing works")
+
+            monkeypatch.setattr(engine._runner, "forward", broken)
+            for index in range(3):
+                assert engine.stats().healthy
+                with pytest.raises(EngineError, match="nothing works"):
+                    await collect(engine, make_request(f"r{index}", [1, 2]))
+            assert not engine.stats().healthy
+
+        with_engine(artefacts.exchange, use)
+
+    def test_a_cache_smaller_than_a_context_is_refused(self, artefacts: Artefacts) -> None:
+        with pytest.raises(ConfigError, match="engine.kv_cache_tokens=16 leaves room for 16 tokens"):
+            TorchEngine.from_exchange(artefacts.exchange, EngineConfig(device="cpu", kv_cache_tokens=16))
 
     def test_closing_ends_what_is_in_flight(self, artefacts: Artefacts) -> None:
         (prompt,) = prompts_of(artefacts.data, 4)
@@ -410,11 +632,10 @@ class TestLifetime:
 def test_model_and_engine_agree_that_padding_is_never_produced(artefacts: Artefacts) -> None:
     """Even a model that loves a padding id cannot say it."""
     model = read_exchange(artefacts.exchange, torch.float32)
-    assert isinstance(model, Kraken)
+    with torch.no_grad():
+        model.wte.weight[301:] = model.wte.weight[:301].mean() + 100.0
 
     async def use(engine: TorchEngine) -> list[int]:
-        with torch.no_grad():
-            engine._runner.model.wte.weight[301:] = engine._runner.model.wte.weight[:301].mean() + 100.0
         return await tokens_of(engine, make_request("r", [5, 6], temperature=5.0, max_tokens=30, seed=1))
 
-    assert max(with_engine(artefacts.exchange, use)) < 301
+    assert max(with_model(model, 301, use)) < 301

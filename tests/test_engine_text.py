@@ -97,6 +97,18 @@ def test_text_is_released_as_soon_as_it_cannot_be_a_stop_string(tokenizer: Token
     assert not detokenizer.stopped
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, ""), (2, "ab"), (3, "abab"), (4, "abab"), (6, "ababab")])
+def test_stop_strings_count_after_min_tokens(tokenizer: Tokenizer, min_tokens: int, expected: str) -> None:
+    detokenizer = Detokenizer(tokenizer, ("ab",), min_tokens)
+    texts = []
+    for token_id in byte_ids(tokenizer, "ababab"):
+        if not detokenizer.stopped:
+            texts.append(detokenizer.push(token_id).text)
+    texts.append(detokenizer.flush().text)
+    # with 3, the second "ab" has begun before it may count
+    assert "".join(texts) == expected and detokenizer.stopped == (expected != "ababab")
+
+
 # ---- over an engine
 
 

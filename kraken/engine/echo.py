@@ -137,11 +137,12 @@ class EchoEngine:
         token_id = prompt_ids[step % len(prompt_ids)]
         previous_id = prompt_ids[(step - 1) % len(prompt_ids)]
         is_last = step + 1 == sampling.max_tokens
+        stops = token_id in sampling.stop_ids and step >= sampling.min_tokens
         return TokenOutput(
             token_id=token_id,
             logprobs=self._logprobs(previous_id, token_id, request.num_logprobs),
             logits_V=self._logits_V(previous_id) if request.return_logits else None,
-            finish_reason="stop" if token_id in sampling.stop_ids else "length" if is_last else None,
+            finish_reason="stop" if stops else "length" if is_last else None,
         )
 
     def _prompt_output(self, request: Request) -> PromptOutput:

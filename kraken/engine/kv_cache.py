@@ -1,66 +1,136 @@
-"""The key-value cache: one row of a whole context per running request, the rows in use always the first ones.
+"""The key-value cache's memory: blocks of equal size, who holds them, and which prefixes lie in them already.
 
-Shape letters as in `kraken/model.py`; R rows (requests), C context length, L layers. The heads of all ways stand side
-by side (W*N), so that attention is one call over all of them.
+Policy only; the tensors are in `kraken/engine/attention.py`. A full block is known by a digest of every token up to its
+end, so that a prompt that begins as an earlier one did takes over its blocks instead of computing them. A block that
+nobody holds keeps its content until it is needed for something else, the one longest free first.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from kraken.config import ModelConfig
-from kraken.model import Attend
-
-
-class KVCache:
-    """Keys and values of at most `num_rows` requests."""
-
-    def __init__(self, config: ModelConfig, num_rows: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, num_rows, config.num_heads, config.context_length, config.head_size)
-        self.keys_LRNCH = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LRNCH = torch.zeros(shape, dtype=dtype, device=device)
-
-    def prefill(self, row: int) -> Attend:
-        """Attention for one whole prompt [B=1]: causal among its own tokens, which are then in the row's cache."""
-
-        def attend(layer: int, q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor) -> Tensor:
-            q, k, v = map(_heads_side_by_side, (q_WBTNH, k_WBTNH, v_WBTNH))
-            num_tokens = k.shape[2]
-            self.keys_LRNCH[layer, row, :, :num_tokens] = k[0]
-            self.values_LRNCH[layer, row, :, :num_tokens] = v[0]
-            return _ways_apart(F.scaled_dot_product_attention(q, k, v, is_causal=True), q_WBTNH.shape[0])
-
-        return attend
-
-    def decode(self, positions_R: Tensor) -> Attend:
-        """Attention for one new token in each of the first rows [T=1], over its row up to its position."""
-        num_rows = len(positions_R)
-        rows_R = torch.arange(num_rows, device=positions_R.device)
-        length = int(positions_R.max()) + 1
-        visible_R11C = (torch.arange(length, device=positions_R.device) <= positions_R[:, None])[:, None, None]
-
-        def attend(layer: int, q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor) -> Tensor:
-            q, k, v = map(_heads_side_by_side, (q_WBTNH, k_WBTNH, v_WBTNH))
-            keys_RNCH, values_RNCH = self.keys_LRNCH[layer], self.values_LRNCH[layer]
-            keys_RNCH[rows_R, :, positions_R] = k[:, :, 0]
-            values_RNCH[rows_R, :, positions_R] = v[:, :, 0]
-            seen = slice(num_rows), slice(None), slice(length)
-            out = F.scaled_dot_product_attention(q, keys_RNCH[seen], values_RNCH[seen], attn_mask=visible_R11C)
-            return _ways_apart(out, q_WBTNH.shape[0])
-
-        return attend
-
-    def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy a row's first tokens into another row, to close the gap a finished request leaves."""
-        for cache in (self.keys_LRNCH, self.values_LRNCH):
-            cache[:, target, :, :num_tokens] = cache[:, source, :, :num_tokens]
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
-def _heads_side_by_side(x_WBTNH: Tensor) -> Tensor:
-    """[W, B, T, N, H] -> [B, W*N, T, H]."""
-    return x_WBTNH.permute(1, 0, 3, 2, 4).flatten(1, 2)
+@dataclass(slots=True)
+class BlockTable:
+    """Where one sequence's tokens lie."""
+
+    blocks: list[int] = field(default_factory=list)
+    """Block of tokens i * tokens_per_block onwards."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of the full blocks that are published, from the first on."""
 
 
-def _ways_apart(out: Tensor, num_ways: int) -> Tensor:
-    """[B, W*N, T, H] -> [W, B, T, N, H]."""
-    return out.unflatten(1, (num_ways, -1)).permute(1, 0, 3, 2, 4)
+class BlockPool:
+    """Owns every block. Each is free, or held by one or more tables.
+
+    Args:
+        reuse: publish full blocks and find them again.
+    """
+
+    def __init__(self, num_blocks: int, tokens_per_block: int, reuse: bool = True):
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self._reuse = reuse
+        self._num_holders = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # longest free first
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be had, those with reusable content included."""
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.tokens_per_block)
+
+    def find(self, token_ids: Sequence[int]) -> BlockTable:
+        """The published blocks that a sequence could begin with; at least its last token is left to compute.
+
+        Nothing is held yet: `take` does that.
+        """
+        found, digest, size = BlockTable(), b"", self.tokens_per_block
+        if not self._reuse:
+            return found
+        for start in range(0, len(token_ids) - size, size):
+            digest = _digest(digest, token_ids[start : start + size])
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            found.blocks.append(block)
+            found.digests.append(digest)
+        return found
+
+    def num_needed(self, found: BlockTable, num_tokens: int) -> int:
+        """Free blocks that `take` would use up."""
+        return self.blocks_for(num_tokens) - sum(self._num_holders[block] > 0 for block in found.blocks)
+
+    def take(self, found: BlockTable, num_tokens: int, num_expected: int) -> BlockTable:
+        """Hold what `find` found and as many more blocks as `num_tokens` need.
+
+        Args:
+            num_expected: tokens that the sequence may grow to. Room for them is kept next to it while there is other
+                room: attention reads neighbouring blocks in place and has to gather others.
+        """
+        table = BlockTable(list(found.blocks), list(found.digests))
+        for block in table.blocks:
+            self._free.pop(block, None)
+            self._num_holders[block] += 1
+        self.extend(table, num_tokens)
+        first = table.blocks[-1] + 1
+        last = first + self.blocks_for(num_expected) - len(table.blocks)
+        for block in range(first, min(last, self.num_blocks)):
+            if block not in self._free:
+                break
+            self._free.move_to_end(block)
+        return table
+
+    def extend(self, table: BlockTable, num_tokens: int) -> None:
+        """Hold more blocks until `num_tokens` fit; the caller has made sure that there are as many."""
+        for _ in range(self.blocks_for(num_tokens) - len(table.blocks)):
+            neighbour = table.blocks[-1] + 1 if table.blocks else -1
+            block = neighbour if neighbour in self._free else next(iter(self._free))
+            del self._free[block]
+            self._forget(block)
+            self._num_holders[block] = 1
+            table.blocks.append(block)
+
+    def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+        """Let others find the full blocks among the first `num_computed` tokens."""
+        size = self.tokens_per_block
+        if not self._reuse:
+            return
+        for index in range(len(table.digests), num_computed // size):
+            previous = table.digests[-1] if table.digests else b""
+            digest = _digest(previous, token_ids[index * size : (index + 1) * size])
+            table.digests.append(digest)
+            if digest not in self._block_of:
+                self._block_of[digest] = table.blocks[index]
+                self._digest_of[table.blocks[index]] = digest
+
+    def release(self, table: BlockTable, forget: bool = False) -> None:
+        """Give a sequence's blocks back.
+
+        Args:
+            forget: their content is not to be trusted.
+        """
+        for block in table.blocks:
+            self._num_holders[block] -= 1
+            if forget:
+                self._forget(block)
+            if self._num_holders[block] == 0:
+                self._free[block] = None
+        table.blocks.clear()
+        table.digests.clear()
+
+    def _forget(self, block: int) -> None:
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+
+
+def _digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    # of a cryptographic kind: a collision would show one user's text to another
+    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()

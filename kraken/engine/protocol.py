@@ -31,12 +31,19 @@ class SamplingParams:
 
     max_tokens: int = 16
     """Most tokens to generate; 0 only scores the prompt."""
+    min_tokens: int = 0
+    """Tokens to generate before a stop id may be drawn, or a stop string counts."""
     temperature: float = 1.0
     """0 takes the most likely token."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens whose probability reaches this."""
     top_k: int = 0
     """Draw from this many most likely tokens; 0 from all."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the most likely one; 0 from all."""
+    repetition_penalty: float = 1.0
+    """Logits of ids that came before, in prompt or completion, are divided by this if positive, else multiplied (Keskar
+    et al., CTRL, 2019); 1 changes nothing."""
     seed: int | None = None
     """Equal seeds give equal tokens, whatever shares the batch; None draws a fresh one."""
     stop_ids: tuple[int, ...] = ()
@@ -51,6 +58,16 @@ class SamplingParams:
             raise RequestError(f"top_p={self.top_p} is outside (0, 1]; 1 draws from every token")
         if self.top_k < 0:
             raise RequestError(f"top_k={self.top_k} is negative; 0 draws from every token")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p={self.min_p} is outside 0..1; 0 draws from every token")
+        if not 0.0 < self.repetition_penalty <= 100.0:
+            raise RequestError(
+                f"repetition_penalty={self.repetition_penalty} is outside (0, 100]; 1 switches it off, 1.1 is mild"
+            )
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is outside 0..max_tokens={self.max_tokens}; lower it or raise max_tokens"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise RequestError(f"seed={self.seed} does not fit 64 bits; choose a smaller one")
 
@@ -132,6 +149,13 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     healthy: bool
+    num_preempted: int = 0
+    """Times that a request lost its place in the cache and had to be computed again."""
+    reused_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    """Blocks of the cache that nobody holds."""
 
 
 class Engine(Protocol):
@@ -179,6 +203,13 @@ def check_request(request: Request, info: EngineInfo) -> None:
             f"prompt of {num_prompt} tokens and max_tokens={max_tokens} exceed the context of {info.context_length}; "
             "shorten the prompt or lower max_tokens"
         )
-    for name, value in (("num_logprobs", request.num_logprobs),):
-        if value is not None and not 0 <= value <= info.num_ids:
-            raise RequestError(f"{name}={value} is outside 0..{info.num_ids}")
+    num_logprobs, stop_ids = request.num_logprobs, request.sampling.stop_ids
+    if num_logprobs is not None and not 0 <= num_logprobs <= info.num_ids:
+        raise RequestError(f"num_logprobs={num_logprobs} is outside 0..{info.num_ids}")
+    bad = next((i for i in stop_ids if not 0 <= i < info.num_ids), None)
+    if bad is not None:
+        raise RequestError(f"stop_ids holds token id {bad}; this model's ids are 0..{info.num_ids - 1}")
+    if request.sampling.min_tokens and len(set(stop_ids)) == info.num_ids:
+        raise RequestError(
+            f"stop_ids holds every id, which leaves none for min_tokens={request.sampling.min_tokens}; name fewer"
+        )

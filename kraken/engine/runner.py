@@ -1,49 +1,74 @@
-"""The runner: forward passes of a model over its cache. It knows rows and tokens, not requests."""
+"""The runner: one forward pass over pieces of any lengths, prompts and single tokens mixed.
+
+It knows tokens, positions and blocks, not requests, so that what it is told can be told to other processes too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kraken.engine.kv_cache import KVCache
+from kraken.engine.attention import PagedCache, Piece
+from kraken.engine.network import Network
 from kraken.model import Kraken
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence to run."""
+
+    token_ids: Sequence[int]
+    start: int
+    """Position of the first of them; what comes before is in the cache."""
+    blocks: Sequence[int]
+    """The sequence's blocks, from its first token to at least the last of this chunk."""
+    num_logits: int
+    """Read out the logits of this many last tokens."""
+
+
 class Runner:
-    """Owns the model and the cache on one device.
+    """Owns the weights and the cache on one device.
 
     Args:
         model: weights in the engine's type, on its device.
-        num_ids: ids of the tokenizer; logits of the padding ids beyond are cut off here, once and for all.
-        num_rows: requests decoded together.
+        num_ids: ids of the tokenizer; there are no logits for the padding ids beyond.
     """
 
-    def __init__(self, model: Kraken, num_ids: int, num_rows: int):
-        self.model = model
+    def __init__(self, model: Kraken, num_ids: int, num_blocks: int, tokens_per_block: int):
+        config = model.config
+        self.network = Network(model, num_ids)
         self.num_ids = num_ids
-        self.device = model.wte.weight.device
-        self.cache = KVCache(model.config, num_rows, model.wte.weight.dtype, self.device)
+        self.cache = PagedCache(
+            config.num_layers,
+            config.num_heads,
+            config.head_size,
+            num_blocks,
+            tokens_per_block,
+            self.network.dtype,
+            self.network.device,
+        )
 
     @torch.inference_mode()
-    def prefill(self, row: int, token_ids: list[int], all_positions: bool) -> Tensor:
-        """Run a whole prompt into a row.
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Run every chunk, in this order as far as one reads what another stores.
 
         Returns:
-            float32 logits [T or 1, ids]: of every position, or only of the last.
+            float32 logits [rows, ids]: the rows that each chunk asked for, one chunk after the other.
         """
-        ids_BT = torch.tensor([token_ids], device=self.device)
-        hidden_TD = self.model.hidden(ids_BT, attend=self.cache.prefill(row))[0]
-        return self._logits(hidden_TD if all_positions else hidden_TD[-1:])
-
-    @torch.inference_mode()
-    def decode(self, token_ids: list[int], positions: list[int]) -> Tensor:
-        """Feed one token to each of the first `len(token_ids)` rows.
-
-        Returns:
-            float32 logits [rows, ids].
-        """
-        ids_BT = torch.tensor(token_ids, device=self.device)[:, None]
-        positions_R = torch.tensor(positions, device=self.device)
-        hidden_BTD = self.model.hidden(ids_BT, positions_R[:, None], self.cache.decode(positions_R))
-        return self._logits(hidden_BTD[:, 0])
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.readout(hidden)[..., : self.num_ids].float()
+        device = self.network.device
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for chunk in chunks:
+            ids += chunk.token_ids
+            positions += range(chunk.start, chunk.start + len(chunk.token_ids))
+            rows += range(len(ids) - chunk.num_logits, len(ids))
+        pieces = [Piece(chunk.start, len(chunk.token_ids), chunk.blocks) for chunk in chunks]
+        ids_T, positions_T = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+        hidden_TD = self.network.hidden(ids_T, positions_T, self.cache.attend(pieces))
+        if len(rows) < len(ids):
+            hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.int64, device=device)]
+        if not rows:
+            return torch.empty(0, self.num_ids, device=device)
+        return self.network.logits(hidden_TD)

@@ -37,14 +37,16 @@ class Detokenizer:
     Args:
         stop: strings that end the text. The one that is complete first counts (of several, the longest); neither it nor
             anything after it is released, nor are the tokens that lie wholly behind the cut.
+        min_tokens: in the text of this many first tokens no stop string counts, or begins.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
         self.stopped = False
         self.num_released = 0
         """Characters released so far."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._num_stopless = min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._starts: deque[int] = deque()
@@ -64,10 +66,12 @@ class Detokenizer:
         return self._release(is_end=True)
 
     def _release(self, is_end: bool) -> Piece:
-        if (cut := self._find_stop()) is not None:
+        is_stopless, self._num_stopless = self._num_stopless > 0, max(self._num_stopless - 1, 0)
+        cut = None if is_stopless else self._find_stop()
+        if cut is not None:
             self.stopped = True
         else:
-            cut = len(self._held) if is_end else len(self._held) - self._num_undecided()
+            cut = len(self._held) - (0 if is_end or is_stopless else self._num_undecided())
         text, self._held = self._held[:cut], self._held[cut:]
         self.num_released += len(text)
         starts = []
@@ -121,7 +125,7 @@ async def generate_text(
     Raises:
         RequestError, EngineOverloaded, EngineError: as `Engine.generate`.
     """
-    detokenizer = Detokenizer(tokenizer, stop)
+    detokenizer = Detokenizer(tokenizer, stop, request.sampling.min_tokens)
     waiting: deque[TokenOutput] = deque()  # tokens whose text is not final yet
     num_tokens = 0
     try:

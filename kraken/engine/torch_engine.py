@@ -1,23 +1,24 @@
 """The PyTorch engine: continuous batching on one device, the embedded default and the oracle for other engines.
 
-One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve. A
-step is either one waiting prompt, first come first served, or one new token for everything that runs.
+One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve.
 """
 
 import asyncio
 import contextlib
 import os
 import secrets
-from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from kraken.config import EngineConfig
+from kraken.config import ConfigError, EngineConfig
 from kraken.convert import read_exchange, read_model_config
+from kraken.engine.kv_cache import BlockPool
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -27,58 +28,90 @@ from kraken.engine.protocol import (
     Output,
     PromptOutput,
     Request,
+    RequestError,
+    TokenLogprobs,
     TokenOutput,
     check_request,
 )
-from kraken.engine.runner import Runner
+from kraken.engine.runner import Chunk, Runner
 from kraken.engine.sampling import Draw, sample, token_logprobs
+from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
 from kraken.manifest import Manifest
+from kraken.model import Kraken
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
+
+MAX_STEP_LOGITS = 512
+"""Prompt positions read out in one step; 100 MB of logits with GPT-2's ids."""
+USABLE_MEMORY = 0.9
+"""Share of a GPU's free memory that the cache may take; the rest is for activations."""
+MAX_FAILED_STEPS = 3
+"""Steps in a row without one good request, after which it is the engine that is broken and not the requests."""
 
 
 @dataclass(eq=False, slots=True)
-class _Sequence:
-    """A request in flight. Its row of the cache is its place in the engine's list of running sequences."""
+class _Flight:
+    """A request in flight: how it is drawn, and what has come of it."""
 
-    request: Request
+    sequence: Sequence
     seed: int
-    outputs: asyncio.Queue[Output | BaseException | None]
-    token_ids: list[int]
-    """The prompt, then what was generated."""
+    outputs: asyncio.Queue[Output | EngineError | None]
+    seen_ids: set[int] = field(default_factory=set)
+    """Kept where there is a repetition penalty."""
     num_generated: int = 0
-    aborted: bool = False
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    prompt_logits: list[np.ndarray] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
 
 
 @dataclass(slots=True)
-class _Finished:
-    """What one step yields: outputs per sequence, and the sequences that are done."""
+class _Result:
+    """What one step yields."""
 
-    outputs: list[tuple[_Sequence, Output]] = field(default_factory=list)
-    done: list[_Sequence] = field(default_factory=list)
+    outputs: list[tuple[_Flight, Output]] = field(default_factory=list)
+    done: list[_Flight] = field(default_factory=list)
+    failed: list[tuple[_Flight, Exception]] = field(default_factory=list)
+    stale: list[_Flight] = field(default_factory=list)
+    """Sound themselves, but they read what a failed one should have stored."""
 
 
 class TorchEngine:
-    """An `Engine`. Make it inside a running event loop, or let the first `generate` start its task.
+    """An `Engine`. Its task starts with the first `generate`, on the event loop of that call.
 
     Args:
-        runner: the model on its device.
+        runner: the model on its device, with `num_blocks` of cache.
         info: what users are told of the model.
-        config: sizes of batch and queue.
+        config: sizes of batch, step and queue.
     """
 
-    def __init__(self, runner: Runner, info: EngineInfo, config: EngineConfig):
+    def __init__(self, runner: Runner, info: EngineInfo, config: EngineConfig, num_blocks: int):
         self._runner = runner
         self._info = info
         self._config = config
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
-        self._sequences: dict[str, _Sequence] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kraken-engine")
+        self._scheduler = Scheduler(
+            BlockPool(num_blocks, config.tokens_per_block, config.prefix_reuse),
+            config.max_batch_size,
+            config.max_step_tokens,
+            MAX_STEP_LOGITS,
+        )
+        self._flights: dict[str, _Flight] = {}
+        self._flight_of: dict[Sequence, _Flight] = {}
+        self._aborted: list[_Flight] = []
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="kraken-engine",
+            initializer=torch.set_num_threads,  # OpenMP keeps the number per thread
+            initargs=(_num_threads(config),),
+        )
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
         self._closed = False
-        self._num_finished = self._num_aborted = self._prompt_tokens = self._completion_tokens = 0
+        self._num_failed_steps = 0
+        self._num_finished = self._num_aborted = self._completion_tokens = 0
 
     @classmethod
     def from_exchange(cls, folder: Path, config: EngineConfig) -> "TorchEngine":
@@ -86,6 +119,7 @@ class TorchEngine:
 
         Raises:
             ArtefactError: the folder is unfinished or damaged, or its tokenizer is not the one it was trained with.
+            ConfigError: the cache would not hold one context.
         """
         manifest = Manifest.read(folder)
         tokenizer = Tokenizer.load(folder)
@@ -93,11 +127,6 @@ class TorchEngine:
             tokenizer.fingerprint, manifest.details["tokenizer_fingerprint"], f"the tokenizer in {folder}", "the model"
         )
         model_config, values = read_model_config(folder)
-        cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        device = torch.device("cuda" if cuda else "cpu")
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-        dtype_name = config.dtype if config.dtype != "auto" else ("bfloat16" if cuda else "float32")
-        model = read_exchange(folder, getattr(torch, dtype_name)).to(device)
         info = EngineInfo(
             name="torch",
             context_length=model_config.context_length,
@@ -105,7 +134,15 @@ class TorchEngine:
             eot_id=values["eos_token_id"],
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
-        return cls(Runner(model, info.num_ids, config.max_batch_size), info, config)
+        device, dtype = _device_and_dtype(config)
+        return cls.from_model(read_exchange(folder, dtype).to(device), info, config)
+
+    @classmethod
+    def from_model(cls, model: Kraken, info: EngineInfo, config: EngineConfig) -> "TorchEngine":
+        """Build on a model in memory, on the device and in the type that it has."""
+        torch.set_num_threads(_num_threads(config))
+        num_blocks = _num_blocks(model, config)
+        return cls(Runner(model, info.num_ids, num_blocks, config.tokens_per_block), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:
@@ -115,44 +152,55 @@ class TorchEngine:
         """See `Engine.generate`."""
         check_request(request, self._info)
         self._require_healthy()
-        if request.id in self._sequences:
-            raise EngineError(f"request id {request.id} is already in flight; give every request its own")
-        if len(self._waiting) >= self._config.max_queued_requests:
-            raise EngineOverloaded(f"{len(self._waiting)} requests are waiting already; try again later")
+        if request.id in self._flights:
+            raise RequestError(f"id={request.id!r} is in flight already; give every request its own")
+        scores_prompt = request.prompt_logprobs or request.return_logits
+        fed = request.prompt_ids if request.sampling.max_tokens else request.prompt_ids[:-1]
+        if not fed:  # one token that is only scored: nothing comes before it
+            if scores_prompt:
+                logits_TV = np.empty((0, self._info.num_ids), dtype=np.float32) if request.return_logits else None
+                yield PromptOutput(logprobs=(None,) if request.prompt_logprobs else (), logits_TV=logits_TV)
+            self._num_finished += 1
+            return
+        if (num_queued := self._scheduler.num_queued) >= self._config.max_queued_requests:
+            raise EngineOverloaded(f"{num_queued} requests are waiting already; try again later")
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._serve())
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        sequence = _Sequence(request, seed, asyncio.Queue(), list(request.prompt_ids))
-        self._sequences[request.id] = sequence
-        self._waiting.append(sequence)
-        self._wake.set()
+        flight = self._begin(Sequence(request, list(fed), scores_prompt))
         try:
-            while (output := await sequence.outputs.get()) is not None:
-                if isinstance(output, BaseException):
-                    raise EngineError(f"the engine failed: {output}") from output
+            while (output := await flight.outputs.get()) is not None:
+                if isinstance(output, EngineError):
+                    raise output
                 yield output
         finally:
-            self.abort(request.id)
+            # by flight, not by id: the id may belong to a later request by now
+            if not flight.ended:
+                self.abort(request.id)
 
     def abort(self, request_id: str) -> None:
-        """See `Engine.abort`; the row is free before the next step begins."""
-        sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            sequence.aborted = True
+        """See `Engine.abort`; the blocks are free before the next step begins."""
+        flight = self._flights.get(request_id)
+        if flight is not None:
+            self._end(flight)
             self._num_aborted += 1
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(sequence)
+            self._aborted.append(flight)
+            flight.outputs.put_nowait(None)
             self._wake.set()
 
     def stats(self) -> EngineStats:
+        scheduler = self._scheduler
         return EngineStats(
-            num_running=len(self._running),
-            num_queued=len(self._waiting),
+            num_running=len(scheduler.running),
+            num_queued=len(scheduler.waiting),
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=scheduler.num_prompt_tokens,
             completion_tokens=self._completion_tokens,
             healthy=self._failure is None and not self._closed,
+            num_preempted=scheduler.num_preempted,
+            reused_tokens=scheduler.num_reused_tokens,
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
         )
 
     async def close(self) -> None:
@@ -173,122 +221,271 @@ class TorchEngine:
         if self._failure is not None:
             raise EngineError(f"the engine failed before: {self._failure}") from self._failure
 
+    # -- on the event loop -------------------------------------------------------------------------------------------
+
+    def _begin(self, sequence: Sequence) -> _Flight:
+        sampling = sequence.request.sampling
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
+        flight = _Flight(sequence, seed, asyncio.Queue())
+        if sampling.repetition_penalty != 1.0:
+            flight.seen_ids.update(sequence.request.prompt_ids)
+        self._flights[sequence.request.id] = self._flight_of[sequence] = flight
+        self._scheduler.add(sequence)
+        self._wake.set()
+        return flight
+
+    def _end(self, flight: _Flight) -> None:
+        """The request is nobody's any more; its sequence may still be in the step that runs."""
+        flight.ended = True
+        del self._flights[flight.request.id]
+        del self._flight_of[flight.sequence]
+
     def _fail_all(self, error: BaseException) -> None:
-        for sequence in self._sequences.values():
-            sequence.outputs.put_nowait(error)
-        self._sequences.clear()
-        self._waiting.clear()
-        self._running.clear()
+        for flight in [*self._flights.values()]:
+            self._end(flight)
+            self._scheduler.remove(flight.sequence, forget=True)
+            flight.outputs.put_nowait(_error_of("the engine failed", error))
+        self._drop_aborted()
+
+    def _drop_aborted(self) -> None:
+        for flight in self._aborted:
+            self._scheduler.remove(flight.sequence)
+        self._aborted.clear()
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while True:
                 self._drop_aborted()
-                if self._waiting and len(self._running) < self._config.max_batch_size:
-                    sequence = self._waiting.popleft()
-                    self._running.append(sequence)
-                    row = len(self._running) - 1
-                    finished = await loop.run_in_executor(self._thread, self._prefill, sequence, row)
-                elif self._running:
-                    finished = await loop.run_in_executor(self._thread, self._decode, tuple(self._running))
-                else:
+                step = self._scheduler.schedule()
+                if not step:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                self._deliver(finished)
+                flights = [self._flight_of[scheduled.sequence] for scheduled in step]
+                result = await loop.run_in_executor(self._thread, self._run, step, flights)
+                self._deliver(result)
         except Exception as error:  # whatever it was, nobody may wait for ever
             self._failure = error
             self._fail_all(error)
 
-    def _deliver(self, finished: _Finished) -> None:
-        for sequence, output in finished.outputs:
-            if not sequence.aborted:
-                sequence.outputs.put_nowait(output)
+    def _deliver(self, result: _Result) -> None:
+        for flight, output in result.outputs:
+            if not flight.ended:
+                flight.outputs.put_nowait(output)
                 self._completion_tokens += isinstance(output, TokenOutput)
-        for sequence in finished.done:
-            if not sequence.aborted:
-                del self._sequences[sequence.request.id]
+        for flight in result.done:
+            if not flight.ended:
+                self._end(flight)
                 self._num_finished += 1
-                sequence.outputs.put_nowait(None)
-            self._release(sequence)
-
-    def _drop_aborted(self) -> None:
-        for sequence in [s for s in self._running if s.aborted]:
-            self._release(sequence)
-
-    def _release(self, sequence: _Sequence) -> None:
-        """Free a row; the last row moves into the gap, so that those in use stay the first ones."""
-        row = self._running.index(sequence)
-        last = self._running.pop()
-        if last is not sequence:
-            self._runner.cache.move(len(self._running), row, len(last.token_ids))
-            self._running[row] = last
+                self._scheduler.remove(flight.sequence)
+                flight.outputs.put_nowait(None)
+        for flight, error in result.failed:
+            if not flight.ended:
+                self._end(flight)
+                self._scheduler.remove(flight.sequence, forget=True)
+                flight.outputs.put_nowait(_error_of("the request failed", error))
+        for flight in reversed(result.stale):  # each goes to the front of the queue
+            if not flight.ended:
+                self._scheduler.preempt(flight.sequence, forget=True)
 
     # -- on the engine's thread --------------------------------------------------------------------------------------
 
-    def _prefill(self, sequence: _Sequence, row: int) -> _Finished:
-        """Run a prompt into its row."""
-        request, finished = sequence.request, _Finished()
-        scores_prompt = request.prompt_logprobs or request.return_logits
-        scores_only = request.sampling.max_tokens == 0
-        # a prompt that is only scored needs no successor of its last token
-        fed = sequence.token_ids[:-1] if scores_only else sequence.token_ids
-        self._prompt_tokens += len(sequence.token_ids)
-        logits_TV = self._runner.prefill(row, fed, all_positions=scores_prompt) if fed else None
-        if scores_prompt:
-            finished.outputs.append((sequence, self._prompt_output(sequence, logits_TV)))
-        if scores_only:
-            finished.done.append(sequence)
-        else:
-            assert logits_TV is not None
-            self._append_tokens([sequence], logits_TV[-1:], finished)
-        return finished
+    def _run(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
+        """One forward pass, and what follows from it for each request."""
+        try:
+            logits_RV = self._runner.forward([_chunk(scheduled) for scheduled in step])
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            return self._run_apart(step, flights)
+        self._num_failed_steps = 0
+        result = _Result()
+        self._finish(step, flights, logits_RV, result)
+        return result
 
-    def _prompt_output(self, sequence: _Sequence, logits_TV: torch.Tensor | None) -> PromptOutput:
-        request = sequence.request
-        following = sequence.token_ids[1:]
-        scored = (
-            token_logprobs(logits_TV[: len(following)], following, request.num_logprobs or 0)
-            if request.prompt_logprobs and logits_TV is not None
-            else []
-        )
-        return PromptOutput(
-            logprobs=(None, *scored) if request.prompt_logprobs else (),
-            logits_TV=logits_TV.cpu().numpy() if request.return_logits and logits_TV is not None else None,
-        )
+    def _run_apart(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
+        """A step that failed, request by request, so that only those fail that cannot be computed.
 
-    def _decode(self, running: tuple[_Sequence, ...]) -> _Finished:
-        """One more token for every running sequence."""
-        finished = _Finished()
-        logits_BV = self._runner.decode(
-            [sequence.token_ids[-1] for sequence in running], [len(sequence.token_ids) - 1 for sequence in running]
-        )
-        self._append_tokens(list(running), logits_BV, finished)
-        return finished
+        Raises:
+            Exception: steps fail one after the other whatever is in them.
+        """
+        result, distrusted = _Result(), set[int]()
+        for scheduled, flight in zip(step, flights, strict=True):
+            blocks = scheduled.sequence.table.blocks
+            if distrusted.intersection(blocks):
+                result.stale.append(flight)
+                distrusted.update(blocks)
+                continue
+            try:
+                logits_RV = self._runner.forward([_chunk(scheduled)])
+            except Exception as error:
+                if _is_fatal(error):
+                    raise
+                result.failed.append((flight, error))
+                distrusted.update(blocks)
+            else:
+                self._finish([scheduled], [flight], logits_RV, result)
+        has_sound = len(result.failed) + len(result.stale) < len(step)
+        self._num_failed_steps = 0 if has_sound else self._num_failed_steps + 1
+        if self._num_failed_steps == MAX_FAILED_STEPS:
+            raise result.failed[-1][1]
+        return result
 
-    def _append_tokens(self, sequences: list[_Sequence], logits_BV: torch.Tensor, finished: _Finished) -> None:
-        draws = [Draw(s.request.sampling, s.seed, s.num_generated) for s in sequences]
-        for row, (sequence, token_id) in enumerate(zip(sequences, sample(logits_BV, draws), strict=True)):
-            request = sequence.request
-            sequence.token_ids.append(token_id)
-            sequence.num_generated += 1
-            finish_reason: FinishReason | None = None
-            if token_id in request.sampling.stop_ids:
-                finish_reason = "stop"
-            elif sequence.num_generated == request.sampling.max_tokens:
-                finish_reason = "length"
-            logits_1V = logits_BV[row : row + 1]
+    def _finish(self, step: list[Scheduled], flights: list[_Flight], logits_RV: Tensor, result: _Result) -> None:
+        """Prompts' scores, then a token for every sequence that is computed to its end."""
+        drawn: list[_Flight] = []
+        rows: list[int] = []
+        end = 0
+        for scheduled, flight in zip(step, flights, strict=True):
+            start, end = end, end + scheduled.num_logits
+            try:
+                if flight.sequence.scores_prompt:
+                    self._score_prompt(scheduled, flight, logits_RV[start:end], result)
+            except Exception as error:
+                if _is_fatal(error):
+                    raise
+                result.failed.append((flight, error))
+                continue
+            if not scheduled.is_last:
+                continue
+            if flight.request.sampling.max_tokens == 0:
+                result.done.append(flight)
+            else:
+                drawn.append(flight)
+                rows.append(end - 1)
+        if drawn:
+            self._draw(drawn, logits_RV if len(rows) == len(logits_RV) else logits_RV[rows], result)
+
+    def _score_prompt(self, scheduled: Scheduled, flight: _Flight, logits_TV: Tensor, result: _Result) -> None:
+        """Take in the scores of a part of the prompt; after the last part they are an output."""
+        request = flight.request
+        if scheduled.start == 0:  # also after a preemption
+            flight.prompt_logprobs, flight.prompt_logits = [None], []
+        following = list(request.prompt_ids[scheduled.start + 1 : scheduled.end + 1])
+        if request.prompt_logprobs and following:
+            scores = token_logprobs(logits_TV[: len(following)], following, request.num_logprobs or 0)
+            flight.prompt_logprobs += scores
+        if request.return_logits:
+            flight.prompt_logits.append(logits_TV.cpu().numpy())
+        if scheduled.is_last:
+            flight.sequence.scores_prompt = False
+            logits = np.concatenate(flight.prompt_logits) if request.return_logits else None
+            logprobs = tuple(flight.prompt_logprobs) if request.prompt_logprobs else ()
+            flight.prompt_logits = []
+            result.outputs.append((flight, PromptOutput(logprobs=logprobs, logits_TV=logits)))
+
+    def _draw(self, flights: list[_Flight], logits_BV: Tensor, result: _Result) -> None:
+        """One more token for every flight; a row that cannot be drawn fails alone."""
+        try:
+            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights])
+            logprobs = _logprobs(flights, logits_BV, token_ids)
+        except Exception as error:
+            if _is_fatal(error):
+                raise
+            if len(flights) == 1:
+                result.failed.append((flights[0], error))
+                return
+            for row, flight in enumerate(flights):
+                self._draw([flight], logits_BV[row : row + 1], result)
+            return
+        for row, (flight, token_id) in enumerate(zip(flights, token_ids, strict=True)):
+            if token_id is None:
+                num_tokens = len(flight.sequence.token_ids)
+                result.failed.append((flight, EngineError(f"the logits after {num_tokens} tokens are not finite")))
+                continue
             output = TokenOutput(
                 token_id=token_id,
-                logprobs=(
-                    token_logprobs(logits_1V, [token_id], request.num_logprobs)[0]
-                    if request.num_logprobs is not None
-                    else None
-                ),
-                logits_V=logits_1V[0].cpu().numpy() if request.return_logits else None,
-                finish_reason=finish_reason,
+                logprobs=logprobs[row],
+                logits_V=logits_BV[row].cpu().numpy() if flight.request.return_logits else None,
+                finish_reason=_take(flight, token_id),
             )
-            finished.outputs.append((sequence, output))
-            if finish_reason is not None:
-                finished.done.append(sequence)
+            result.outputs.append((flight, output))
+            if output.finish_reason is not None:
+                result.done.append(flight)
+
+
+def _take(flight: _Flight, token_id: int) -> FinishReason | None:
+    """Append a token to its sequence; says whether it is the last."""
+    sampling = flight.request.sampling
+    flight.sequence.token_ids.append(token_id)
+    flight.num_generated += 1
+    if sampling.repetition_penalty != 1.0:
+        flight.seen_ids.add(token_id)
+    if token_id in sampling.stop_ids:
+        return "stop"
+    return "length" if flight.num_generated == sampling.max_tokens else None
+
+
+def _draw_of(flight: _Flight) -> Draw:
+    return Draw(flight.request.sampling, flight.seed, flight.num_generated, flight.seen_ids)
+
+
+def _logprobs(flights: list[_Flight], logits_BV: Tensor, token_ids: list[int | None]) -> list[TokenLogprobs | None]:
+    """What each flight asked to know of its token, computed for all that asked at once."""
+    result: list[TokenLogprobs | None] = [None] * len(flights)
+    asked = {
+        row: (token_id, flight.request.num_logprobs)
+        for row, (flight, token_id) in enumerate(zip(flights, token_ids, strict=True))
+        if flight.request.num_logprobs is not None and token_id is not None
+    }
+    if not asked:
+        return result
+    counts = [count or 0 for _, count in asked.values()]
+    scores = token_logprobs(logits_BV[[*asked]], [token_id for token_id, _ in asked.values()], max(counts))
+    for row, count, score in zip(asked, counts, scores, strict=True):
+        result[row] = TokenLogprobs(token_id=score.token_id, logprob=score.logprob, top=score.top[:count])
+    return result
+
+
+def _chunk(scheduled: Scheduled) -> Chunk:
+    sequence = scheduled.sequence
+    return Chunk(
+        sequence.token_ids[scheduled.start : scheduled.end],
+        scheduled.start,
+        sequence.table.blocks,
+        scheduled.num_logits,
+    )
+
+
+def _error_of(what: str, cause: BaseException) -> EngineError:
+    error = EngineError(f"{what}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _is_fatal(error: Exception) -> bool:
+    """Whether the device or its memory is at fault, so that nothing else can be trusted to run."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def _num_threads(config: EngineConfig) -> int:
+    return config.num_threads or len(os.sched_getaffinity(0))
+
+
+def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    name = config.dtype if config.dtype != "auto" else ("bfloat16" if cuda else "float32")
+    return torch.device("cuda" if cuda else "cpu"), getattr(torch, name)
+
+
+def _num_blocks(model: Kraken, config: EngineConfig) -> int:
+    """Blocks of the cache."""
+    shape, weight = model.config, model.wte.weight
+    tokens = config.kv_cache_tokens
+    if not tokens:
+        # a whole number of blocks for every context, or the last request of a full batch would not fit
+        blocks_per_context = -(-shape.context_length // config.tokens_per_block)
+        tokens = config.max_batch_size * (blocks_per_context + 1) * config.tokens_per_block
+        if weight.is_cuda:
+            free, _ = torch.cuda.mem_get_info(weight.device)
+            tokens = min(tokens, int(free * USABLE_MEMORY) // model.kv_bytes_per_token(weight.element_size()))
+    num_blocks = tokens // config.tokens_per_block
+    if num_blocks * config.tokens_per_block < shape.context_length:
+        raise ConfigError(
+            f"engine.kv_cache_tokens={config.kv_cache_tokens} leaves room for {num_blocks * config.tokens_per_block} "
+            f"tokens, but one context has {shape.context_length}; raise it, or leave it at 0"
+        )
+    return num_blocks

@@ -1,0 +1,118 @@
+"""Attention over paged keys and values, for a batch of pieces of sequences of any lengths.
+
+Shape letters as in `kraken/model.py`, and: L layers, S slots (blocks times tokens per block), N the heads of all ways
+side by side, T the tokens of all pieces one after the other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, q_TNH, k_TNH, v_TNH) -> out_TNH; stores k and v first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of one sequence, the earlier ones of which are in the cache."""
+
+    start: int
+    """Position of the first of them."""
+    num_tokens: int
+    blocks: Sequence[int]
+    """The sequence's blocks from its first token on, enough for these tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a piece's tokens are in the batch, and where in the cache all that they see."""
+
+    rows: slice
+    slots: tuple[slice, ...]
+    """Runs of neighbouring slots that hold the sequence from its first token to the piece's last."""
+    is_causal: bool
+    mask_TS: Tensor | None
+    """What each token sees, where neither everything nor the causal triangle says it."""
+
+
+class PagedCache:
+    """Keys and values of every block, on one device."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_heads: int,
+        head_size: int,
+        num_blocks: int,
+        tokens_per_block: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (num_layers, num_heads, num_blocks * tokens_per_block, head_size)
+        self.tokens_per_block = tokens_per_block
+        self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)
+
+    def attend(self, pieces: Sequence[Piece]) -> PagedAttend:
+        """Attention for one batch. Pieces are stored before any of them reads, so one may hold another's blocks."""
+        device = self.keys_LNSH.device
+        ends = accumulate(piece.num_tokens for piece in pieces)
+        places = [self._place(piece, end) for piece, end in zip(pieces, ends, strict=True)]
+        slots_T = torch.from_numpy(np.concatenate([self._new_slots(piece) for piece in pieces])).to(device)
+
+        def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+            keys_NSH, values_NSH = self.keys_LNSH[layer], self.values_LNSH[layer]
+            keys_NSH.index_copy_(1, slots_T, k_TNH.transpose(0, 1))
+            values_NSH.index_copy_(1, slots_T, v_TNH.transpose(0, 1))
+            q_NTH = q_TNH.transpose(0, 1)
+            out = [_attend(q_NTH[:, place.rows], keys_NSH, values_NSH, place) for place in places]
+            return out[0] if len(out) == 1 else torch.cat(out)
+
+        return attend
+
+    def _new_slots(self, piece: Piece) -> np.ndarray:
+        positions_T = np.arange(piece.start, piece.start + piece.num_tokens)
+        blocks_T = np.asarray(piece.blocks, dtype=np.int64)[positions_T // self.tokens_per_block]
+        return blocks_T * self.tokens_per_block + positions_T % self.tokens_per_block
+
+    def _place(self, piece: Piece, end: int) -> _Place:
+        num_seen = piece.start + piece.num_tokens
+        mask = None
+        if piece.start > 0 and piece.num_tokens > 1:
+            mask = torch.ones(piece.num_tokens, num_seen, dtype=torch.bool, device=self.keys_LNSH.device)
+            mask = mask.tril(diagonal=piece.start)
+        return _Place(
+            rows=slice(end - piece.num_tokens, end),
+            slots=tuple(self._runs(piece.blocks, num_seen)),
+            is_causal=piece.start == 0 and piece.num_tokens > 1,
+            mask_TS=mask,
+        )
+
+    def _runs(self, blocks: Sequence[int], num_tokens: int) -> list[slice]:
+        """The slots of a sequence's first tokens as few runs."""
+        size = self.tokens_per_block
+        used = np.asarray(blocks[: -(-num_tokens // size)], dtype=np.int64)
+        breaks = np.flatnonzero(np.diff(used) != 1) + 1
+        firsts, lasts = [0, *breaks.tolist()], [*breaks.tolist(), len(used)]
+        runs = []
+        for first, last in zip(firsts, lasts, strict=True):
+            start = int(used[first]) * size
+            runs.append(slice(start, start + min(last * size, num_tokens) - first * size))
+        return runs
+
+
+def _attend(q_NTH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, place: _Place) -> Tensor:
+    """One piece's attention, [T, N, H]; what it sees is read in place where it is one run."""
+    keys, values = (
+        cache[:, place.slots[0]] if len(place.slots) == 1 else torch.cat([cache[:, run] for run in place.slots], dim=1)
+        for cache in (keys_NSH, values_NSH)
+    )
+    out_1NTH = F.scaled_dot_product_attention(
+        q_NTH[None], keys[None], values[None], attn_mask=place.mask_TS, is_causal=place.is_causal
+    )
+    return out_1NTH[0].transpose(0, 1)
