@@ -317,7 +317,7 @@ class EngineConfig:
     """The engine that runs a converted model."""
 
     kind: EngineKind = "auto"
-    """`auto`: TensorRT-LLM where it imports, the model has been converted for it and every way has a GPU; else `torch`."""
+    """`auto`: TensorRT-LLM where it imports, the model was converted for it and every way has a GPU; else `torch`."""
     startup_timeout_s: float = 900.0
     """TensorRT-LLM must be ready within this, or everything it started is ended."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
