@@ -232,6 +232,7 @@ def progress_lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capfd.readouterr().out.splitlines() if re.match(r"compare: \d", line)]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_interrupted_comparison_continues(
     ray_cluster: str, config: CompareConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -176,7 +176,12 @@ with cluster.connect(PRESETS["quickstart"]()):
 def test_ctrl_c_lets_the_job_record_its_end(storages: list[str], head: Head) -> None:
     command = [sys.executable, "-c", SUBMIT, storages[0], "python", "-c", STOPPED_JOB]
     with subprocess.Popen(
-        command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     ) as process:
         assert process.stdout is not None
         lines = iter(process.stdout.readline, "")

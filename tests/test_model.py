@@ -166,9 +166,8 @@ def test_loss_in_chunks_and_padding_change_nothing(
         torch.testing.assert_close(model.loss(inputs, targets), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "variant", ["compiled", *(pytest.param(v, marks=pytest.mark.slow) for v in ("everything", "everything_parallel"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["compiled", "everything", "everything_parallel"])
 def test_compiled_parts_compute_the_same(variant: str) -> None:
     model, plain = float64_model(VARIANTS[variant]), float64_model(VARIANTS[variant])
     inputs, targets = batch()

@@ -114,7 +114,7 @@ MESHES = {
 }
 
 
-QUICK = ("way2", "shard2", "way2_shard2")
+QUICK = ("way2", "shard2")
 
 
 @pytest.mark.parametrize(
@@ -133,6 +133,7 @@ def test_modern_options_and_biases_on_the_way_axis(data: Path, tmp_path: Path) -
     assert_equal_runs(tmp_path / "alone", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(data: Path, alone: Path, tmp_path: Path) -> None:
     run = run_config(2, way=2)
     recomputing = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute_activations=True))
@@ -172,6 +173,7 @@ def test_a_trace_shows_attention_while_the_sum_is_in_flight(overlap: bool, data:
                 assert any(begin < start and stop < end for start, stop in reduced)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_any_mesh_continues_on_any_other(data: Path, alone: Path, tmp_path: Path) -> None:
     train_on(run_config(2, way=2), data, tmp_path, stop_at=3)
     assert [report["step"] for report in read_history(tmp_path / "step_000000003")] == [1, 2, 3]

@@ -476,6 +476,7 @@ def endpoint(ray_cluster: str, free_port: Callable[[], int], exchange: Path) -> 
     ray_serve.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_replica_streams_aborts_fails_and_leaves_nothing(endpoint: Endpoint) -> None:
     from ray import serve as ray_serve
