@@ -107,6 +107,7 @@ class ProcessBackend:
         self._listening: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[str, asyncio.Queue[Step | Exception | None]] = {}
+        self._is_cut = False  # the connection ends a moment before the process can be seen to have ended
 
     async def start(self, timeout_s: float) -> None:
         ours, theirs = socket.socketpair()
@@ -159,7 +160,8 @@ class ProcessBackend:
 
     @property
     def alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None and self._writer is not None
+        is_running = self._process is not None and self._process.poll() is None
+        return is_running and self._writer is not None and not self._is_cut
 
     async def close(self) -> None:
         process, self._process = self._process, None
@@ -194,6 +196,7 @@ class ProcessBackend:
                 message, arrays = await frames.read(reader)
                 self._receive(message, arrays)
         except EOFError:
+            self._is_cut = True
             error = EngineError(f"TensorRT-LLM's process has ended: {self._last_words()}")
             if not self._ready.done():
                 self._ready.set_exception(error)
