@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import EngineConfig, ModelConfig
+from kraken.engine.chunk import Chunk
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.runner import Chunk
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken, is_vector

@@ -7,6 +7,8 @@ All train on the same random tokens in alternation; the processes of a mesh live
 while another contestant runs. The last line is JSON: `way2_ratio`, `shard2_ratio` and `replicate2_ratio` are tokens/s
 of a mesh over tokens/s of one process (on CPUs with two threads; on GPUs of one GPU, so that 2 would be perfect),
 `overlap_gain` is way2's tokens/s over those of the same mesh that waits for every sum at once. Medians over the rounds.
+With `--all` the line also holds `checkpoint_stall_share` and `recovery_seconds`, of benchmarks.checkpoint and
+benchmarks.recovery, which run afterwards.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import multiprocessing
 import os
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -97,6 +101,14 @@ class Contestant:
             process.join()
 
 
+def measured_by(benchmark: str, key: str) -> Any:
+    """A number of another benchmark: of the JSON in its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    print(output, end="", flush=True)
+    return json.loads(output.strip().splitlines()[-1])[key]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="kraken_10m_4way", choices=sorted(PRESETS), metavar="PRESET")
@@ -105,6 +117,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of all contestants (5)")
     parser.add_argument("--steps", type=int, default=2, help="steps of a contestant per round (2)")
+    parser.add_argument("--all", action="store_true", help="also measure checkpoints and recovery, on the CPU")
     args = parser.parse_args()
     if args.device == "cuda" and torch.cuda.device_count() < 2:
         parser.error(f"--device cuda needs two GPUs, this machine has {torch.cuda.device_count()}")
@@ -128,7 +141,11 @@ def main() -> None:
         return round(statistics.median(t / o for t, o in zip(times[theirs], times[ours], strict=True)), 3)
 
     result: dict[str, Any] = {f"{name}_ratio": ratio("one", name) for name in ("way2", "shard2", "replicate2")}
-    print(json.dumps({"preset": args.preset, **result, "overlap_gain": ratio("way2_blocking", "way2")}))
+    result["overlap_gain"] = ratio("way2_blocking", "way2")
+    if args.all:
+        for benchmark, key in (("checkpoint", "checkpoint_stall_share"), ("recovery", "recovery_seconds")):
+            result[key] = measured_by(benchmark, key)
+    print(json.dumps({"preset": args.preset, **result}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
 from pipelines.local_cluster import ClusterError
+from pipelines.stop import RunStopped
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -126,7 +127,7 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
         main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)
-    except (ArtefactError, ClusterError) as error:
+    except (ArtefactError, ClusterError, RunStopped) as error:
         fail(error, FAILURE)
     except KeyboardInterrupt:
         fail("interrupted; what is finished stays, and the same command continues", INTERRUPTED)

@@ -1,91 +1,71 @@
-"""Checkpoints: weights, optimizer state, position and history, as safetensors and JSON; whole or not there at all."""
+"""Checkpoints: weights, optimizer state, position and history, in files that any mesh of processes can read.
 
-import errno
+Every rank writes what it holds, as pieces of whole tensors (`kraken/pieces.py`) in safetensors of its own; what several
+ranks hold is written by one of them. A reader asks for the pieces that it holds on its own mesh and takes them out of
+whatever files they lie in, so that resharding is nothing but reading, and nobody holds more than its own part. (torch's
+distributed checkpoint does the same with pickled metadata, or needs every tensor as a DTensor, which the ways are not.)
+
+    step_000000100/
+      model_00000_of_00002.safetensors        the pieces of rank 0 of 2, their places in the header
+      optimizer_00000_of_00002.safetensors    moments, and on rank 0 how many updates were skipped
+      ...                                     the same of rank 1
+      history.jsonl  manifest.json            all hashes; written when every rank's files are on disk
+
+The folder has another name until its manifest is there: a checkpoint is whole, or not there at all.
+"""
+
 import re
-import shutil
-import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kraken.config import ModelConfig, from_dict, to_dict
-from kraken.history import History, read_history, write_history
-from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact
-from kraken.model import Kraken, fill, part_of, whole_shapes
-from kraken.optim import Optimizer
+from kraken.history import History, read_history
+from kraken.manifest import ArtefactError, Manifest, sha256_of_file
+from kraken.model import Kraken, whole_shapes
+from kraken.pieces import Piece, Slices, whole_piece
+from kraken.tensor_files import read_pieces
 from kraken.tokenizer import require_same_tokenizer
 
-MODEL_NAME = "model.safetensors"
-OPTIMIZER_NAME = "optimizer.safetensors"
 STEP_FOLDER = re.compile(r"step_(\d{9})")
+KINDS = ("model", "optimizer")
+PROGRESS = "progress"
+"""Name of the tensor of `TrainingStep.progress`, among the optimizer's."""
 
 
-def save_checkpoint(
-    run_folder: Path,
-    step: int,
-    config: ModelConfig,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    history: History,
-    *,
-    data_fingerprint: str,
-    tokenizer_fingerprint: str,
-    keep: int,
-) -> Path:
-    """Write the state after `step` optimizer steps, then delete all but the newest `keep` checkpoints.
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor as a rank holds it, and which piece of the whole that is."""
 
-    The loader's position is the step itself. Everything is written to a folder of another name, which is renamed.
+    tensor: Tensor
+    piece: Piece
 
-    Args:
-        weights: every parameter, whole.
-        moments: the optimizer's state, whole, as `Optimizer.state` names it.
 
-    Raises:
-        ArtefactError: the disk is full; the checkpoint before this one stays.
-    """
-    started_at = time.monotonic()
-    folder = run_folder / f"step_{step:09d}"
-    partial = run_folder / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_file({name: x.contiguous() for name, x in weights.items()}, partial / MODEL_NAME)
-        save_file({name: x.contiguous() for name, x in moments.items()}, partial / OPTIMIZER_NAME)
-        write_history(partial, history)
-        finish_artefact(
-            partial,
-            started_at=started_at,
-            kind="checkpoint",
-            fingerprint=folder.name,
-            config=to_dict(config),
-            parents={"prepare": data_fingerprint},
-            metrics={"step": Metric(step, "optimizer steps")},
-            details={"tokenizer_fingerprint": tokenizer_fingerprint},
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        cause = "the disk is full" if full else str(error)
-        raise ArtefactError(
-            f"checkpoint of step {step} could not be written to {run_folder} ({cause}); free space and run again: "
-            "training continues from the checkpoint before"
-        ) from error
-    for old in list_checkpoints(run_folder)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+State = Mapping[str, Mapping[str, Held]]
+"""What a checkpoint holds of a rank: kind ("model", "optimizer") -> name -> what is held."""
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where the finished checkpoint of a step lies."""
+    return run_folder / f"step_{step:09d}"
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     return sorted(path for path in run_folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    match = STEP_FOLDER.fullmatch(folder.name)
+    assert match, folder
+    return int(match[1])
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -99,59 +79,121 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(
-    folder: Path, model: Kraken, optimizer: Optimizer, *, data_fingerprint: str, tokenizer_fingerprint: str
-) -> tuple[int, History]:
-    """Fill model and optimizer from a checkpoint.
-
-    Returns:
-        The number of optimizer steps it was written after, and the reports until then.
-    Raises:
-        ArtefactError: it belongs to another model, another optimizer, other data or another tokenizer.
-    """
-    manifest = Manifest.read(folder)
-    _require_equal(folder, "model shape", manifest.config, to_dict(model.config))
-    _require_equal(folder, "data", manifest.parents["prepare"], data_fingerprint)
-    require_same_tokenizer(manifest.details["tokenizer_fingerprint"], tokenizer_fingerprint, str(folder), "the data")
-    load_weights(folder / MODEL_NAME, model)
-    step = int(manifest.value("step"))
-    try:
-        optimizer.load_state(load_file(folder / OPTIMIZER_NAME), step)
-    except KeyError as error:
-        raise ArtefactError(
-            f"{folder} was written by another train.optimizer: it lacks {error}; choose another run"
-        ) from error
-    return step, read_history(folder)
-
-
-@torch.no_grad()
-def load_weights(path: Path, model: Kraken) -> None:
-    """Copy a file's tensors into a model's parameters, name by name; of each, the part that this process holds.
+class CheckpointReader:
+    """A finished checkpoint, open for reading.
 
     Raises:
-        ArtefactError: the file's names or shapes are not the model's.
+        ArtefactError: it is damaged, as far as its manifest and the files' headers show.
     """
-    shapes = whole_shapes(model.config)
-    with safetensors.safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        if names != shapes.keys():
-            missing, unexpected = sorted(shapes.keys() - names), sorted(names - shapes.keys())
-            raise ArtefactError(f"{path} does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for name, parameter in model.named_parameters():
-            whole = file.get_tensor(name)
-            if whole.shape != shapes[name]:
-                raise ArtefactError(f"{path}: {name} is {list(whole.shape)}, the model's is {list(shapes[name])}")
-            fill(parameter, part_of(name, whole, model.config, model.ways))
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.step = int(self.manifest.value("step"))
+        self._pieces = {
+            kind: {
+                record.path: read_pieces(folder / record.path)
+                for record in self.manifest.files
+                if record.path.startswith(f"{kind}_")
+            }
+            for kind in KINDS
+        }
+
+    def verify(self, wanted: State) -> None:
+        """Compare the hashes of the files that hold something of what is wanted, and of the history.
+
+        Raises:
+            ArtefactError: names the first file that differs.
+        """
+        for record in self.manifest.files:
+            kind = record.path.partition("_")[0]
+            pieces = self._pieces.get(kind, {}).get(record.path)
+            if pieces is not None and not any(
+                held.piece.overlap(pieces[name]) for name, held in wanted.get(kind, {}).items() if name in pieces
+            ):
+                continue
+            if sha256_of_file(self.folder / record.path) != record.sha256:
+                raise ArtefactError(f"{self.folder / record.path} does not match its hash; delete {self.folder}")
+
+    def require_fitting(self, config: ModelConfig, *, data_fingerprint: str, tokenizer_fingerprint: str) -> None:
+        """Raises:
+        ArtefactError: it belongs to another model, other data or another tokenizer.
+        """
+        manifest = self.manifest
+        _require_equal(self.folder, "model shape", manifest.config, to_dict(config))
+        _require_equal(self.folder, "data", manifest.parents["prepare"], data_fingerprint)
+        require_same_tokenizer(
+            manifest.details["tokenizer_fingerprint"], tokenizer_fingerprint, str(self.folder), "the data"
+        )
+
+    @torch.no_grad()
+    def read(self, kind: str, wanted: Mapping[str, Held]) -> None:
+        """Fill the tensors with their pieces, whichever files hold them.
+
+        Raises:
+            ArtefactError: the checkpoint lacks some of them, has them in another shape, or has others besides.
+        """
+        hint = "was it written with other settings, such as train.optimizer? Choose another run"
+        sources: dict[str, list[tuple[str, Slices, Slices]]] = {name: [] for name in wanted}
+        num_missing = {name: held.piece.num_elements for name, held in wanted.items()}
+        for path, pieces in self._pieces[kind].items():
+            if unexpected := sorted(pieces.keys() - wanted.keys()):
+                raise ArtefactError(f"{self.folder} does not fit the {kind}: unexpected {unexpected[:3]}; {hint}")
+            for name, piece in pieces.items():
+                held = wanted[name]
+                if piece.whole != held.piece.whole:
+                    raise ArtefactError(
+                        f"{self.folder}: {name} is {list(piece.whole)}, the {kind}'s is {list(held.piece.whole)}"
+                    )
+                if (common := held.piece.overlap(piece)) is not None:
+                    sources[name].append((path, *common))
+                    num_missing[name] -= held.tensor[common[0]].numel()
+        if missing := sorted(name for name, count in num_missing.items() if count):
+            raise ArtefactError(f"{self.folder} does not fit the {kind}: missing {missing[:3]}; {hint}")
+        for path in self._pieces[kind]:
+            with safetensors.safe_open(self.folder / path, framework="pt") as file:
+                for name, places in sources.items():
+                    for source, mine, theirs in places:
+                        if source == path:
+                            part = file.get_slice(name)[theirs] if theirs else file.get_tensor(name)
+                            wanted[name].tensor[mine] = part.to(wanted[name].tensor.device)
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """Every tensor of a kind, whole, on the CPU."""
+        tensors: dict[str, Tensor] = {}
+        for path, pieces in self._pieces[kind].items():
+            with safetensors.safe_open(self.folder / path, framework="pt") as file:
+                for name, piece in pieces.items():
+                    part = file.get_tensor(name)
+                    tensors.setdefault(name, part.new_empty(piece.whole))
+                    tensors[name][tuple(slice(s, s + n) for s, n in zip(piece.start, piece.shape, strict=True))] = part
+        return tensors
+
+    def read_history(self) -> History:
+        """The reports until then."""
+        return read_history(self.folder)
+
+    def dtype(self) -> torch.dtype:
+        """The type that the weights were written in."""
+        for path, pieces in self._pieces["model"].items():
+            for name in pieces:
+                with safetensors.safe_open(self.folder / path, framework="pt") as file:
+                    dtype: torch.dtype = file.get_slice(name)[:0].dtype
+                    return dtype
+        raise ArtefactError(f"{self.folder} holds no weights; delete it")
 
 
 def load_model(folder: Path) -> tuple[Kraken, Manifest]:
-    """The model of a checkpoint, in the type it was written in, on the CPU."""
-    manifest = Manifest.read(folder)
-    model = Kraken(from_dict(ModelConfig, manifest.config))
-    with safetensors.safe_open(folder / MODEL_NAME, framework="pt") as file:
-        model.to(file.get_tensor("ln_f.weight").dtype)
-    load_weights(folder / MODEL_NAME, model)
-    return model, manifest
+    """The whole model of a checkpoint, in the type it was written in, on the CPU.
+
+    Raises:
+        ArtefactError: the checkpoint is unfinished, damaged or not of this model.
+    """
+    reader = CheckpointReader(folder)
+    model = Kraken(from_dict(ModelConfig, reader.manifest.config)).to(reader.dtype())
+    shapes = whole_shapes(model.config)
+    reader.read("model", {name: Held(p.detach(), whole_piece(shapes[name])) for name, p in model.named_parameters()})
+    return model, reader.manifest
 
 
 def _require_equal(folder: Path, what: str, found: Any, expected: Any) -> None:

@@ -273,7 +273,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Compute type; master weights stay float32 (or float64). `auto`: bfloat16 where the device is fast at it."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """`torch.compile` of the layers and the loss. `auto`: where it pays, see `kraken/train.py`."""
+    """`torch.compile` of the layers and the loss, on one GPU with CUDA graphs of forward and backward. `auto`: where it
+    pays, see `kraken/step.py`."""
     recompute_activations: bool = False
     """Keep only each layer's input for the backward pass and run the layer again there: less memory, a third more
     arithmetic (activation checkpointing)."""
@@ -290,6 +291,15 @@ class TrainConfig:
     """Steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk."""
+    keep_best_checkpoint: bool = True
+    """Keep the checkpoint with the lowest validation loss beside the newest ones; of those whose step validated."""
+    checkpoint_in_background: bool = True
+    """Write checkpoints beside the steps that follow, from a copy in the host's memory; otherwise training waits."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What follows a step whose gradient is not finite, or whose loss jumped by more than `max_loss_spike`: `stop` ends
+    training at the next report, `skip` leaves weights and optimizer as if the step's batch had not been there."""
+    max_loss_spike: float = 0.0
+    """Nats above the running mean of the loss from which on a step is bad; 0 judges only whether it is finite."""
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -310,6 +320,10 @@ class TrainConfig:
             f"train.trace_step={self.trace_step} is outside 0..train.steps={self.steps}; 0 records none",
         )
         _require(self.weight_decay >= 0.0, f"train.weight_decay={self.weight_decay} is negative; 0 switches it off")
+        _require(
+            self.max_loss_spike >= 0.0,
+            f"train.max_loss_spike={self.max_loss_spike} is negative; 0 judges only whether the loss is finite",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -319,13 +333,21 @@ class EngineConfig:
     kind: EngineKind = "auto"
     """`auto`: TensorRT-LLM where it imports, the model was converted for it and every way has a GPU; else `torch`."""
     startup_timeout_s: float = 900.0
-    """TensorRT-LLM must be ready within this, or everything it started is ended."""
+    """TensorRT-LLM, or every device of the torch engine, must be ready within this, or everything started is ended."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU."""
     num_threads: int = 0
-    """CPU threads of a forward pass; 0 takes every core this process may use."""
+    """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
+    num_devices: int = 1
+    """Devices that share the model, a process each, which the engine starts: Kraken's ways are divided among them, and
+    so are the heads and FFN columns of the baselines. Over gloo on a CPU, over NCCL on CUDA."""
+    overlap: Literal["overlapped", "blocking", "none"] = "overlapped"
+    """Kraken's sums over several devices: in flight while attention computes, or waited for at once. `none` leaves out
+    every sum, so that the tokens are WRONG: it is what benchmarks compare with."""
+    collective_timeout_s: float = 60.0
+    """A device that has waited so long for the others gives up, and the engine is unhealthy."""
     max_batch_size: int = 16
     """Requests decoded together."""
     max_step_tokens: int = 512
@@ -339,12 +361,16 @@ class EngineConfig:
     prefix_reuse: bool = True
     """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
     whether someone else's prompt began so."""
+    cuda_graphs: bool = True
+    """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts: some seconds then, and
+    a fraction of the time per token."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 
     def __post_init__(self) -> None:
         _require_positive("engine", self, "max_batch_size", "max_queued_requests", "startup_timeout_s")
         _require_positive("engine", self, "max_step_tokens", "tokens_per_block")
+        _require_positive("engine", self, "num_devices", "collective_timeout_s")
         _require(
             self.max_step_tokens >= self.max_batch_size,
             f"engine.max_step_tokens={self.max_step_tokens} is below engine.max_batch_size={self.max_batch_size}, and "
@@ -361,6 +387,11 @@ class EngineConfig:
         _require(
             self.kind != "tensorrt_llm" or not self.num_threads,
             f"engine.num_threads={self.num_threads} has no effect with engine.kind=tensorrt_llm; leave it out",
+        )
+        _require(
+            self.kind != "tensorrt_llm" or self.num_devices == 1,
+            f"engine.num_devices={self.num_devices} has no effect with engine.kind=tensorrt_llm, which takes one GPU "
+            "for each way; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
 
@@ -426,6 +457,9 @@ class ClusterConfig:
 
     num_workers: int = 2
     """Ray Train workers: `shard_size` x `way_size` x as many replicas as that leaves."""
+    min_workers: int = 0
+    """Workers that training goes on with when nodes are lost, at least: it shrinks to what there is room for, in whole
+    replicas, and grows again when nodes come back. 0: always `num_workers`."""
     way_size: int = 1
     """Workers that share the ways of one model, and its vocabulary; neighbours, so that they share a node."""
     shard_size: int = 1
@@ -438,14 +472,22 @@ class ClusterConfig:
     """GPUs of a worker: 0 trains on the CPU over gloo, 1 on CUDA over NCCL."""
     max_failures: int = 3
     """Restarts of the worker group from its last checkpoint before training fails."""
+    collective_timeout_s: float = 600.0
+    """A worker that has waited so long for the others gives up, and says which of them did not come."""
 
     def __post_init__(self) -> None:
         _require_positive("cluster", self, "num_workers", "cpus_per_worker", "way_size", "shard_size")
+        _require_positive("cluster", self, "collective_timeout_s")
         group = self.way_size * self.shard_size
         _require(
             self.num_workers % group == 0,
             f"cluster.num_workers={self.num_workers} is not a multiple of cluster.shard_size={self.shard_size} times "
             f"cluster.way_size={self.way_size}; choose {group}, or a multiple of it",
+        )
+        _require(
+            0 <= self.min_workers <= self.num_workers and self.min_workers % group == 0,
+            f"cluster.min_workers={self.min_workers} is no multiple of {group} (cluster.shard_size times "
+            f"cluster.way_size) up to cluster.num_workers={self.num_workers}; 0 never shrinks",
         )
         _require(
             self.gpus_per_worker in (0, 1),
@@ -487,6 +529,13 @@ class RunConfig:
             f"train.sequences_per_step={self.train.sequences_per_step} is not divisible by the {num_data_ranks} parts "
             f"that cluster.num_workers={c.num_workers} / cluster.way_size={c.way_size} make of it; choose a multiple "
             f"of {num_data_ranks}",
+        )
+        min_data_ranks = c.min_workers // c.way_size
+        _require(
+            not min_data_ranks or self.train.sequences_per_step % min_data_ranks == 0,
+            f"train.sequences_per_step={self.train.sequences_per_step} is not divisible by the {min_data_ranks} parts "
+            f"that cluster.min_workers={c.min_workers} / cluster.way_size={c.way_size} make of it; choose another "
+            "cluster.min_workers",
         )
         _require(
             self.model.num_ways % c.way_size == 0,

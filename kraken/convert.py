@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +204,13 @@ def weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    folder: Path, config: ModelConfig, wanted: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Exchange names and tensors of a folder, one at a time, in the type in which they are stored.
 
+    Args:
+        wanted: exchange names to read; None reads all.
     Raises:
         ArtefactError: names or shapes do not fit `config`.
     """
@@ -219,6 +223,8 @@ def read_tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tenso
         )
     opened = {path: safetensors.safe_open(path, framework="pt") for path in set(files.values())}
     for name, shape in shapes.items():
+        if wanted is not None and name not in wanted:
+            continue
         tensor = opened[files[name]].get_tensor(name)
         if tensor.shape != shape:
             raise ArtefactError(

@@ -393,16 +393,21 @@ def part_of(name: str, whole: Tensor, config: ModelConfig, ways: WayGroup) -> Te
     return whole.narrow(dimension, held.start * each, len(held) * each)
 
 
-def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy a value into a parameter, or where FSDP shards it, this rank's share of the value."""
+def own_shard(parameter: Tensor, value: Tensor) -> Tensor:
+    """Where FSDP shards a parameter, this rank's share of a value of the shape that it shards, as a view."""
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
             if placement.is_shard():
                 chunks = value.chunk(parameter.device_mesh.size(axis), dim=placement.dim)  # type: ignore[attr-defined]
                 rank = parameter.device_mesh.get_local_rank(axis)
                 value = chunks[rank] if rank < len(chunks) else value.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-        parameter = parameter.to_local()
-    parameter.copy_(value)
+    return value
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value into a parameter, or where FSDP shards it, this rank's share of the value."""
+    held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    held.copy_(own_shard(parameter, value))
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

@@ -1,13 +1,14 @@
 """The optimizer and its schedule: AdamW, or Muon beside it; the learning rate a pure function of the step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kraken.config import TrainConfig
-from kraken.model import Kraken, fill, is_vector, part_of
+from kraken.model import Kraken, is_vector
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENT = "momentum_buffer"
@@ -63,12 +64,18 @@ class Optimizer:
             else None
         )
 
-    def step(self, rate: float) -> None:
-        """Update every parameter once, at this learning rate."""
+    def step(self, rate: float, skip: Tensor | None = None) -> None:
+        """Update every parameter once, at this learning rate.
+
+        Args:
+            skip: a boolean on the device; where it is true, parameters, moments and counts of updates stay as they are.
+        """
         for optimizer in (self._adamw, self._muon):
             if optimizer is not None:
                 for group in optimizer.param_groups:
                     group["lr"] = rate
+        # what loss scaling calls an overflow: the fused kernels read it, so that nobody waits for the device
+        self._adamw.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
         self._adamw.step()
         if self._muon is not None:
             for name, parameter in self._by_muon.items():
@@ -76,7 +83,26 @@ class Optimizer:
                 gradients = matrices_of(name, parameter.grad, self._model)
                 for matrix, gradient in zip(self._matrices[name], gradients, strict=True):
                     matrix.grad = gradient
-            self._muon.step()
+            with self._kept(self._muon, skip):
+                self._muon.step()
+
+    @contextmanager
+    @torch.no_grad()
+    def _kept(self, muon: torch.optim.Muon, skip: Tensor | None) -> Iterator[None]:
+        """Undo what happens inside where `skip` is true, from copies, since torch's Muon has no switch for that."""
+        if skip is None:
+            yield
+            return
+        matrices = [matrix for matrices in self._matrices.values() for matrix in matrices]
+        before = [
+            (matrix.clone(), muon.state[matrix][MUON_MOMENT].clone() if muon.state[matrix] else None)
+            for matrix in matrices
+        ]
+        yield
+        for matrix, (weights, moment) in zip(matrices, before, strict=True):
+            held = muon.state[matrix][MUON_MOMENT]
+            matrix.copy_(torch.where(skip, weights, matrix))
+            held.copy_(torch.where(skip, torch.zeros_like(held) if moment is None else moment, held))
 
     def zero_grad(self) -> None:
         """Drop the gradients: the next backward pass writes them, which is cheaper than adding to zeros."""
@@ -97,28 +123,25 @@ class Optimizer:
             tensors[f"{MUON_MOMENT}.{name}"] = buffer
         return tensors
 
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Continue from the whole state after `step` steps; of each tensor, the part that this process holds.
+    def empty_state(self) -> dict[str, Tensor]:
+        """Zeros where `state` has moments, before any step, for a checkpoint to fill."""
+        parameters = [(f"{moment}.{name}", p) for name, p in self._by_adamw.items() for moment in ADAMW_MOMENTS]
+        parameters += [(f"{MUON_MOMENT}.{name}", p) for name, p in self._by_muon.items()]
+        return {key: torch.zeros_like(parameter, requires_grad=False) for key, parameter in parameters}
 
-        Raises:
-            KeyError: the state is another optimizer's.
-        """
+    @torch.no_grad()
+    def load_state(self, moments: Mapping[str, Tensor], num_updates: int) -> None:
+        """Continue from the moments, each as its parameter is held here, after so many updates; they become ours."""
         for name, parameter in self._by_adamw.items():
             self._adamw.state[parameter] = {
-                "step": torch.tensor(float(step), device=parameter.device),
-                **{moment: self._part(tensors[f"{moment}.{name}"], name, parameter) for moment in ADAMW_MOMENTS},
+                "step": torch.tensor(float(num_updates), device=parameter.device),
+                **{moment: moments[f"{moment}.{name}"] for moment in ADAMW_MOMENTS},
             }
         for name, matrices in self._matrices.items():
             assert self._muon is not None
-            buffer = self._part(tensors[f"{MUON_MOMENT}.{name}"], name, self._by_muon[name])
+            buffer = moments[f"{MUON_MOMENT}.{name}"]
             for part, matrix in zip(matrices_of(name, buffer, self._model), matrices, strict=True):
                 self._muon.state[matrix] = {MUON_MOMENT: part.clone()}
-
-    def _part(self, whole: Tensor, name: str, parameter: nn.Parameter) -> Tensor:
-        moment = torch.zeros_like(parameter, requires_grad=False)
-        fill(moment, part_of(name, whole, self._model.config, self._model.ways))
-        return moment
 
 
 def matrices_of(name: str, tensor: Tensor, model: Kraken) -> list[Tensor]:

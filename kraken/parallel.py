@@ -7,18 +7,21 @@ last. Every process of one way group trains on the same sequences; the other two
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from kraken.config import ConfigError
 from kraken.model import way_dimension
+from kraken.stopwatch import Stopwatch
 from kraken.ways import WayGroup
 
 AXES = ("replicate", "shard", "way")
@@ -49,6 +52,9 @@ class Mesh:
     device: torch.device
     devices: DeviceMesh | None = None
     overlap: bool = True
+    communication: Stopwatch = field(default_factory=Stopwatch)
+    """Runs while a collective of ours is waited for: sums over the ways, the loss over a divided vocabulary, the
+    gradients' norm. Not in it is what DDP and FSDP wait for inside of them, which neither tells."""
 
     @property
     def rank(self) -> int:
@@ -69,13 +75,17 @@ class Mesh:
         """Processes along one axis."""
         return 1 if self.devices is None else self.devices[axis].size()
 
+    def axis_rank(self, axis: str) -> int:
+        """Place along one axis."""
+        return 0 if self.devices is None else self.devices.get_local_rank(axis)
+
     @property
     def ways(self) -> WayGroup:
         """The processes that share this one's model."""
         if self.devices is None or self.axis_size("way") == 1:
             return WayGroup(overlap=self.overlap)
         axis = self.devices["way"]
-        return WayGroup(axis.get_local_rank(), axis.size(), axis.get_group(), self.overlap)
+        return WayGroup(axis.get_local_rank(), axis.size(), axis.get_group(), self.overlap, self.communication)
 
     @property
     def num_data_ranks(self) -> int:
@@ -102,6 +112,11 @@ class Mesh:
         for layer in layers:
             fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
         fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+
+    def reshard(self, model: nn.Module) -> None:
+        """Give back what FSDP gathered for a forward pass that no backward pass followed, such as a validation."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """A model whose backward averages the gradients over the data ranks, overlapped with the backward itself."""
@@ -135,7 +150,8 @@ class Mesh:
         held_by_all, divided = (squared_norm(gradients[key]) for key in (False, True))
         squared = held_by_all + self.ways.all_reduce(divided)
         if self.devices is not None and self.axis_size("shard") > 1:
-            dist.all_reduce(squared, group=self.devices["shard"].get_group())
+            with self.communication.running():
+                dist.all_reduce(squared, group=self.devices["shard"].get_group())
         norm = squared.sqrt()
         torch._foreach_mul_(gradients[False] + gradients[True], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -152,31 +168,6 @@ class Mesh:
         if self.size > 1:
             dist.barrier()
 
-    def whole(self, name: str, tensor: Tensor) -> Tensor | None:
-        """A parameter, or a moment of its shape, put together from all processes; on the main process only.
-
-        All processes must call it, in one order. The result is on the CPU.
-        """
-        tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-        dimension = way_dimension(name)
-        ways = self.ways
-        if dimension is None or ways.size == 1:
-            return tensor.cpu() if self.is_main else None
-        assert self.devices is not None
-        if self.data_rank != 0:  # the first way group has it all
-            return None
-        shapes: list[torch.Size] = [tensor.shape] * ways.size
-        dist.all_gather_object(shapes, tensor.shape, group=ways.group)
-        if not self.is_main:
-            dist.send(tensor.contiguous(), group=ways.group, group_dst=0)
-            return None
-        parts = [tensor]
-        for source in range(1, ways.size):
-            part = torch.empty(shapes[source], dtype=tensor.dtype, device=tensor.device)
-            dist.recv(part, group=ways.group, group_src=source)
-            parts.append(part)
-        return torch.cat(parts, dim=dimension).cpu()
-
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
@@ -192,25 +183,35 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def join_mesh(use_gpu: bool, shard_size: int = 1, way_size: int = 1, overlap: bool = True) -> Iterator[Mesh]:
+def join_mesh(
+    use_gpu: bool, shard_size: int = 1, way_size: int = 1, overlap: bool = True, timeout_s: float = 600.0
+) -> Iterator[Mesh]:
     """Join whatever launched this process: a Ray worker's group, torchrun's environment, or nothing (one process).
 
     A group that already exists is used and left alone; one made here is ended here.
+
+    Args:
+        timeout_s: a collective that has waited so long fails.
 
     Raises:
         ConfigError: the axes' product is not the number of processes.
     """
     made_here = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    timeout = timedelta(seconds=timeout_s)
     if use_gpu:
         torch.cuda.set_device(device)
     if made_here:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
     try:
         num_processes = dist.get_world_size() if dist.is_initialized() else 1
         shape = (num_replicas(num_processes, shard_size, way_size), shard_size, way_size)
-        devices = init_device_mesh(device.type, shape, mesh_dim_names=AXES) if num_processes > 1 else None
-        yield Mesh(device, devices, overlap)
+        devices = None
+        if num_processes > 1:
+            devices = init_device_mesh(device.type, shape, mesh_dim_names=AXES)
+            for axis in AXES:  # the groups of the axes have torch's own timeout
+                _set_pg_timeout(timeout, devices[axis].get_group())
+        yield Mesh(device, devices, overlap, Stopwatch(device))
     finally:
         if made_here:
             dist.destroy_process_group()

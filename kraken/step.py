@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from kraken.config import ModelConfig, TrainConfig
+from kraken.graph import GraphedBackward
 from kraken.model import Alignment, Kraken
 from kraken.optim import Optimizer, learning_rate
 from kraken.parallel import Mesh
@@ -19,6 +21,9 @@ def choose_alignment(device: torch.device, precision: Precision) -> Alignment:
     on_tensor_cores = device.type == "cuda" and precision.compute == torch.bfloat16
     return Alignment(width=64, head_size=8) if on_tensor_cores else Alignment()
 
+
+LOSS_MEAN_SHARE = 0.05
+"""Share of the newest loss in the running mean that spikes are measured from: it looks back some twenty steps."""
 
 COMPILING_PAYS_S = 600.0
 """Estimated seconds of training from which a CPU run earns back the minute that compiling takes."""
@@ -72,16 +77,27 @@ class TrainingStep:
             self.model.recompute_activations()
         self.optimizer = Optimizer(config, self.model)
         self._averaged: nn.Module = self._loss
-        self._bad_step = torch.full((), -1, device=mesh.device)
+        self._graphed: GraphedBackward | None = None
+        self.progress = torch.tensor([torch.nan, 0.0], device=mesh.device, dtype=torch.float64)
+        """[running mean of the loss, bad steps]; with weights and moments, all that a step leaves to the next."""
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before weights and moments change."""
+        self._is_bad: list[tuple[int, Tensor]] = []
 
     def start(self, num_steps: int) -> None:
-        """Compile, if that pays for so many steps, and join the other processes; the weights are the first step's."""
+        """Compile, if that pays for so many steps, and join the other processes; the weights are the first step's.
+
+        On one GPU, compiled steps are recorded as CUDA graphs too.
+        """
         c, mesh = self._config, self._mesh
         tokens = num_steps * c.sequences_per_step * self.model.config.context_length / mesh.size
         flops = tokens * training_flops_per_token(self.model.config)
-        if should_compile(c.compile, mesh.device, flops, torch.get_num_threads()):
+        compiles = should_compile(c.compile, mesh.device, flops, torch.get_num_threads())
+        if compiles:
             self.model.compile_parts()
         self._averaged = mesh.wrap(self._loss)
+        if compiles and mesh.device.type == "cuda" and mesh.size == 1:
+            self._graphed = GraphedBackward(self._backward, self.model)
 
     def __call__(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a step's batch.
@@ -96,26 +112,58 @@ class TrainingStep:
         for index, (inputs, targets) in enumerate(microbatches):
             is_last = index == len(microbatches) - 1
             with mesh.accumulating(self._averaged, enabled=not is_last):
-                with self.precision.autocast(mesh.device):
-                    loss = self._averaged(inputs, targets)
-                # the mean over this rank's tokens: averaging the data ranks then gives the mean over the global batch
-                loss = loss / targets_BT.numel()
-                loss.backward()
-            loss_sum += loss.detach()
+                if self._graphed is None:
+                    loss_sum += self._backward(inputs, targets, targets_BT.numel())
+                else:
+                    loss_sum += self._graphed(inputs, targets, targets_BT.numel(), is_first=index == 0)
         grad_norm = mesh.clip_gradients(self.model, c.clip_norm)
-        is_first_bad = (self._bad_step < 0) & ~grad_norm.isfinite()
-        self._bad_step = torch.where(is_first_bad, step, self._bad_step)
-        self.optimizer.step(learning_rate(c, step))
+        loss = loss_sum / mesh.num_data_ranks
+        is_bad = self._judge(loss, grad_norm)
+        self._is_bad.append((step, is_bad))
+        self.before_update()
+        skips = c.on_bad_step == "skip"
+        self.optimizer.step(learning_rate(c, step), skip=is_bad if skips else None)
         self.optimizer.zero_grad()
-        return loss_sum / mesh.num_data_ranks, grad_norm
+        return (torch.where(is_bad, 0.0, loss) if skips else loss), grad_norm
 
-    def first_bad_step(self) -> int | None:
-        """The first step whose gradient was not finite, the same on every rank; waits for the device."""
-        step = int(self._bad_step)
-        return None if step < 0 else step
+    def _backward(self, inputs_BT: Tensor, targets_BT: Tensor, num_tokens: int) -> Tensor:
+        """Add a microbatch's gradients; returns its part of the mean loss over `num_tokens`."""
+        with self.precision.autocast(self._mesh.device):
+            loss = self._averaged(inputs_BT, targets_BT)
+        # the mean over this rank's tokens: averaging the data ranks then gives the mean over the global batch
+        loss = loss / num_tokens
+        loss.backward()
+        return loss.detach()
+
+    def _judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether the step is bad, as a boolean on the device; equal on every rank, since what is judged is.
+
+        Args:
+            loss: this data rank's part.
+        """
+        c = self._config
+        is_bad = ~grad_norm.isfinite()
+        mean, num_skipped = self.progress
+        if c.max_loss_spike:
+            whole = self._mesh.sum(loss.clone())
+            is_bad |= ~whole.isfinite() | (whole - mean > c.max_loss_spike)  # of which the second is never so at first
+            moved = torch.where(mean.isnan(), whole, mean + LOSS_MEAN_SHARE * (whole - mean))
+            mean = torch.where(is_bad, mean, moved)
+        self.progress = torch.stack((mean, num_skipped + is_bad))
+        return is_bad
+
+    def bad_steps(self) -> list[int]:
+        """The bad steps since it was asked last, the same on every rank; waits for the device."""
+        judged, self._is_bad = self._is_bad, []
+        if not judged:
+            return []
+        is_bad = torch.stack([flag for _, flag in judged]).tolist()
+        return [step for (step, _), bad in zip(judged, is_bad, strict=True) if bad]
 
     @torch.no_grad()
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Summed loss in nats of this data rank's sequences, for validation."""
         with self.precision.autocast(self._mesh.device):
-            return self._loss(inputs_BT, targets_BT)
+            loss: Tensor = self._loss(inputs_BT, targets_BT)
+        self._mesh.reshard(self._loss)  # so that every parameter is its shard again
+        return loss

@@ -4,11 +4,13 @@ Stages read and write plain local folders. For a local storage these are the art
 are a cache, and `publish` and `fetch` copy whole artefacts, the manifest last.
 """
 
+import fcntl
 import getpass
 import hashlib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -79,16 +81,32 @@ class Storage:
 
     def publish_files(self, paths: Iterable[Path]) -> None:
         """Copy files of an unfinished artefact to a remote storage, in this order; nothing to do for a local one."""
+        for path in paths:
+            self.publish_as(path, path)
+            if self._remote is not None:
+                self._same[path] = _version(path)
+
+    def publish_as(self, path: Path, target: Path) -> None:
+        """Copy one file to where `target` of the cache has its place; nothing to do for a local storage."""
         if self._remote is None:
             return
         file_system, base = self._remote
-        for path in paths:
-            target = f"{base}/{path.relative_to(self.root).as_posix()}"
-            file_system.create_dir(target.rsplit("/", 1)[0], recursive=True)
-            pyarrow.fs.copy_files(
-                str(path), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system
-            )
-            self._same[path] = _version(path)
+        destination = f"{base}/{target.relative_to(self.root).as_posix()}"
+        file_system.create_dir(destination.rsplit("/", 1)[0], recursive=True)
+        pyarrow.fs.copy_files(
+            str(path), destination, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system
+        )
+
+    def delete_remote(self, folder: Path) -> None:
+        """Delete a remote folder, its manifest first; nothing to do for a local storage, or one that is not there."""
+        if self._remote is None:
+            return
+        file_system, base = self._remote
+        files = self.remote_files(folder)
+        for path in sorted(files, key=lambda path: path.name != MANIFEST_NAME):
+            file_system.delete_file(f"{base}/{path.relative_to(self.root).as_posix()}")
+        if files:
+            file_system.delete_dir(f"{base}/{folder.relative_to(self.root).as_posix()}")
 
     def fetch_files(self, paths: Iterable[Path]) -> None:
         """Bring files of an unfinished remote artefact into the cache, those that another process here has published
@@ -121,6 +139,16 @@ class Storage:
         infos = file_system.get_file_info(selector)
         return [self.root / info.path[len(base) + 1 :] for info in infos if info.type == pyarrow.fs.FileType.File]
 
+    def remote_folders(self, folder: Path) -> list[Path]:
+        """Where the folders right below a remote one lie in the cache; none for a local storage."""
+        if self._remote is None:
+            return []
+        file_system, base = self._remote
+        selector = pyarrow.fs.FileSelector(f"{base}/{folder.relative_to(self.root).as_posix()}", allow_not_found=True)
+        return [
+            folder / i.base_name for i in file_system.get_file_info(selector) if i.type == pyarrow.fs.FileType.Directory
+        ]
+
     def prune(self, folder: Path) -> None:
         """Delete a remote artefact's files that are no longer in the cache; nothing to do for a local storage."""
         for path in self.remote_files(folder):
@@ -137,18 +165,27 @@ class Storage:
         self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
 
     def fetch_checkpoints(self, run_folder: Path) -> None:
-        """Bring the newest finished checkpoint of a remote, unfinished run into the cache."""
+        """Bring the newest good checkpoint of a remote, unfinished run into the cache.
+
+        Of the processes of one machine that want it, one downloads.
+        """
         if self._remote is None:
             return
         file_system, base = self._remote
         source = f"{base}/{run_folder.relative_to(self.root).as_posix()}"
-        selector = pyarrow.fs.FileSelector(source, allow_not_found=True)
-        names = sorted(
-            info.base_name for info in file_system.get_file_info(selector) if info.base_name.startswith("step_")
-        )
-        for name in reversed(names):
-            if self._download(file_system, f"{source}/{name}", run_folder / name):
-                return
+        names = sorted(path.name for path in self.remote_folders(run_folder) if path.name.startswith("step_"))
+        run_folder.mkdir(parents=True, exist_ok=True)
+        with (run_folder / ".fetching").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+            for name in reversed(names):
+                if (run_folder / name / MANIFEST_NAME).is_file():
+                    return
+                if self._download(file_system, f"{source}/{name}", run_folder / name):
+                    try:
+                        Manifest.read(run_folder / name).verify(run_folder / name)
+                        return
+                    except ArtefactError as error:
+                        warnings.warn(f"remote checkpoint passed over: {error}", stacklevel=2)
 
     def _download(self, file_system: pyarrow.fs.FileSystem, source: str, folder: Path) -> bool:
         """Copy a finished remote folder; False when it has no manifest."""

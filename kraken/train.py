@@ -5,7 +5,7 @@ stopped: the batch of a step and its learning rate depend on nothing but the ste
 """
 
 import math
-import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +13,26 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from kraken.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from kraken.config import RunConfig
+from kraken.agreement import Agreement
+from kraken.arrivals import Arrivals
+from kraken.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint, step_folder, step_of
+from kraken.config import RunConfig, to_dict
 from kraken.data.loader import Loader, sequential_windows, split_windows
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
 from kraken.history import History, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.optim import learning_rate
 from kraken.parallel import Mesh, join_mesh
 from kraken.plan import num_parameters, training_flops_per_token
+from kraken.report import Reporter
+from kraken.saver import Label, Saver
+from kraken.state import TrainingState
 from kraken.step import TrainingStep
+from kraken.storage import Storage
+
+MOST_SKIPPED_IN_A_ROW = 100
+"""With `train.on_bad_step=skip`, training ends when reports over so many steps saw no good one."""
 
 
 class Hooks(Protocol):
@@ -35,39 +42,84 @@ class Hooks(Protocol):
         """Every `train.log_every` steps; `metrics["step"]` counts finished optimizer steps."""
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """After each checkpoint; `path` is finished."""
+        """Once the checkpoint of a step is finished and durable at `path`; at the same step on every rank, which is a
+        later one than the checkpoint's when it was written in the background."""
+
+    def stop_requested(self) -> bool:
+        """Asked on every rank after every step; one rank that says True stops all of them, at the same step."""
+        ...
 
 
 class NoHooks:
-    """Training that tells nobody."""
+    """Training that tells nobody, and that nobody stops."""
 
     def on_step(self, metrics: dict[str, float]) -> None: ...
 
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
+    def stop_requested(self) -> bool:
+        return False
 
-def train(config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks | None = None) -> dict[str, Metric]:
+
+class TrainingStopped(Exception):
+    """Training was asked to stop, and did after a checkpoint of everything until then.
+
+    Args:
+        step: optimizer steps that the checkpoint holds.
+    """
+
+    def __init__(self, step: int, checkpoint: Path | None = None):
+        super().__init__(step, checkpoint)  # so that it can travel between processes
+        self.step, self.checkpoint = step, checkpoint
+
+    def __str__(self) -> str:
+        return f"training stopped as asked after step {self.step} with {self.checkpoint}; run again to continue there"
+
+
+def train(
+    config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks | None = None, storage: Storage | None = None
+) -> dict[str, Metric]:
     """Train until `config.train.steps` optimizer steps are done, wherever the newest checkpoint left off.
 
     Args:
         data_folder: a prepared artefact.
         run_folder: shared by all ranks; checkpoints go here, and at the end the run's history.
+        storage: where it is remote, `run_folder` lies in its cache, which each node has for itself, and every rank
+            publishes its part of a checkpoint. Bring the newest one there before (`Storage.fetch_checkpoints`).
 
     Returns:
         The metrics of the finished run, the same on every rank.
     Raises:
-        ArtefactError: data or checkpoint do not fit, the disk is full, or the loss is not a number.
+        ArtefactError: data or checkpoint do not fit, nothing can be written, or the loss is not a number; as LostRanks,
+            some ranks did not come to a collective.
+        TrainingStopped: a rank's `stop_requested` said so; running again continues.
     """
     c = config.cluster
-    with join_mesh(c.gpus_per_worker > 0, c.shard_size, c.way_size, c.overlap) as mesh:
-        return _Run(config, data_folder, run_folder, hooks or NoHooks(), mesh).run()
+    use_gpu = c.gpus_per_worker > 0
+    with join_mesh(use_gpu, c.shard_size, c.way_size, c.overlap, c.collective_timeout_s) as mesh:
+        arrivals = Arrivals(mesh, c.collective_timeout_s)
+        try:
+            return _Run(config, data_folder, run_folder, hooks or NoHooks(), storage, mesh, arrivals).run()
+        except RuntimeError as error:
+            if (lost := arrivals.explain(error)) is not None:
+                raise lost from error
+            raise
 
 
 class _Run:
     """The state of one training run on one rank."""
 
-    def __init__(self, config: RunConfig, data_folder: Path, run_folder: Path, hooks: Hooks, mesh: Mesh):
-        self.config, self.run_folder, self.hooks, self.mesh = config, run_folder, hooks, mesh
+    def __init__(
+        self,
+        config: RunConfig,
+        data_folder: Path,
+        run_folder: Path,
+        hooks: Hooks,
+        storage: Storage | None,
+        mesh: Mesh,
+        arrivals: Arrivals,
+    ):
+        self.config, self.run_folder, self.hooks, self.mesh, self.arrivals = config, run_folder, hooks, mesh, arrivals
         c = config.train
         if c.sequences_per_step % mesh.num_data_ranks:
             raise ArtefactError(
@@ -75,7 +127,6 @@ class _Run:
                 f"ranks; choose a multiple of {mesh.num_data_ranks}"
             )
         self.data = Manifest.read(data_folder)
-        self.tokenizer_fingerprint: str = self.data.details["tokenizer_fingerprint"]
         num_ids = int(self.data.value("vocabulary_ids"))
         if num_ids > config.model.vocab_size:
             raise ArtefactError(
@@ -85,32 +136,77 @@ class _Run:
         T = config.model.context_length
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
+        # a little less than the gradients' collectives have: NCCL ends the process when their time is out, unexplained
+        self.agreement = Agreement(mesh, 0.9 * config.cluster.collective_timeout_s)
+        self.label = Label(
+            config=to_dict(config.model),
+            data_fingerprint=self.data.fingerprint,
+            tokenizer_fingerprint=self.data.details["tokenizer_fingerprint"],
+        )
+        self.saver = Saver(
+            run_folder,
+            mesh,
+            self.agreement,
+            self.label,
+            keep=c.keep_checkpoints,
+            keep_best=c.keep_best_checkpoint,
+            on_finished=hooks.on_checkpoint,
+            storage=storage,
+        )
         self.step = TrainingStep(config.model, c, mesh)
-        self.first_step, self.history = self._resume()
+        self.state = TrainingState(self.step, mesh)
+        self.first_step, self.history, self.interval = self._resume()
         self.step.start(c.steps - self.first_step)
+        self.step.before_update = self.saver.snapshot.before_change
         self.tokens_per_step = c.sequences_per_step * T
+        self.num_skipped_in_a_row = 0
 
-    def _resume(self) -> tuple[int, History]:
-        # every rank reads the same folder; the barrier keeps one from deleting what another is about to read
-        checkpoint = newest_checkpoint(self.run_folder)
-        step = 0
-        history: History = []
-        if checkpoint is not None:
-            step, history = load_checkpoint(
-                checkpoint,
-                self.step.model,
-                self.step.optimizer,
-                data_fingerprint=self.data.fingerprint,
-                tokenizer_fingerprint=self.tokenizer_fingerprint,
-            )
-        self.mesh.barrier()
-        return step, history
+    def _resume(self) -> tuple[int, History, dict[str, float]]:
+        """Continue from the newest checkpoint that is good on every rank; those before it are passed over together."""
+        below = 10**9
+        while True:
+            steps = [step_of(path) for path in list_checkpoints(self.run_folder)] if self.mesh.is_main else []
+            (newest,) = self.agreement.largest(max((step for step in steps if step < below), default=0))
+            if newest == 0:
+                return 0, [], {}
+            wanted = self.state.to_read()
+            checkpoint = None
+            try:
+                checkpoint = CheckpointReader(step_folder(self.run_folder, newest))
+                checkpoint.verify(wanted.places)
+            except ArtefactError as error:
+                checkpoint = None
+                warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            (is_damaged,) = self.agreement.largest(int(checkpoint is None))
+            if checkpoint is not None and not is_damaged:
+                checkpoint.require_fitting(
+                    self.config.model,
+                    data_fingerprint=self.label.data_fingerprint,
+                    tokenizer_fingerprint=self.label.tokenizer_fingerprint,
+                )
+                wanted.read(checkpoint)
+                history = checkpoint.read_history()
+                self.agreement.largest(0)  # nobody deletes what another still reads
+                return newest, history, checkpoint.manifest.details["interval"]
+            below = newest
 
     def run(self) -> dict[str, Metric]:
         c, mesh = self.config.train, self.mesh
-        with Prefetcher(
-            self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, self.first_step, c.steps
-        ) as self.batches:
+        self.reporter = Reporter(
+            self.config,
+            mesh,
+            self.agreement,
+            self.saver,
+            self.step.precision.compute,
+            self.first_step,
+            self.history,
+            self.interval,
+        )
+        first, last = self.first_step, c.steps
+        with (
+            self.saver,
+            Prefetcher(self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, first, last) as self.batches,
+        ):
             self._run_steps()
         if self.history and "validation_loss" in self.history[-1]:
             validation_loss = self.history[-1]["validation_loss"]
@@ -119,6 +215,7 @@ class _Run:
         seconds = self.history[-1]["seconds"] if self.history else 0.0
         if mesh.is_main:
             write_history(self.run_folder, self.history)
+        self.agreement.close()
         return {
             "parameters": Metric(num_parameters(self.config.model), "parameters"),
             "steps": Metric(c.steps, "optimizer steps"),
@@ -133,45 +230,48 @@ class _Run:
     def _run_steps(self) -> None:
         """Train, report and write checkpoints from the first step that is left to the last."""
         c = self.config.train
-        seconds_before = self.history[-1]["seconds"] if self.history else 0.0
-        started_at = interval_started_at = time.monotonic()
-        loss_sum, interval_steps = torch.zeros((), device=self.mesh.device, dtype=torch.float64), 0
         for step in range(self.first_step, c.steps):
             with self._traced(step + 1):
-                loss, grad_norm = self.step(step, *self.batches.batch(step))
-            loss_sum += loss
-            interval_steps += 1
+                with self.reporter.data.running():
+                    batch = self.batches.batch(step)
+                loss, grad_norm = self.step(step, *batch)
+            self.reporter.add(loss)
             done = step + 1
+            self.arrivals.note(done)
             last = done == c.steps
+            stops = self._end_round() and not last
             validates = last or done % c.validate_every == 0
-            saves = last or done % c.checkpoint_every == 0
-            if not (validates or saves or done % c.log_every == 0):
-                continue
-            self._require_finite()
-            if validates or done % c.log_every == 0:
-                # the sum waits for the device, so that the clock is read when the steps are done
-                mean_loss = float(self.mesh.sum(loss_sum)) / interval_steps
-                seconds = time.monotonic() - interval_started_at
-                report = {
-                    "step": float(done),
-                    "loss": mean_loss,
-                    "learning_rate": learning_rate(c, step),
-                    "grad_norm": float(grad_norm),
-                    "tokens": float(done * self.tokens_per_step),
-                    "tokens_per_second": interval_steps * self.tokens_per_step / seconds,
-                    "tokens_per_second_per_device": interval_steps * self.tokens_per_step / seconds / self.mesh.size,
-                    "seconds": seconds_before + time.monotonic() - started_at,
-                    "seconds_left": (c.steps - done) * (time.monotonic() - started_at) / (done - self.first_step),
-                }
+            saves = last or stops or done % c.checkpoint_every == 0
+            reports = validates or done % c.log_every == 0
+            if saves or reports:
+                # whoever waits for the device now would wait for absent ranks where no timeout of ours can tell who
+                self.agreement.largest(0)
+                self._judge_bad_steps(done)
+            if reports:
+                report = self.reporter.report(done, grad_norm)
                 if validates:
                     validation_loss = self._validate()
                     report |= {"validation_loss": validation_loss, "validation_perplexity": math.exp(validation_loss)}
                 self.history.append(report)
                 self.hooks.on_step(report)
-                loss_sum.zero_()
-                interval_started_at, interval_steps = time.monotonic(), 0
+                self.reporter.restart_clock()
             if saves:
-                self._checkpoint(done)
+                self.saver.start(done, self.state.to_write(), self.history, self.reporter.interval())
+                if last or stops or not c.checkpoint_in_background:
+                    self.saver.finish(must_succeed=last or stops)
+            if stops:
+                raise TrainingStopped(done, step_folder(self.run_folder, done))
+            if not last:
+                self.agreement.start((int(bool(self.hooks.stop_requested())), *self.saver.numbers()))
+
+    def _end_round(self) -> bool:
+        """Read what the ranks said after the step before; whether one of them asked to stop."""
+        round_ = self.agreement.result()
+        if round_ is None:
+            return False
+        stop, busy, failed_rank = round_
+        self.saver.advance(busy, failed_rank)
+        return stop > 0
 
     @contextmanager
     def _traced(self, step: int) -> Iterator[None]:
@@ -210,56 +310,45 @@ class _Run:
             batch = mine[first : first + c.sequences_per_microbatch]
             yield np.stack([self.validation_shards.read(*span) for span in batch])
 
-    def _checkpoint(self, step: int) -> None:
-        path = self.run_folder / f"step_{step:09d}"
-        weights, moments = self._whole_state()
-        failure = torch.zeros(1, device=self.mesh.device)
-        error: ArtefactError | None = None
-        if self.mesh.is_main:
-            try:
-                path = save_checkpoint(
-                    self.run_folder,
-                    step,
-                    self.config.model,
-                    weights,
-                    moments,
-                    self.history,
-                    data_fingerprint=self.data.fingerprint,
-                    tokenizer_fingerprint=self.tokenizer_fingerprint,
-                    keep=self.config.train.keep_checkpoints,
-                )
-            except ArtefactError as caught:
-                error = caught
-                failure += 1
-        # a sum every rank waits for: it says that the checkpoint is finished, or that all must stop together
-        if float(self.mesh.sum(failure)) > 0:
-            raise error or ArtefactError(f"rank 0 could not write the checkpoint of step {step}")
-        self.hooks.on_checkpoint(step, path)
+    def _judge_bad_steps(self, done: int) -> None:
+        """Say which steps since the last look were bad; waits for the device.
 
-    def _whole_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and moments put together on the main process; empty on the others, which take part in it."""
-        weights, moments = {}, {}
-        for name, parameter in self.step.model.named_parameters():
-            if (whole := self.mesh.whole(name, parameter)) is not None:
-                weights[name] = whole
-        for key, moment in self.step.optimizer.state().items():
-            if (whole := self.mesh.whole(key.partition(".")[2], moment)) is not None:
-                moments[key] = whole
-        return weights, moments
-
-    def _require_finite(self) -> None:
-        """Raises:
-        ArtefactError: a step since the last report had a gradient that is not finite; its NaNs reach no checkpoint.
+        Raises:
+            ArtefactError: there was one, and the settings say stop; what it spoiled reaches no checkpoint.
         """
-        step = self.step.first_bad_step()
-        if step is None:
-            return
-        first = step * self.config.train.sequences_per_step
-        token = self.loader.window_start(first)
-        last_good = newest_checkpoint(self.run_folder)
-        raise ArtefactError(
-            f"loss or gradient is not finite at step {step + 1}: training windows "
-            f"{first}..{first + self.config.train.sequences_per_step - 1} of the global order, the first at token "
-            f"{token} of the train split; the last good checkpoint is {last_good or 'none'}, and nothing was written "
-            "since; lower train.learning_rate, warm up longer, or train in float32"
+        c = self.config.train
+        bad_steps = self.step.bad_steps()
+        if bad_steps and c.on_bad_step == "stop":
+            self.saver.finish()
+            last_good = newest_checkpoint(self.run_folder)
+            raise ArtefactError(
+                f"{self._what_is_bad()} at step {bad_steps[0] + 1}: {self._windows(bad_steps[0])}; the last good "
+                f"checkpoint is {last_good or 'none'}, and nothing was written since; lower train.learning_rate, warm "
+                "up longer, train in float32, or pass over such steps with train.on_bad_step=skip"
+            )
+        self.reporter.num_bad += len(bad_steps)
+        if self.mesh.is_main:
+            for step in bad_steps:
+                warnings.warn(f"step {step + 1} skipped, {self._what_is_bad()}: {self._windows(step)}", stacklevel=2)
+        if self.reporter.num_bad < self.reporter.num_steps:
+            self.num_skipped_in_a_row = 0
+        else:
+            self.num_skipped_in_a_row += len(bad_steps)
+        if self.num_skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise ArtefactError(
+                f"the {self.num_skipped_in_a_row} steps until step {done} were all skipped, {self._what_is_bad()}; "
+                "lower train.learning_rate, warm up longer, or raise train.max_loss_spike"
+            )
+
+    def _what_is_bad(self) -> str:
+        spike = self.config.train.max_loss_spike
+        return "loss or gradient is not finite" + (f" or {spike:g} nats above the running mean" if spike else "")
+
+    def _windows(self, step: int) -> str:
+        """Which data a step trained on."""
+        count = self.config.train.sequences_per_step
+        first = step * count
+        return (
+            f"training windows {first}..{first + count - 1} of the global order, the first at token "
+            f"{self.loader.window_start(first)} of the train split"
         )

@@ -9,12 +9,14 @@ keep it so, named by what forward and backward do:
     share                     - / sum        a whole is read by every process, each contributing to its gradient
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from kraken.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,14 @@ class WayGroup:
     Args:
         group: their process group; None for one process.
         overlap: whether a layer's sum is in flight while its attention computes, or waited for at once.
+        communication: runs while a sum is waited for.
     """
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
     overlap: bool = True
+    communication: Stopwatch = field(default_factory=Stopwatch)
 
     def part(self, count: int) -> range:
         """Which of `count` things in a row this process holds; the last process may hold fewer."""
@@ -54,7 +58,8 @@ class WayGroup:
     def all_reduce(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """Reduce in place, without gradients."""
         if self.size > 1:
-            dist.all_reduce(x, op, group=self.group)
+            with self.communication.running():
+                dist.all_reduce(x, op, group=self.group)
         return x
 
 
@@ -77,7 +82,8 @@ class PendingSum:
     def land(self) -> None:
         """Wait for what was launched last."""
         if self.work is not None:
-            self.work.wait()
+            with self.ways.communication.running():
+                self.work.wait()
             self.work = None
 
     @torch.compiler.disable

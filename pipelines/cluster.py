@@ -1,4 +1,4 @@
-"""Ray for the pipelines: connecting, resources per stage, and a check of the cluster before anything waits for it.
+"""Ray for the pipelines: connecting, and resources per stage.
 
 The only caller of `ray.init`.
 """
@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -19,15 +18,13 @@ from typing import Any
 import ray
 import ray._raylet
 from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kraken.config import ClusterConfig, ConfigError, RunConfig
+from kraken.config import ConfigError, RunConfig
 from pipelines import local_cluster
 from pipelines.local_cluster import ClusterError
 
 logger = logging.getLogger(__name__)
-
-BUSY_LIMIT_S = 10.0
-"""How long `preflight` waits for resources that others hold."""
 
 
 # Connecting
@@ -58,6 +55,7 @@ def connect(config: RunConfig) -> Iterator[None]:
         else:
             temp_dir = local_cluster.make_temp_dir(f"embedded:{os.getpid()}:{config.storage}")
             stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+            stack.callback(local_cluster.end_below, temp_dir)
             token = local_cluster.write_token(temp_dir / "token")
             variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
             stack.enter_context(_environment({**local_cluster.RAY_SETTINGS, **variables}))
@@ -160,13 +158,15 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 
 
 def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
-    """Ray task options for a stage: what the task itself occupies.
+    """Ray task options for a stage: what the task itself occupies, and where.
 
     Preparing, pretraining and deployment occupy nothing: they wait for tasks, workers and replicas that have resources
-    of their own. A task that asks for more than any node has would wait for ever, so the largest node bounds it.
+    of their own. They stay on the driver's node, so that losing another one does not end them. A task that asks for
+    more than any node has would wait for ever, so the largest node bounds it.
     """
     if kind in ("prepare", "pretrain", "deploy"):
-        return {"num_cpus": 0}
+        here = ray.get_runtime_context().get_node_id()
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     if kind != "evaluate":
         return {"num_cpus": 1}
     nodes = _nodes()
@@ -178,75 +178,6 @@ def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
         # without them Ray hides the GPUs from the task
         options["num_gpus"] = config.model.num_ways if config.engine.kind == "tensorrt_llm" else 1
     return options
-
-
-def preflight(config: RunConfig, busy_limit_s: float = BUSY_LIMIT_S) -> None:
-    """Check that the training workers will get their resources, rather than let them wait for ever.
-
-    Raises:
-        ConfigError: the cluster is too small.
-        ClusterError: it is large enough, but others still hold its resources after `busy_limit_s`.
-    """
-    _check_size(config.cluster, _nodes())
-    needed = {name: config.cluster.num_workers * amount for name, (_, amount) in _per_worker(config.cluster).items()}
-    started_at = time.monotonic()
-    announced = False
-    while lacking := _lacking(needed):
-        waited_s = time.monotonic() - started_at
-        if waited_s > busy_limit_s:
-            raise ClusterError(
-                f"training needs {lacking}: other jobs hold the rest; wait for them, or stop one "
-                "(`ray job list`, `ray job stop ID`), then run the same command again"
-            )
-        if waited_s > 2 and not announced:  # what a task just returned shows up within a second or two
-            logger.warning("training needs %s; waiting up to %.0f s for others", lacking, busy_limit_s)
-            announced = True
-        time.sleep(0.25)
-
-
-def _check_size(cluster: ClusterConfig, nodes: list[dict[str, float]]) -> None:
-    """Compare what the workers need with what the nodes have, free or not."""
-    per_worker = _per_worker(cluster)
-    for name, (setting, amount) in per_worker.items():
-        total = sum(node.get(name, 0.0) for node in nodes)
-        if cluster.num_workers * amount > total:
-            raise ConfigError(
-                f"training needs {cluster.num_workers * amount} {name}s "
-                f"(cluster.num_workers={cluster.num_workers} x {setting}={amount}), the cluster has {total:g}; "
-                "lower one of the two, or add nodes"
-            )
-    places_of = [int(min(node.get(name, 0.0) // amount for name, (_, amount) in per_worker.items())) for node in nodes]
-    places = sum(places_of)
-    if places < cluster.num_workers:
-        each = " and ".join(f"{amount} {name}s" for name, (_, amount) in per_worker.items())
-        raise ConfigError(
-            f"cluster.num_workers={cluster.num_workers} need {each} each on one node, and the nodes have room for "
-            f"{places:g}; lower cluster.cpus_per_worker or cluster.num_workers, or add larger nodes"
-        )
-    way = cluster.way_size
-    if sum(count // way * way for count in places_of) < cluster.num_workers:
-        have = " + ".join(str(count) for count in places_of if count)
-        raise ConfigError(
-            f"cluster.way_size={way} needs {way} workers in one node for each of the "
-            f"{cluster.num_workers // way} groups that share a model, and the nodes have room for {have}; lower "
-            "cluster.way_size or cluster.num_workers, or add larger nodes"
-        )
-
-
-def _per_worker(cluster: ClusterConfig) -> dict[str, tuple[str, int]]:
-    """Ray's name of a resource -> its setting and how much of it a worker needs."""
-    needs = {
-        "CPU": ("cluster.cpus_per_worker", cluster.cpus_per_worker),
-        "GPU": ("cluster.gpus_per_worker", cluster.gpus_per_worker),
-    }
-    return {name: need for name, need in needs.items() if need[1]}
-
-
-def _lacking(needed: dict[str, int]) -> str:
-    """What is needed and not free, in words; empty when all is."""
-    free = ray.available_resources()
-    parts = [(amount, name, free.get(name, 0.0)) for name, amount in needed.items() if free.get(name, 0.0) < amount]
-    return " and ".join(f"{amount} {name}s, {available:g} are free" for amount, name, available in parts)
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -12,10 +12,14 @@ from kraken.config import RunConfig, from_dict, to_dict
 from kraken.manifest import Manifest, make_fingerprint
 from pipelines import convert, deploy, evaluate, prepare, pretrain
 from pipelines.stage import Stage, fingerprints
+from pipelines.stop import StopSwitch
 from pipelines.tracking import RunRef
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)
+
+STOP_LIMIT_S = 300.0
+"""Longest wait for the checkpoint that training writes when it is asked to stop; a second signal ends the wait."""
 
 HEADLINES = {
     "prepare": ("unigram_entropy",),
@@ -77,10 +81,11 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
         Kind -> result, in the order in which data flows.
     Raises:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
+        RunStopped: training had to end early, and the same call continues it.
     """
     import ray
 
-    from pipelines import cluster
+    from pipelines import cluster, preflight
     from pipelines.tracking import Tracker
 
     found = fingerprints(STAGES, config)
@@ -92,7 +97,8 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
-                cluster.preflight(config)
+                preflight.check(config)
+            stop = StopSwitch.make()
             try:
                 for p in planned:
                     if p.manifest is not None:
@@ -107,7 +113,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                     )
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
-                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, *parents
+                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, stop, *parents
                     )
                 for p in planned:
                     if p.manifest is None:
@@ -115,9 +121,13 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                         manifest = wait_for(references[p.stage.kind])
                         results[p.stage.kind] = StageResult(manifest, time.monotonic() - started_at, reused=False)
                         print(f"{p.stage.kind}: done in {manifest.seconds:.1f} s", flush=True)
-            except BaseException:
-                for reference in references.values():
-                    ray.cancel(reference)
+            except BaseException as error:
+                try:
+                    if not isinstance(error, Exception):
+                        end_training(stop, references)
+                finally:
+                    for reference in references.values():
+                        ray.cancel(reference)
                 raise
             headlines = {
                 name: float(result.manifest.value(name))
@@ -128,13 +138,35 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
     return {p.stage.kind: results[p.stage.kind] for p in planned}
 
 
+def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
+    """Where training runs, have it write a checkpoint and end, and wait until it has.
+
+    Args:
+        references: kind -> the stage's task, or its manifest.
+    """
+    import ray
+
+    if "pretrain" not in references or not ray.wait([references["prepare"]], timeout=0)[0]:
+        return
+    if ray.wait([references["pretrain"]], timeout=0)[0]:
+        return
+    print("pretrain: stopping after a checkpoint; a second signal ends it without", flush=True)
+    stop.flip("asked to by a signal")
+    ray.wait([references["pretrain"]], timeout=STOP_LIMIT_S)
+
+
 def run_stage(
-    kind: str, config_values: dict[str, Any], fingerprint: str, pipeline: RunRef, *parents: Manifest
+    kind: str,
+    config_values: dict[str, Any],
+    fingerprint: str,
+    pipeline: RunRef,
+    stop: StopSwitch,
+    *parents: Manifest,
 ) -> Manifest:
     """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
     config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
-    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline)
+    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
 
 
 def wait_for(reference: Any) -> Manifest:

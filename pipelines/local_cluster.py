@@ -375,10 +375,14 @@ def _stop(folder: Path, say: Callable[[str], None]) -> None:
         with contextlib.suppress(psutil.Error):
             process.terminate()
             process.wait(STOP_LIMIT_S)
-        processes |= _own_processes(head)
-    else:
-        processes = _own_processes(head)
-    _end(processes)
+        _end(processes)
+    # Ray's raylet may start a process, an agent for example, between our look at the processes and its own end
+    deadline = time.monotonic() + STOP_LIMIT_S
+    while (processes := _own_processes(head)) and time.monotonic() < deadline:
+        _end(processes)
+    if processes:
+        pids = ", ".join(str(process.pid) for process in processes)
+        raise ClusterError(f"processes {pids} of the local cluster do not end; end them by hand, then stop again")
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     Path(head.token_path).unlink(missing_ok=True)
     (folder / "head.json").unlink(missing_ok=True)
@@ -397,26 +401,56 @@ def _stop_jobs(head: Head, say: Callable[[str], None]) -> None:
 
 
 def _own_processes(head: Head) -> set[psutil.Process]:
-    """Every process of a head: its descendants, the members of its session, and those that carry its mark.
+    """Every process of a head: its descendants, members of its session, those with its mark or at work in its folder.
 
-    Ray's own processes overwrite their environment with a title, but stay in the session; the drivers of jobs leave the
-    session, but keep the environment.
+    Ray's own processes overwrite command line and environment with a title, but stay in the session; the drivers of
+    jobs leave the session, but keep the environment.
     """
     found: set[psutil.Process] = set()
     is_session_ours = True  # a dead leader's pid is not given away while its session has members
     with contextlib.suppress(psutil.NoSuchProcess):
         leader = psutil.Process(head.pid)
         is_session_ours = abs(leader.create_time() - head.create_time) < CLOCK_STEP_S
-        if is_session_ours:
+        if is_session_ours and leader.status() != psutil.STATUS_ZOMBIE:
             found |= {leader, *leader.children(recursive=True)}
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.pid == os.getpid() or other.create_time() < head.create_time - CLOCK_STEP_S:
                 continue
             in_session = is_session_ours and os.getsid(other.pid) == head.pid
-            if in_session or other.environ().get(MARK) == head.cluster_id:
+            if other.status() == psutil.STATUS_ZOMBIE:  # it has ended; its parent has not asked yet
+                continue
+            if in_session or _carries_mark(other, head) or _works_below(other, head.temp_dir):
                 found.add(other)
     return found
+
+
+def _carries_mark(process: psutil.Process, head: Head) -> bool:
+    with contextlib.suppress(psutil.Error, OSError):
+        return process.environ().get(MARK) == head.cluster_id
+    return False
+
+
+def _works_below(process: psutil.Process, folder: str) -> bool:
+    """Whether a process lives in a cluster's temporary folder, or writes there; a person at a terminal does not count.
+
+    That is all by which an agent is known whose raylet is gone: it has overwritten the rest. It notices by itself, but
+    then waits for minutes to tell a head that is gone, too.
+    """
+    with contextlib.suppress(psutil.Error, OSError):
+        paths = (process.cwd(), *(file.path for file in process.open_files()))
+        return process.terminal() is None and any(Path(path).is_relative_to(folder) for path in paths)
+    return False
+
+
+def end_below(temp_dir: Path) -> None:
+    """End what is left of a cluster that has ended: every process that lives or writes below its temporary folder."""
+    deadline = time.monotonic() + STOP_LIMIT_S
+    while time.monotonic() < deadline:
+        others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+        if not (left := {process for process in others if _works_below(process, str(temp_dir))}):
+            return
+        _end(left)
 
 
 def end_tree(pid: int) -> None:

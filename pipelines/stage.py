@@ -15,6 +15,7 @@ from typing import Any
 from kraken.config import RunConfig, to_dict
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
+from pipelines.stop import StopSwitch
 from pipelines.tracking import RunRef, StageRun
 
 
@@ -30,6 +31,8 @@ class Work:
     parents: dict[str, Manifest]
     run: StageRun
     """The stage's MLflow run."""
+    stop: StopSwitch | None = None
+    """Asks for an early end, where the stage can end early and be continued."""
 
     def parent_folder(self, kind: str) -> Path:
         """Local folder of a parent's artefact."""
@@ -57,11 +60,19 @@ class Stage:
         manifest = Storage(config.storage).find(self.kind, fingerprint)
         return manifest if manifest is not None and self.still_valid(config, manifest) else None
 
-    def run(self, config: RunConfig, fingerprint: str, parents: dict[str, Manifest], pipeline: RunRef) -> Manifest:
+    def run(
+        self,
+        config: RunConfig,
+        fingerprint: str,
+        parents: dict[str, Manifest],
+        pipeline: RunRef,
+        stop: StopSwitch | None = None,
+    ) -> Manifest:
         """Do the work, write the manifest, record both.
 
         Raises:
             ConfigError, ArtefactError: with the way out; the MLflow run then ends as FAILED.
+            RunStopped: it was asked to; the MLflow run then ends as KILLED.
         """
         started_at = time.monotonic()
         storage = Storage(config.storage)
@@ -72,7 +83,7 @@ class Stage:
         section = self.section(config)
         with self._recorded(pipeline, section) as run:
             try:
-                metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run))
+                metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run, stop))
                 manifest = finish_artefact(
                     folder,
                     started_at=started_at,

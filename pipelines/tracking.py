@@ -225,10 +225,11 @@ def _end_children(client: "MlflowClient", experiment_id: str, run_id: str, statu
 def end_status(error: BaseException) -> EndStatus:
     """KILLED for a cancellation, FAILED for every other error."""
     # Every SystemExit counts as one: Ray turns SIGTERM into SystemExit, with 1 in its workers and 15 in its drivers.
-    # Two cancellations are ordinary exceptions and go by name, so that Ray is not imported: concurrent.futures' and
-    # Ray's, which a RayTaskError has among its base classes or, where that was impossible, as its cause.
+    # Three cancellations are ordinary exceptions and go by name, so that nothing is imported for them: ours,
+    # concurrent.futures' and Ray's, which a RayTaskError has among its base classes or, where that was impossible, as
+    # its cause.
     classes = type(error).__mro__ + type(getattr(error, "cause", None)).__mro__
-    is_cancelled = any(cls.__name__ in ("CancelledError", "TaskCancelledError") for cls in classes)
+    is_cancelled = any(cls.__name__ in ("CancelledError", "TaskCancelledError", "RunStopped") for cls in classes)
     return "KILLED" if is_cancelled or not isinstance(error, Exception) else "FAILED"
 
 

@@ -1,43 +1,62 @@
-"""The Ray Train workers of pretraining: what each runs, and how its metrics come back to the controller and MLflow."""
+"""The Ray Train workers of pretraining: what each runs, and what becomes of them when some of them are lost."""
 
+import dataclasses
 import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from kraken.config import RunConfig, from_dict, to_dict
-from kraken.manifest import Metric
+from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, is_remote
-from kraken.train import Hooks, train
+from kraken.train import Hooks, TrainingStopped, train
+from pipelines.lease import Lease, LeaseRef
+from pipelines.local_cluster import ClusterError
+from pipelines.placement import place, sizes
+from pipelines.restarts import Placement, Trainer, own_resources
 from pipelines.stage import Work
-from pipelines.tracking import MetricsRef, StageRun
+from pipelines.stop import RunStopped, StopSwitch, StopWatch
+from pipelines.system_metrics import SystemMetrics
+from pipelines.training_metrics import STOPPED, MetricsToTracker, log_missing
 
-COLLECTIVE_TIMEOUT_S = 600
-"""A worker that waits longer for the others gives up, and the group is restarted."""
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # We watch the nodes ourselves: Ray Train's way asks all workers to wait for each other at every look.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A group is started where there is room; a longer wait is for a node that was lost in the meantime.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+}
+"""Of Ray Train, which hands them on to its processes; what the environment has already stands."""
 
-CONTROLLER_FAILURES = 2
+CONTROLLER_FAILURES = 5
 """Attempts to start a worker group; Ray's own default never stops trying."""
 
 
 class WorkerHooks(Hooks):
     """Reports to Ray Train from every rank; what is written, the controller decides."""
 
-    def __init__(self, storage: Storage):
-        self.storage = storage
+    def __init__(self, watch: StopWatch, system: SystemMetrics):
+        self.watch, self.system = watch, system
         self.is_main = ray.train.get_context().get_world_rank() == 0
 
     def on_step(self, metrics: dict[str, float]) -> None:
         if self.is_main:
             print(step_line(metrics), flush=True)
-        ray.train.report(metrics)
+        ray.train.report({**metrics, **self.system.read()})
 
-    def on_checkpoint(self, step: int, path: Path) -> None:
-        if self.is_main:
-            self.storage.publish(path)
+    def on_checkpoint(self, step: int, path: Path) -> None: ...
+
+    def stop_requested(self) -> bool:
+        return self.watch.requested
 
 
 def step_line(metrics: dict[str, float]) -> str:
@@ -51,64 +70,113 @@ def step_line(metrics: dict[str, float]) -> str:
     return line
 
 
-class MetricsToTracker(UserCallback):
-    """Runs in Ray Train's controller: rank 0's metrics go to MLflow, keyed by optimizer step."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attempt:
+    """What the workers of one attempt need; small and picklable."""
 
-    def __init__(self, ref: MetricsRef):
-        self.ref = ref
-        self.run: StageRun | None = None  # opened where the callback runs
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, float]], checkpoint: Any) -> None:
-        self.run = self.run or self.ref.attach()
-        values = dict(metrics[0])
-        step, seconds_left = int(values.pop("step")), values.pop("seconds_left")
-        self.run.log_metrics(values, step)
-        if seconds_left == 0.0:  # the controller ends without notice
-            self.run.flush()
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank, error in worker_exceptions.items():
-            print(
-                f"pretrain: worker {rank} failed ({type(error).__name__}); restarting from the last checkpoint",
-                flush=True,
-            )
+    config: dict[str, Any]
+    prepare: str
+    """Fingerprint of the data."""
+    pretrain: str
+    """Fingerprint of the run."""
+    lease: LeaseRef
+    pause: StopSwitch
+    """Ends this attempt, and another follows."""
+    stop: StopSwitch
+    """Ends the run."""
 
 
-def worker_loop(loop_config: dict[str, Any]) -> dict[str, list[Any]]:
-    """What each Ray Train worker runs."""
+def worker_loop(attempt: Attempt) -> dict[str, Any]:
+    """What each Ray Train worker runs.
+
+    Returns:
+        The finished run's metrics by name, each as value and unit; or {"stopped_at": step}.
+    """
     import torch
-    from ray.train.v2._internal.execution import context
+    from ray.train.v2._internal.execution import context as ray_train_context
 
     # named by its file, which Ray's own log level does not reach; it repeats every report
-    logging.getLogger(context.__file__).setLevel(logging.WARNING)
-    config = from_dict(RunConfig, loop_config["config"])
+    logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
+    config = from_dict(RunConfig, attempt.config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     storage = Storage(config.storage)
-    storage.fetch("prepare", loop_config["prepare"])
-    run_folder = storage.folder("pretrain", loop_config["pretrain"])
+    storage.fetch("prepare", attempt.prepare)
+    run_folder = storage.folder("pretrain", attempt.pretrain)
     storage.fetch_checkpoints(run_folder)
-    metrics = train(config, storage.folder("prepare", loop_config["prepare"]), run_folder, WorkerHooks(storage))
+    context = ray.train.get_context()
+    is_first = context.get_local_rank() == 0
+    node = f"{context.get_node_rank()}/" if context.get_world_size() > context.get_local_world_size() else ""
+    gpu = context.get_local_rank() if config.cluster.gpus_per_worker else None
+    switches = (attempt.pause, attempt.stop) if context.get_world_rank() == 0 else ()
+    watch = StopWatch(switches, attempt.pause, attempt.lease, ray.get_runtime_context().get_node_id())
+    hooks = WorkerHooks(watch, SystemMetrics(node, str(storage.root), is_first, gpu))
+    try:
+        metrics = train(config, storage.folder("prepare", attempt.prepare), run_folder, hooks, storage)
+    except TrainingStopped as stopped:
+        # returned, since an error would have Ray Train start over
+        ray.train.report({STOPPED: float(stopped.step)})
+        return {"stopped_at": stopped.step}
+    finally:
+        watch.close()
     return {name: [metric.value, metric.unit] for name, metric in metrics.items()}
 
 
 def fit(work: Work) -> dict[str, Metric]:
-    """Train on the cluster to the end, with as many restarts as allowed; returns the metrics of the finished run."""
+    """Train on the cluster to the end, with as many restarts as allowed; returns the metrics of the finished run.
+
+    Raises:
+        RunStopped: it was asked to stop, or its node will be taken away and no other has room; its checkpoint is there.
+        ConfigError, ArtefactError, ClusterError: what the workers raised in the end, or why there are none.
+    """
+    for name, value in TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    stop = work.stop or StopSwitch.make()
+    with Lease(work.fingerprint) as lease:
+        while True:
+            log_missing(work.run, work.folder)
+            pause = StopSwitch.make()
+            attempt = Attempt(
+                config=to_dict(work.config),
+                prepare=work.parents["prepare"].fingerprint,
+                pretrain=work.fingerprint,
+                lease=lease,
+                pause=pause,
+                stop=stop,
+            )
+            try:
+                result: Any = _trainer(work, attempt).fit()
+            except TrainingFailedError as error:
+                raise as_ours(error) from error
+            log_missing(work.run, work.folder)
+            if "stopped_at" not in result.return_value:
+                return {name: Metric(value, unit) for name, (value, unit) in result.return_value.items()}
+            step = result.return_value["stopped_at"]
+            if reason := stop.reason():
+                raise RunStopped(f"training stopped after step {step} ({reason}); the same command continues there")
+            if not any(place(work.config.cluster, size, own_resources()) for size in sizes(work.config)):
+                raise RunStopped(
+                    f"training stopped after step {step} ({pause.reason()}), and the other nodes have no room for "
+                    "it; run the same command again when they have, it continues there"
+                )
+            print(f"pretrain: stopped after step {step} ({pause.reason()}), going on at once", flush=True)
+
+
+def _trainer(work: Work, attempt: Attempt) -> Trainer:
+    """Ray Train's trainer for one attempt."""
     cluster = work.config.cluster
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
+    scaling = ScalingConfig(
+        num_workers=cluster.num_workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+    )
     state = f"{work.storage.uri}/ray_train" if is_remote(work.storage.uri) else str(work.storage.root / "ray_train")
-    trainer = TorchTrainer(
-        worker_loop,  # type: ignore[arg-type]  # typed for Train v1, which returned nothing
-        train_loop_config={
-            "config": to_dict(work.config),
-            "prepare": work.parents["prepare"].fingerprint,
-            "pretrain": work.fingerprint,
-        },
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.num_workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+    return Trainer(
+        lambda: worker_loop(attempt),
+        torch_config=TorchConfig(
+            backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=math.ceil(cluster.collective_timeout_s)
         ),
+        scaling_config=scaling,
         run_config=RayRunConfig(
             name=work.fingerprint[:16],
             storage_path=state,
@@ -118,6 +186,22 @@ def fit(work: Work) -> dict[str, Metric]:
             ),
             callbacks=[MetricsToTracker(work.run.metrics_ref)],  # type: ignore[list-item]  # of Train v2
         ),
+        placement=Placement(scaling, work.config, attempt.pause),  # type: ignore[arg-type]  # of Train v2
     )
-    result: Any = trainer.fit()
-    return {name: Metric(value, unit) for name, (value, unit) in result.return_value.items()}
+
+
+def as_ours(error: TrainingFailedError) -> Exception:
+    """The error that tells most of those that ended training."""
+    if isinstance(error, ControllerError):
+        cause = error.controller_failure
+        return cause if isinstance(cause, ClusterError) else ClusterError(f"Ray Train gave up: {cause}")
+    assert isinstance(error, WorkerGroupError)
+    failures = sorted(error.worker_failures.items())
+    # where one rank raised one of these, the others saw it vanish from a collective
+    for kind in (ConfigError, ArtefactError):
+        for _, failure in failures:
+            if isinstance(failure, kind):
+                return failure
+    rank, failure = failures[0]
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or ["without a message"]
+    return ArtefactError(f"training failed on rank {rank}: {type(failure).__name__}: {lines[0]}")

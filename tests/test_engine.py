@@ -21,6 +21,7 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
+from kraken.engine.chunk import Chunk
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -31,7 +32,6 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.runner import Chunk
 from kraken.engine.sampling import Draw, sample, uniform
 from kraken.engine.sampling import _truncate as truncated
 from kraken.engine.torch_engine import TorchEngine

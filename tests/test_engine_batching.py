@@ -10,7 +10,7 @@ import torch
 
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.kv_cache import BlockPool, BlockTable
-from kraken.engine.network import PackedLinear, PlainLinear, make_linear
+from kraken.engine.linear import PackedLinear, PlainLinear, make_linear
 from kraken.engine.protocol import EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.engine.scheduler import Scheduler, Sequence
 from kraken.engine.torch_engine import TorchEngine
@@ -350,8 +350,10 @@ class TestScheduling:
 
 
 @pytest.mark.gpu
-def test_cuda_equals_the_cpu(model: Kraken, apart: list[list[Output]]) -> None:
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_cuda_equals_the_cpu(model: Kraken, apart: list[list[Output]], cuda_graphs: bool) -> None:
     on_device = Kraken(model.config)
     on_device.load_state_dict(model.state_dict())
     made = requests(14)
-    assert_equal(run(on_device.requires_grad_(False).cuda(), together(made), device="cuda", max_batch_size=8), apart)
+    config = {"device": "cuda", "max_batch_size": 8, "cuda_graphs": cuda_graphs}
+    assert_equal(run(on_device.requires_grad_(False).cuda(), together(made), **config), apart)

@@ -79,6 +79,49 @@ def test_a_pid_that_another_process_has_now_is_not_the_head(tmp_path: Path) -> N
     assert not local_cluster.stop(str(tmp_path))
 
 
+RAYLET = """
+import signal, subprocess, sys, time
+def end(signum, frame):
+    time.sleep(0.5)  # past the look at the processes
+    subprocess.Popen(["sleep", "600"], env={}, start_new_session=True)  # an agent that was just being started
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_that_a_dying_head_starts_is_ended_too(tmp_path: Path) -> None:
+    folder, temp_dir = local_cluster.state_folder(str(tmp_path)), tmp_path / "ray"
+    folder.mkdir()
+    temp_dir.mkdir()
+    command = [sys.executable, "-c", RAYLET]
+    with subprocess.Popen(command, cwd=temp_dir, start_new_session=True, stdout=subprocess.PIPE) as raylet:
+        assert raylet.stdout is not None and raylet.stdout.readline() == b"ready\n"
+        head = Head(
+            cluster_id="dying",
+            host=socket.gethostname(),
+            pid=raylet.pid,
+            create_time=psutil.Process(raylet.pid).create_time(),
+            num_cpus=2,
+            dashboard_url="http://127.0.0.1:9",
+            token_path=str(folder / "token"),
+            temp_dir=str(temp_dir),
+            python=sys.executable,
+            ray_version="0",
+        )
+        local_cluster._write(folder, head)
+        assert local_cluster.stop(str(tmp_path))
+    assert [process for process in psutil.process_iter() if below(process, temp_dir)] == []
+
+
+def below(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return Path(process.cwd().removesuffix(" (deleted)")).is_relative_to(folder)
+    except psutil.Error:
+        return False
+
+
 def test_the_head_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     folder = local_cluster.state_folder(str(tmp_path))
     folder.mkdir()

@@ -4,21 +4,14 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
-import signal
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import tiny
-import torch
-from safetensors.torch import load_file
 
 from kraken.config import ConfigError, RunConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError
@@ -187,39 +180,6 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_artefact(tmp_path: Path) -> 
     with pytest.raises(ArtefactError, match="has no space left for prepare; free some"):
         stage.run(config, "f" * 64, {}, Pipeline())  # type: ignore[arg-type]
     assert stage.find(config, "f" * 64) is None
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_changes_nothing(
-    ray_cluster: str, tmp_path: Path, free_port: Callable[[], int]
-) -> None:
-    """SIGKILL of a training process: the group restarts from its checkpoint and ends in the undisturbed weights."""
-    config = run_config(tmp_path / "killed", free_port(), workers=2, steps=60, checkpoint_every=5)
-    killed: list[int] = []
-
-    def kill_one_worker() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            if list((tmp_path / "killed").glob("pretrain/*/step_0000000[12]*")):
-                for process in psutil.process_iter(["cmdline"]):
-                    if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                        killed.append(process.pid)
-                        os.kill(process.pid, signal.SIGKILL)
-                        break
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill_one_worker)
-    killer.start()
-    end_to_end.run(config, until="pretrain")
-    killer.join()
-    assert killed
-    undisturbed = dataclasses.replace(config, storage=str(tmp_path / "whole"))
-    end_to_end.run(undisturbed, until="pretrain")
-    left, right = (
-        load_file(next(Path(c.storage).glob("pretrain/*/step_000000060/model.safetensors")))
-        for c in (config, undisturbed)
-    )
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 class TestStorage:

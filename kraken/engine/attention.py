@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.cpu_kernels import cpu_kernels, huge_zeros
+
 PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q_TNH, k_TNH, v_TNH) -> out_TNH; stores k and v first."""
 
@@ -55,15 +57,21 @@ class PagedCache:
     ):
         shape = (num_layers, num_heads, num_blocks * tokens_per_block, head_size)
         self.tokens_per_block = tokens_per_block
-        self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)
+        self._kernels = cpu_kernels() if device.type == "cpu" and dtype == torch.float32 else None
+        if self._kernels is None:
+            self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
+            self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            self.keys_LNSH, self.values_LNSH = huge_zeros(shape), huge_zeros(shape)
 
     def attend(self, pieces: Sequence[Piece]) -> PagedAttend:
         """Attention for one batch. Pieces are stored before any of them reads, so one may hold another's blocks."""
         device = self.keys_LNSH.device
-        ends = accumulate(piece.num_tokens for piece in pieces)
-        places = [self._place(piece, end) for piece, end in zip(pieces, ends, strict=True)]
+        ends = list(accumulate(piece.num_tokens for piece in pieces))
         slots_T = torch.from_numpy(np.concatenate([self._new_slots(piece) for piece in pieces])).to(device)
+        if self._kernels is not None:
+            return self._attend_by_kernels(pieces, ends, slots_T)
+        places = [self._place(piece, end) for piece, end in zip(pieces, ends, strict=True)]
 
         def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
             keys_NSH, values_NSH = self.keys_LNSH[layer], self.values_LNSH[layer]
@@ -72,6 +80,34 @@ class PagedCache:
             q_NTH = q_TNH.transpose(0, 1)
             out = [_attend(q_NTH[:, place.rows], keys_NSH, values_NSH, place) for place in places]
             return out[0] if len(out) == 1 else torch.cat(out)
+
+        return attend
+
+    def _attend_by_kernels(self, pieces: Sequence[Piece], ends: list[int], slots_T: Tensor) -> PagedAttend:
+        """All single tokens in one call, parts of prompts one by one."""
+        kernels = self._kernels
+        assert kernels is not None
+        singles = [(piece, end) for piece, end in zip(pieces, ends, strict=True) if piece.num_tokens == 1]
+        places = [self._place(piece, end) for piece, end in zip(pieces, ends, strict=True) if piece.num_tokens > 1]
+        rows_B = torch.tensor([end - 1 for _, end in singles], dtype=torch.int64)
+        lengths_B = torch.tensor([piece.start + 1 for piece, _ in singles], dtype=torch.int64)
+        num_blocks = [piece.start // self.tokens_per_block + 1 for piece, _ in singles]
+        tables_BM = torch.zeros(len(singles), max(num_blocks, default=0), dtype=torch.int32)
+        for table_M, (piece, _), num in zip(tables_BM.numpy(), singles, num_blocks, strict=True):
+            table_M[:num] = piece.blocks[:num]
+
+        def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+            keys_NSH, values_NSH = self.keys_LNSH[layer], self.values_LNSH[layer]
+            if k_TNH.stride() != v_TNH.stride() or k_TNH.stride(2) != 1:
+                k_TNH, v_TNH = k_TNH.contiguous(), v_TNH.contiguous()
+            kernels.store(k_TNH, v_TNH, keys_NSH, values_NSH, slots_T)
+            out_TNH = q_TNH.new_empty(q_TNH.shape)
+            if singles:
+                q = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
+                kernels.attend(q, keys_NSH, values_NSH, rows_B, tables_BM, lengths_B, self.tokens_per_block, out_TNH)
+            for place in places:
+                out_TNH[place.rows] = _attend(q_TNH[place.rows].transpose(0, 1), keys_NSH, values_NSH, place)
+            return out_TNH
 
         return attend
 

@@ -127,7 +127,13 @@ def open_engine(choice: Choice, exchange: Path, config: EngineConfig, placement:
 
     Raises:
         ArtefactError: the folder is incomplete, or does not fit this machine.
+        ConfigError: the model cannot be divided among the devices, or its answers would be wrong.
     """
+    if config.overlap == "none":
+        raise ConfigError(
+            "engine.overlap=none leaves out the sums between devices, so that every answer is wrong: it is for "
+            "benchmarks only; choose overlapped or blocking"
+        )
     if choice.kind == "torch":
         from kraken.engine.torch_engine import TorchEngine  # torch is loaded only where a model is
 
@@ -156,6 +162,8 @@ def choose_for(exchange: Path, config: EngineConfig, look: Callable[[], Machine]
     """
     if config.kind == "auto" and config.device == "cpu":
         return Choice("torch", "engine.device=cpu")
+    if config.kind == "auto" and config.num_devices > 1:
+        return Choice("torch", f"engine.num_devices={config.num_devices}, which TensorRT-LLM does not know")
     is_converted = is_converted_for_tensorrt_llm(exchange)
     matters = config.kind != "torch" and is_converted
     machine = look() if matters else Machine(version=None)

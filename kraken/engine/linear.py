@@ -4,21 +4,50 @@ Shape letters as in `kraken/model.py`; I and O are the inputs and outputs of a l
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels
+
 Linear = Callable[[Tensor], Tensor]
 """W linears side by side: [W, T, I] -> [W, T, O]."""
+Activation = Literal["none", "gelu"]
+"""What follows a linear at once; `gelu` is the tanh form."""
 
 
-def make_linear(weight_WOI: Tensor, bias_WO: Tensor | None) -> Linear:
+def make_linear(weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none") -> Linear:
     """The fastest way to these linears on the device where the weights are; weights are copied where that needs it."""
-    packable = weight_WOI.device.type == "cpu" and weight_WOI.dtype in (torch.float32, torch.bfloat16)
+    on_cpu = weight_WOI.device.type == "cpu"
+    if on_cpu and weight_WOI.dtype == torch.float32 and (kernels := cpu_kernels()) is not None:
+        return NativeLinear(weight_WOI, bias_WO, activation, kernels)
+    packable = on_cpu and weight_WOI.dtype in (torch.float32, torch.bfloat16)
     if packable and torch.backends.mkldnn.is_available():
-        return PackedLinear(weight_WOI, bias_WO)
-    return PlainLinear(weight_WOI, bias_WO)
+        return PackedLinear(weight_WOI, bias_WO, activation)
+    return PlainLinear(weight_WOI, bias_WO, activation)
+
+
+class NativeLinear:
+    """The engine's own kernel, on a CPU in float32.
+
+    With up to 16 tokens it reads weights at nearly the speed at which memory delivers them, up to twice as fast as
+    oneDNN; with the tokens of a prompt it is as fast as that, and needs no second copy of the weights.
+    """
+
+    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation, kernels: CpuKernels):
+        self._kernels, self._gelu, self._num_outputs = kernels, activation == "gelu", weight_WOI.shape[1]
+        self._weights = [kernels.arranged(weight_OI) for weight_OI in weight_WOI]
+        # own copies: the kernel wants them whole
+        self._biases = [None] * len(self._weights) if bias_WO is None else [bias_O.clone() for bias_O in bias_WO]
+
+    def __call__(self, x_WTI: Tensor) -> Tensor:
+        x_WTI = x_WTI.contiguous()
+        y_WTO = x_WTI.new_empty(*x_WTI.shape[:2], self._num_outputs)
+        for x_TI, weight, bias_O, y_TO in zip(x_WTI, self._weights, self._biases, y_WTO, strict=True):
+            self._kernels.linear(x_TI, weight, bias_O, y_TO, self._gelu)
+        return y_WTO
 
 
 class PackedLinear:
@@ -28,13 +57,14 @@ class PackedLinear:
     at which memory delivers them. The operator is the one that torch.compile uses for frozen weights.
     """
 
-    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None):
+    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none"):
         self._weights = [torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) for weight in weight_WOI]
         self._biases = [None] * len(self._weights) if bias_WO is None else list(bias_WO)
+        self._fused = ("gelu", [], "tanh") if activation == "gelu" else ("none", [], "")
 
     def __call__(self, x_WTI: Tensor) -> Tensor:
         ways = [
-            torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias, "none", [], "")
+            torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias, *self._fused)
             for x_TI, weight, bias in zip(x_WTI, self._weights, self._biases, strict=True)
         ]
         return ways[0][None] if len(ways) == 1 else torch.stack(ways)
@@ -43,11 +73,13 @@ class PackedLinear:
 class PlainLinear:
     """One batched product."""
 
-    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None):
-        self._weight_WOI, self._bias_WO = weight_WOI, bias_WO
+    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none"):
+        self._weight_WOI, self._bias_WO, self._activation = weight_WOI, bias_WO, activation
 
     def __call__(self, x_WTI: Tensor) -> Tensor:
         if len(self._weight_WOI) == 1:
-            return F.linear(x_WTI, self._weight_WOI[0], None if self._bias_WO is None else self._bias_WO[0])
-        y_WTO = torch.bmm(x_WTI, self._weight_WOI.transpose(1, 2))
-        return y_WTO if self._bias_WO is None else y_WTO + self._bias_WO[:, None]
+            y_WTO = F.linear(x_WTI, self._weight_WOI[0], None if self._bias_WO is None else self._bias_WO[0])
+        else:
+            y_WTO = torch.bmm(x_WTI, self._weight_WOI.transpose(1, 2))
+            y_WTO = y_WTO if self._bias_WO is None else y_WTO + self._bias_WO[:, None]
+        return F.gelu(y_WTO, approximate="tanh") if self._activation == "gelu" else y_WTO

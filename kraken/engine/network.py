@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.attention import PagedAttend
-from kraken.engine.linear import Linear, make_linear
-from kraken.model import LAYER_NORM_EPSILON, Kraken, Layer, WayLinear, WayNorm, rotate, rotation_of
+from kraken.engine.collectives import DeviceGroup
+from kraken.engine.linear import Activation, Linear, make_linear
+from kraken.engine.partition import Part, Weights
+from kraken.model import LAYER_NORM_EPSILON, rotate, rotation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,93 +35,130 @@ class _Norm:
 
 
 class Network:
-    """A model's weights, arranged for inference. The model itself is not needed afterwards.
+    """The weights of one device, arranged for inference, and what it computes with them.
 
     Args:
-        model: on its device, in the type to compute in.
+        part: which part of the model this is.
+        weights: of the part, in the type to compute in; emptied, so that what is rearranged is not held twice.
         num_ids: ids of the tokenizer; the head has no rows for the padding ids beyond, so nothing can produce one.
+        group: the devices that hold the other parts.
     """
 
-    def __init__(self, model: Kraken, num_ids: int):
-        self.config = model.config
-        self.device, self.dtype = model.wte.weight.device, model.wte.weight.dtype
-        self._wte_VD = model.wte.weight.detach()
-        self._wpe_TD = None if model.wpe is None else model.wpe.weight.detach()
-        self._layers = [_NetworkLayer(layer) for layer in model.h if isinstance(layer, Layer)]
-        self._conjunction = None
-        if model.conjunction is not None:
-            bias = model.conjunction.bias
-            self._conjunction = make_linear(
-                model.conjunction.weight.detach()[None], None if bias is None else bias.detach()[None]
-            )
-        final_bias = model.ln_f.bias
-        self._ln_f = _Norm(model.ln_f.weight.detach()[None], None if final_bias is None else final_bias.detach()[None])
-        self._head = make_linear(self._wte_VD[None, :num_ids], None)
+    def __init__(self, part: Part, weights: Weights, num_ids: int, group: DeviceGroup):
+        self.part, self.config, self.num_ids, self._group = part, part.config, num_ids, group
+        self._wte_VD = weights.pop("wte.weight")
+        self._wpe_TD = weights.pop("wpe.weight", None)
+        self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
+        self._layers = [_NetworkLayer(part, weights, index, group) for index in range(self.config.num_layers)]
+        self._conjunction = self._conjunction_bias_D = None
+        if self.config.architecture == "kraken":
+            self._conjunction = make_linear(weights.pop("conjunction.weight")[None], None)
+            self._conjunction_bias_D = weights.pop("conjunction.bias", None)
+        bias_D = weights.pop("ln_f.bias", None)
+        self._ln_f = _Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
+        self._head = make_linear(_head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)[None], None)
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend) -> Tensor:
-        """The state [T, D] that the last norm reads."""
+        """The ways' states [W, T, D] after the last layer, of the ways held here."""
         x_TD = F.embedding(ids_T, self._wte_VD)
         rotation = None
         if self._wpe_TD is None:
             rotation = rotation_of(positions_T[None], self.config.head_size, self.config.rope_base, self.dtype)
         else:
             x_TD = x_TD + F.embedding(positions_T, self._wpe_TD)
-        x_WTD = x_TD.expand(self.config.num_ways, -1, -1)
+        num_ways = len(self.part.ways)
+        x_WTD = x_TD.expand(num_ways, -1, -1)
         for index, layer in enumerate(self._layers):
 
             def heads(q_WTNH: Tensor, k_WTNH: Tensor, v_WTNH: Tensor, index: int = index) -> Tensor:
                 if rotation is not None:
                     q_WTNH, k_WTNH = rotate(q_WTNH, rotation), rotate(k_WTNH, rotation)
                 q, k, v = (x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q_WTNH, k_WTNH, v_WTNH))
-                return attend(index, q, k, v).unflatten(1, (self.config.num_ways, -1)).permute(1, 0, 2, 3)
+                return attend(index, q, k, v).unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
             x_WTD = layer(x_WTD, heads)
-        if self._conjunction is None:
-            return x_WTD[0]
-        return self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0]
+        return x_WTD
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """float32 logits [T, ids of the tokenizer]."""
-        return self._head(self._ln_f(hidden_TD[None]))[0].float()
+    def logits(self, x_WTD: Tensor) -> Tensor:
+        """float32 logits [T, ids of the tokenizer] of states that `hidden` gave; whole on the first device only."""
+        y_TD = x_WTD[0]
+        if self._conjunction is not None:
+            y_TD = self._group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
+            if self._conjunction_bias_D is not None:
+                y_TD = y_TD + self._conjunction_bias_D
+        logits_TV = self._group.gather_columns(self._head(self._ln_f(y_TD[None]))[0])
+        return logits_TV[:, : self.num_ids].float()
 
 
 class _NetworkLayer:
-    """One layer of all ways; the equations are at the top of `kraken/model.py`."""
+    """One layer of the ways held here; the equations are at the top of `kraken/model.py`."""
 
-    def __init__(self, layer: Layer):
-        self.reads_others = layer.reads_others
-        self.num_heads, self.head_size = layer.attn.num_heads, layer.attn.head_size
-        self.gated = layer.mlp.gated
-        self.ln_1, self.ln_2 = _norm(layer.ln_1), None if layer.ln_2 is None else _norm(layer.ln_2)
-        self.c_attn, self.attn_proj = _linear(layer.attn.c_attn), _linear(layer.attn.c_proj)
-        self.c_fc, self.mlp_proj = _linear(layer.mlp.c_fc), _linear(layer.mlp.c_proj)
+    def __init__(self, part: Part, weights: Weights, index: int, group: DeviceGroup):
+        config = part.config
+        self.reads_others = config.architecture == "kraken" and index > 0
+        self.num_heads, self.head_size = part.heads_per_way, config.head_size
+        self.gated = config.activation == "swiglu"
+        self._group = group
+        self._sums_parts = part.is_tensor_parallel
+
+        def take(name: str) -> tuple[Tensor, Tensor | None]:
+            return weights.pop(f"h.{index}.{name}.weight"), weights.pop(f"h.{index}.{name}.bias", None)
+
+        def linear(name: str, activation: Activation = "none") -> Linear:
+            weight, bias = take(name)
+            is_added_elsewhere = part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj")
+            return make_linear(weight, None if is_added_elsewhere else bias, activation)
+
+        self.ln_1 = _Norm(*take("ln_1"))
+        self.ln_2 = None if config.architecture == "parallel" else _Norm(*take("ln_2"))
+        self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
+        self.c_fc, self.mlp_proj = linear("mlp.c_fc", "none" if self.gated else "gelu"), linear("mlp.c_proj")
 
     def __call__(self, x_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        if self._sums_parts:
+            return self._with_sums(x_WTD, heads)
+        pending = None
+        if self.reads_others and self._group.size > 1:  # in flight while the ways held here attend
+            pending = self._group.start_sum(_sum_of_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD)
         normed_WTD = self.ln_1(x_WTD)
-        q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
-        a_WTD = x_WTD + self.attn_proj(heads(q, k, v).flatten(2))
+        a_WTD = x_WTD + self._attention(normed_WTD, heads)
         if self.ln_2 is None:
             return a_WTD + self._mlp(normed_WTD)
-        seen_WTD = a_WTD + (_sum_of_ways(x_WTD) - x_WTD) if self.reads_others else a_WTD
+        seen_WTD = a_WTD
+        if self.reads_others and len(x_WTD) > 1:
+            seen_WTD = a_WTD + (_sum_of_ways(x_WTD) - x_WTD)
+        if pending is not None and (others_1TD := pending.wait()) is not None:
+            seen_WTD = seen_WTD + others_1TD
         return a_WTD + self._mlp(self.ln_2(seen_WTD.to(a_WTD.dtype)))
+
+    def _with_sums(self, x_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The baselines under tensor parallelism: what follows reads a sum, so each is waited for."""
+        normed_WTD = self.ln_1(x_WTD)
+        attended_WTD = self._attention(normed_WTD, heads)
+        if self.ln_2 is None:
+            return x_WTD + self._group.sum(attended_WTD + self._mlp(normed_WTD))
+        a_WTD = x_WTD + self._group.sum(attended_WTD)
+        return a_WTD + self._group.sum(self._mlp(self.ln_2(a_WTD)))
+
+    def _attention(self, normed_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
+        return self.attn_proj(heads(q, k, v).flatten(2))
 
     def _mlp(self, x_WTD: Tensor) -> Tensor:
         y_WTF = self.c_fc(x_WTD)
         if self.gated:
             gate, y_WTF = y_WTF.chunk(2, dim=-1)
             return self.mlp_proj(F.silu(gate) * y_WTF)
-        return self.mlp_proj(F.gelu(y_WTF, approximate="tanh"))
+        return self.mlp_proj(y_WTF)
+
+
+def _head_rows(wte_VD: Tensor, rows: range, num_ids: int) -> Tensor:
+    """The embedding's rows for some ids, zeros beyond the ids."""
+    held_VD = wte_VD[rows.start : min(rows.stop, num_ids)]
+    return held_VD if len(held_VD) == len(rows) else F.pad(held_VD, (0, 0, 0, len(rows) - len(held_VD)))
 
 
 def _sum_of_ways(x_WTD: Tensor) -> Tensor:
     """[1, T, D], at least float32: what all ways together know."""
     exact = torch.float64 if x_WTD.dtype == torch.float64 else torch.float32
     return x_WTD.sum(dim=0, keepdim=True, dtype=exact)
-
-
-def _norm(norm: WayNorm) -> _Norm:
-    return _Norm(norm.weight.detach(), None if norm.bias is None else norm.bias.detach())
-
-
-def _linear(linear: WayLinear) -> Linear:
-    return make_linear(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())

@@ -1,61 +1,63 @@
-"""The runner: one forward pass over pieces of any lengths, prompts and single tokens mixed.
-
-It knows tokens, positions and blocks, not requests, so that what it is told can be told to other processes too.
-"""
+"""The runner: one forward pass over pieces of any lengths, prompts and single tokens mixed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kraken.engine.attention import PagedCache, Piece
+from kraken.engine.chunk import Chunk, GraphSizes
 from kraken.engine.network import Network
-from kraken.model import Kraken
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence to run."""
-
-    token_ids: Sequence[int]
-    start: int
-    """Position of the first of them; what comes before is in the cache."""
-    blocks: Sequence[int]
-    """The sequence's blocks, from its first token to at least the last of this chunk."""
-    num_logits: int
-    """Read out the logits of this many last tokens."""
+if TYPE_CHECKING:
+    from kraken.engine.graphs import GraphedForward
 
 
 class Runner:
-    """Owns the weights and the cache on one device.
+    """Owns the weights and the cache of one device.
 
     Args:
-        model: weights in the engine's type, on its device.
-        num_ids: ids of the tokenizer; there are no logits for the padding ids beyond.
+        graph_sizes: on CUDA, the steps to record as graphs; None records none.
     """
 
-    def __init__(self, model: Kraken, num_ids: int, num_blocks: int, tokens_per_block: int):
-        config = model.config
-        self.network = Network(model, num_ids)
-        self.num_ids = num_ids
+    def __init__(self, network: Network, num_blocks: int, tokens_per_block: int, graph_sizes: GraphSizes | None = None):
+        part, config = network.part, network.config
+        self.network = network
+        self.num_ids = network.num_ids
         self.cache = PagedCache(
             config.num_layers,
-            config.num_heads,
+            len(part.ways) * part.heads_per_way,
             config.head_size,
             num_blocks,
             tokens_per_block,
-            self.network.dtype,
-            self.network.device,
+            network.dtype,
+            network.device,
         )
+        self._graphs: GraphedForward | None = None
+        if graph_sizes is not None and network.device.type == "cuda":
+            from kraken.engine import graphs  # which imports Triton, and only CUDA has that
+
+            self._graphs = graphs.GraphedForward(network, self.cache, graph_sizes)
+
+    @property
+    def failure(self) -> str:
+        """Why nothing can be computed any more; empty while it can."""
+        return ""
+
+    def close(self) -> None:
+        """Nothing to end but memory."""
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Run every chunk, in this order as far as one reads what another stores.
 
         Returns:
-            float32 logits [rows, ids]: the rows that each chunk asked for, one chunk after the other.
+            float32 logits [rows, ids]: the rows that each chunk asked for, one chunk after the other; the next call may
+            overwrite them. Of several devices only the first has them.
         """
+        if self._graphs is not None and (logits_RV := self._graphs.run(chunks)) is not None:
+            return logits_RV
         device = self.network.device
         ids: list[int] = []
         positions: list[int] = []
@@ -66,9 +68,9 @@ class Runner:
             rows += range(len(ids) - chunk.num_logits, len(ids))
         pieces = [Piece(chunk.start, len(chunk.token_ids), chunk.blocks) for chunk in chunks]
         ids_T, positions_T = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        hidden_TD = self.network.hidden(ids_T, positions_T, self.cache.attend(pieces))
+        hidden_WTD = self.network.hidden(ids_T, positions_T, self.cache.attend(pieces))
         if len(rows) < len(ids):
-            hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.int64, device=device)]
+            hidden_WTD = hidden_WTD[:, torch.tensor(rows, dtype=torch.int64, device=device)]
         if not rows:
             return torch.empty(0, self.num_ids, device=device)
-        return self.network.logits(hidden_TD)
+        return self.network.logits(hidden_WTD)

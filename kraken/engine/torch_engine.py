@@ -1,11 +1,10 @@
-"""The PyTorch engine: continuous batching on one device, the embedded default and the oracle for other engines.
+"""The PyTorch engine: continuous batching on one device or several; the embedded default, and the oracle for others.
 
 One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve.
 """
 
 import asyncio
 import contextlib
-import os
 import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken.config import ConfigError, EngineConfig
-from kraken.convert import read_exchange, read_model_config
+from kraken.config import ConfigError, EngineConfig, ModelConfig
+from kraken.convert import read_model_config
+from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.collectives import DeviceGroup
 from kraken.engine.kv_cache import BlockPool
+from kraken.engine.meeting import Meeting, RanksError
+from kraken.engine.network import Network
+from kraken.engine.partition import Part
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -33,11 +37,13 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
-from kraken.engine.runner import Chunk, Runner
+from kraken.engine.ranks import Source, lead, threads_of_a_rank
+from kraken.engine.runner import Runner
 from kraken.engine.sampling import Draw, sample, token_logprobs
 from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
 from kraken.manifest import Manifest
 from kraken.model import Kraken
+from kraken.plan import kv_bytes_per_token
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 
 MAX_STEP_LOGITS = 512
@@ -104,7 +110,7 @@ class TorchEngine:
             max_workers=1,
             thread_name_prefix="kraken-engine",
             initializer=torch.set_num_threads,  # OpenMP keeps the number per thread
-            initargs=(_num_threads(config),),
+            initargs=(threads_of_a_rank(config),),
         )
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -114,12 +120,15 @@ class TorchEngine:
         self._num_finished = self._num_aborted = self._completion_tokens = 0
 
     @classmethod
-    def from_exchange(cls, folder: Path, config: EngineConfig) -> "TorchEngine":
+    def from_exchange(cls, folder: Path, config: EngineConfig, meeting: Meeting | None = None) -> "TorchEngine":
         """Load an exchange folder.
 
+        Args:
+            meeting: to which the other ranks of several are invited, where they exist already; None starts them here.
         Raises:
             ArtefactError: the folder is unfinished or damaged, or its tokenizer is not the one it was trained with.
-            ConfigError: the cache would not hold one context.
+            ConfigError: the cache would not hold one context, or the model cannot be divided among the devices.
+            EngineError: another rank did not come, or failed.
         """
         manifest = Manifest.read(folder)
         tokenizer = Tokenizer.load(folder)
@@ -135,14 +144,50 @@ class TorchEngine:
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         device, dtype = _device_and_dtype(config)
-        return cls.from_model(read_exchange(folder, dtype).to(device), info, config)
+        return cls._open(Source(config=model_config, folder=folder), info, config, device, dtype, meeting)
 
     @classmethod
-    def from_model(cls, model: Kraken, info: EngineInfo, config: EngineConfig) -> "TorchEngine":
-        """Build on a model in memory, on the device and in the type that it has."""
-        torch.set_num_threads(_num_threads(config))
-        num_blocks = _num_blocks(model, config)
-        return cls(Runner(model, info.num_ids, num_blocks, config.tokens_per_block), info, config, num_blocks)
+    def from_model(
+        cls, model: Kraken, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+    ) -> "TorchEngine":
+        """Build on a model in memory, on the device and in the type that it has; other ranks are sent their parts.
+        Raises as `from_exchange` does.
+        """
+        source = Source(config=model.config, model=model)
+        return cls._open(source, info, config, model.wte.weight.device, model.wte.weight.dtype, meeting)
+
+    @classmethod
+    def from_shape(
+        cls, shape: ModelConfig, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+    ) -> "TorchEngine":
+        """Random weights of a shape, for measuring time. Raises as `from_exchange` does."""
+        device, dtype = _device_and_dtype(config)
+        return cls._open(Source(config=shape), info, config, device, dtype, meeting)
+
+    @classmethod
+    def _open(
+        cls,
+        source: Source,
+        info: EngineInfo,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        meeting: Meeting | None,
+    ) -> "TorchEngine":
+        torch.set_num_threads(threads_of_a_rank(config))
+        if config.num_devices == 1:
+            part = Part(source.config)
+            network = Network(part, source.weights(part, dtype, device), info.num_ids, DeviceGroup())
+            num_blocks = _num_blocks(network, config)
+            sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
+            return cls(Runner(network, num_blocks, config.tokens_per_block, sizes), info, config, num_blocks)
+        led = lead(source, info.num_ids, config, device, dtype, meeting)
+        try:
+            num_blocks = _num_blocks(led.network, config)
+        except ConfigError:
+            led.followers.end()
+            raise
+        return cls(led.open(num_blocks, config), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:
@@ -196,7 +241,7 @@ class TorchEngine:
             num_aborted=self._num_aborted,
             prompt_tokens=scheduler.num_prompt_tokens,
             completion_tokens=self._completion_tokens,
-            healthy=self._failure is None and not self._closed,
+            healthy=self._failure is None and not self._runner.failure and not self._closed,
             num_preempted=scheduler.num_preempted,
             reused_tokens=scheduler.num_reused_tokens,
             num_blocks=scheduler.pool.num_blocks,
@@ -213,6 +258,7 @@ class TorchEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(EngineError("it was closed"))
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.close)
         self._thread.shutdown(wait=True)
 
     def _require_healthy(self) -> None:
@@ -220,6 +266,8 @@ class TorchEngine:
             raise EngineError("the engine is closed")
         if self._failure is not None:
             raise EngineError(f"the engine failed before: {self._failure}") from self._failure
+        if self._runner.failure:
+            raise EngineError(f"the engine failed before: {self._runner.failure}")
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
@@ -455,14 +503,10 @@ def _error_of(what: str, cause: BaseException) -> EngineError:
 
 
 def _is_fatal(error: Exception) -> bool:
-    """Whether the device or its memory is at fault, so that nothing else can be trusted to run."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError):
+    """Whether a device, its memory or the link to another is at fault, so that nothing else can be trusted to run."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError | RanksError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
-
-
-def _num_threads(config: EngineConfig) -> int:
-    return config.num_threads or len(os.sched_getaffinity(0))
 
 
 def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
@@ -471,17 +515,26 @@ def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     return torch.device("cuda" if cuda else "cpu"), getattr(torch, name)
 
 
-def _num_blocks(model: Kraken, config: EngineConfig) -> int:
-    """Blocks of the cache."""
-    shape, weight = model.config, model.wte.weight
+def _graph_sizes(config: EngineConfig, model: ModelConfig) -> GraphSizes:
+    return GraphSizes(
+        max_batch_size=config.max_batch_size,
+        max_prompt_tokens=min(config.max_step_tokens, model.context_length),
+        max_blocks=-(-model.context_length // config.tokens_per_block),
+    )
+
+
+def _num_blocks(network: Network, config: EngineConfig) -> int:
+    """Blocks of the cache, on every device."""
+    shape = network.config
     tokens = config.kv_cache_tokens
     if not tokens:
         # a whole number of blocks for every context, or the last request of a full batch would not fit
         blocks_per_context = -(-shape.context_length // config.tokens_per_block)
         tokens = config.max_batch_size * (blocks_per_context + 1) * config.tokens_per_block
-        if weight.is_cuda:
-            free, _ = torch.cuda.mem_get_info(weight.device)
-            tokens = min(tokens, int(free * USABLE_MEMORY) // model.kv_bytes_per_token(weight.element_size()))
+        if network.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(network.device)
+            bytes_per_token = kv_bytes_per_token(shape, network.dtype.itemsize) // network.part.size
+            tokens = min(tokens, int(free * USABLE_MEMORY) // bytes_per_token)
     num_blocks = tokens // config.tokens_per_block
     if num_blocks * config.tokens_per_block < shape.context_length:
         raise ConfigError(

@@ -1,0 +1,332 @@
+"""Does Kraken hide its communication on a real link? Two engine processes, one core each, two network namespaces.
+
+    python -m benchmarks.link                              # as root, with iproute2; below ten minutes on two cores
+    python -m benchmarks.link --shares 0.35 --rounds 1 --layers 2 --width 256       # does it run?
+
+The namespaces are joined by a pair of virtual Ethernet devices whose rate `tc tbf` limits at both ends, so that a sum
+takes the time that it would take on such a link, and nothing in the engine is simulated. One model is a standard
+Transformer under tensor parallelism, the other a 2-way Kraken of as many layers and equal parameters; weights are
+random. The rates are chosen so that the standard model's sums take given shares of its time to first token (TTFT), of
+one prompt. At every rate all contestants take turns. `docs/latency.md` says more.
+
+The last line is JSON:
+
+    exposed_communication_max   (overlapped - none) / (blocking - none) of Kraken's TTFTs, the largest over the rates at
+                                which Kraken's attention phase is at least as long as one of its sums
+    speedup_at_35_percent       TTFT of the standard model over that of Kraken, where sums take 35 % of the former;
+                                interpolated between the measured shares
+    speedup_min, speedup_geomean    over all rates
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from kraken import plan
+from kraken.config import EngineConfig, ModelConfig
+from kraken.engine.meeting import Meeting
+from kraken.engine.protocol import EngineInfo, Request, SamplingParams
+from kraken.engine.torch_engine import TorchEngine
+
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+PAPER_SHARE = 0.35
+HOSTS = ("10.213.77.1", "10.213.77.2")
+BURST_BYTES = 128 * 1024
+"""What may pass at once: two segments as TCP hands them down whole, a few per cent of a sum. Less of it has the kernel
+cut them up, on the cores that compute."""
+QUEUE_BYTES = 64 * 1024 * 1024
+"""Nothing is dropped."""
+MTU_BYTES = 65000
+"""As network cards that segment by themselves are seen by the kernel."""
+CONTESTANTS = ("standard", "standard none", "kraken", "kraken blocking", "kraken none")
+
+
+def call(command: Sequence[str]) -> None:
+    """Run a tool, whose complaint becomes ours."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {result.stderr.strip() or result.returncode}")
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Two namespaces and the link between them, whose names no other process uses."""
+
+    spaces: tuple[str, str]
+
+    @classmethod
+    @contextlib.contextmanager
+    def build(cls) -> Iterator["Link"]:
+        """Make both, and remove them however it ends."""
+        link = cls((f"kraken-{os.getpid()}-a", f"kraken-{os.getpid()}-b"))
+        devices = (f"kra{os.getpid()}", f"krb{os.getpid()}")
+        try:
+            for space in link.spaces:
+                call(["ip", "netns", "add", space])
+            a, b = link.spaces
+            call(["ip", "link", "add", devices[0], "netns", a, "type", "veth", "peer", "name", devices[1], "netns", b])
+            for space, device, host in zip(link.spaces, devices, HOSTS, strict=True):
+                call(["ip", "-n", space, "link", "set", device, "name", "link0"])
+                call(["ip", "-n", space, "address", "add", f"{host}/24", "dev", "link0"])
+                call(["ip", "-n", space, "link", "set", "link0", "mtu", str(MTU_BYTES), "up"])
+                call(["ip", "-n", space, "link", "set", "lo", "up"])
+                # a connection that pauses between prompts does not begin slowly again
+                setting = "net.ipv4.tcp_slow_start_after_idle=0"
+                call(["ip", "netns", "exec", space, "sysctl", "-q", "-w", setting])
+            yield link
+        finally:
+            for space in link.spaces:
+                subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
+
+    def limit(self, bytes_per_s: float) -> None:
+        """Let so many bytes pass in each direction from now on."""
+        for space in self.spaces:
+            shape = ["rate", f"{round(8 * bytes_per_s)}bit", "burst", str(BURST_BYTES), "limit", str(QUEUE_BYTES)]
+            call(["tc", "-n", space, "qdisc", "replace", "dev", "link0", "root", "tbf", *shape])
+
+    def free(self) -> None:
+        """As fast as it goes."""
+        for space in self.spaces:
+            subprocess.run(
+                ["tc", "-n", space, "qdisc", "delete", "dev", "link0", "root"], capture_output=True, check=False
+            )
+
+
+def shapes(args: argparse.Namespace) -> dict[str, ModelConfig]:
+    """The standard model, and the Kraken model of equal parameters."""
+    standard = ModelConfig(
+        num_layers=args.layers,
+        width=args.width,
+        num_heads=args.width // 64,
+        num_ways=1,
+        ffn_multiple=4,
+        context_length=args.prompt_tokens + 1,
+        vocab_size=args.vocabulary,
+        architecture="standard",
+    )
+    return {"standard": standard, "kraken": plan.matched(standard, "kraken", 2)}
+
+
+class Contestant:
+    """An engine on two processes, the other one in the other namespace and on another core."""
+
+    def __init__(self, name: str, shape: ModelConfig, args: argparse.Namespace, link: Link, core: int):
+        self.name, self.shape = name, shape
+        _, _, mode = name.partition(" ")
+        config = EngineConfig(
+            device="cpu",
+            dtype="float32",
+            num_threads=2,
+            num_devices=2,
+            overlap=mode or "overlapped",  # type: ignore[arg-type]
+            max_batch_size=1,
+            max_step_tokens=args.prompt_tokens,
+            prefix_reuse=False,
+        )
+        info = EngineInfo(
+            name="torch",
+            context_length=shape.context_length,
+            num_ids=shape.vocab_size,
+            eot_id=0,
+            tokenizer_fingerprint="none",
+        )
+        meeting = Meeting(2, HOSTS[0])
+        meeting.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
+        self._engine = TorchEngine.from_shape(shape, info, config, meeting)
+        self._loop = asyncio.Runner()
+        self._prompt = tuple(torch.randint(shape.vocab_size, (args.prompt_tokens,)).tolist())
+        self._num_requests = 0
+        self.attention_s: list[float] = []
+        for layer in self._engine._runner.network._layers:
+            layer._attention = self._timed(layer._attention)  # type: ignore[method-assign]
+
+    def ttft_s(self) -> float:
+        """Seconds to the first token of one prompt."""
+        self._num_requests += 1
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        request = Request(id=str(self._num_requests), prompt_ids=self._prompt, sampling=sampling)
+
+        async def first() -> float:
+            started_at = time.perf_counter()
+            async for _ in self._engine.generate(request):
+                return time.perf_counter() - started_at
+            raise AssertionError
+
+        return self._loop.run(first())
+
+    def close(self) -> None:
+        self._loop.run(self._engine.close())
+        self._loop.close()
+
+    def _timed(self, attention: Any) -> Any:
+        """The attention phase, timed from c_attn to c_proj."""
+
+        def timed(*args: Any) -> torch.Tensor:
+            started_at = time.perf_counter()
+            out: torch.Tensor = attention(*args)
+            self.attention_s.append(time.perf_counter() - started_at)
+            return out
+
+        return timed
+
+
+def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
+    """Bytes that one of two ranks sends in the sums of a prefill's layers."""
+    num_sums = shape.num_layers - 1 if shape.architecture == "kraken" else 2 * shape.num_layers
+    return num_sums * prompt_tokens * shape.width * 4
+
+
+def median_ttfts(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, float]:
+    """Name -> median TTFT in seconds; who begins changes from round to round."""
+    times: dict[str, list[float]] = {each.name: [] for each in contestants}
+    for each in contestants:
+        each.ttft_s()
+    for turn in range(num_rounds):
+        start = turn % len(contestants)
+        for each in [*contestants[start:], *contestants[:start]]:
+            times[each.name].append(each.ttft_s())
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
+    """The whole sweep, in the first namespace."""
+    link.free()
+    models = shapes(args)
+    contestants = [Contestant(name, models[name.split(" ")[0]], args, link, core) for name in CONTESTANTS]
+    say(f"{'model':10} {'parameters':>12} layers width heads  bytes sent per prompt")
+    for name, shape in models.items():
+        say(
+            f"{name:10} {plan.num_parameters(shape):12,} {shape.num_layers:6} {shape.width:5} {shape.num_heads:5} "
+            f"{sent_bytes(shape, args.prompt_tokens):,}"
+        )
+    try:
+        none_s = median_ttfts(contestants, 2)["standard none"]
+        say(f"standard without sums: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
+        say(
+            f"{'link MB/s':>10} {'share':>6} {'standard':>9} {'Kraken':>9} {'blocking':>9} {'none':>9} {'speed-up':>9} "
+            f"{'exposed':>8} {'attention':>10} {'one sum':>8}"
+        )
+        points = [measure_point(share, none_s, contestants, models, args, link) for share in args.shares]
+    finally:
+        link.free()  # nobody waits for the last frames
+        for each in contestants:
+            each.close()
+    covered = [point["exposed_communication"] for point in points if point["attention_ms"] >= point["sum_ms"]]
+    speedups = [point["speedup"] for point in points]
+    return {
+        "models": {name: dataclasses.asdict(shape) for name, shape in models.items()},
+        "parameters": {name: plan.num_parameters(shape) for name, shape in models.items()},
+        "prompt_tokens": args.prompt_tokens,
+        "points": points,
+        "exposed_communication_max": max(covered, default=None),
+        "speedup_at_35_percent": interpolate([(p["share"], p["speedup"]) for p in points], PAPER_SHARE),
+        "speedup_min": min(speedups),
+        "speedup_geomean": round(math.exp(statistics.fmean(math.log(value) for value in speedups)), 4),
+    }
+
+
+def measure_point(
+    share: float,
+    none_s: float,
+    contestants: Sequence[Contestant],
+    models: dict[str, ModelConfig],
+    args: argparse.Namespace,
+    link: Link,
+) -> dict[str, Any]:
+    """One rate: that at which sums should take this share of the standard model's TTFT; what they take is measured."""
+    bytes_per_s = sent_bytes(models["standard"], args.prompt_tokens) / (none_s * share / (1 - share))
+    link.limit(bytes_per_s)
+    for each in contestants:
+        each.attention_s.clear()
+    ttft_s = median_ttfts(contestants, args.rounds)
+    attention_s = statistics.median(next(each.attention_s for each in contestants if each.name == "kraken none"))
+    waited_s = ttft_s["kraken blocking"] - ttft_s["kraken none"]
+    point = {
+        "link_mb_per_s": round(bytes_per_s / 1e6, 3),
+        "share": round(1 - ttft_s["standard none"] / ttft_s["standard"], 4),
+        "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
+        "exposed_communication": round((ttft_s["kraken"] - ttft_s["kraken none"]) / waited_s, 4),
+        "attention_ms": round(attention_s * 1e3, 3),
+        "sum_ms": round(waited_s / max(1, models["kraken"].num_layers - 1) * 1e3, 3),
+        "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
+    }
+    ms = point["ttft_ms"]
+    say(
+        f"{point['link_mb_per_s']:10.2f} {point['share']:6.1%} {ms['standard']:9.1f} {ms['kraken']:9.1f} "
+        f"{ms['kraken blocking']:9.1f} {ms['kraken none']:9.1f} {point['speedup']:9.3f} "
+        f"{point['exposed_communication']:8.3f} {point['attention_ms']:10.2f} {point['sum_ms']:8.2f}"
+    )
+    return point
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The value at x on straight lines between points; None outside them."""
+    for (x0, y0), (x1, y1) in pairwise(sorted(points)):
+        if x0 <= x <= x1:
+            return round(y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y0, 4)
+    return None
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def require_machine() -> list[int]:
+    """The two cores to use; says what is missing."""
+    cores = sorted(os.sched_getaffinity(0))
+    missing = [tool for tool in ("ip", "tc", "taskset", "sysctl") if shutil.which(tool) is None]
+    if sys.platform != "linux" or os.geteuid() != 0:
+        raise SystemExit("benchmarks.link makes network namespaces, for which it must run as root on Linux")
+    if missing:
+        raise SystemExit(f"{missing} are missing; install iproute2, util-linux and procps")
+    if len(cores) < 2:
+        raise SystemExit("benchmarks.link gives each of two processes a core, and there is only one")
+    return cores[:2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=1536, help="of the standard model, a multiple of 64")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)  # the namespaces, and the other one's core
+    args = parser.parse_args()
+    if args.inside:
+        *spaces, core = args.inside
+        print(json.dumps(measure(args, Link((spaces[0], spaces[1])), int(core))))
+        return
+    first_core, second_core = require_machine()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with Link.build() as link:
+        a, b = link.spaces
+        command = [*("ip", "netns", "exec", a, "taskset", "-c", str(first_core)), sys.executable, "-m"]
+        process = subprocess.Popen([*command, "benchmarks.link", *sys.argv[1:], "--inside", a, b, str(second_core)])
+        try:
+            status = process.wait()
+        finally:
+            process.kill()  # its follower ends with it
+            process.wait()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the leader of an engine's processes says to the others: frames over a TCP connection.
+
+A frame is a kind, a length and so many bytes: JSON while everybody gets ready, then one compact array of int32 per
+step. Nothing that arrives is executed or unpickled.
+"""
+
+import json
+import socket
+import struct
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from kraken.engine.chunk import Chunk
+
+HEADER = struct.Struct("!BQ")
+MAX_FRAME_BYTES = 2**30
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    JSON = 0
+    STEP = 1
+    STOP = 2
+
+
+class ConnectionLost(ConnectionError):
+    """The other end is gone."""
+
+
+class Connection:
+    """One end, blocking; frames arrive whole and in order."""
+
+    def __init__(self, end: socket.socket):
+        self._socket = end
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def local_address(self) -> str:
+        """Of this host, as the other end reaches it."""
+        return str(self._socket.getsockname()[0])
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def set_timeout(self, timeout_s: float | None) -> None:
+        self._socket.settimeout(timeout_s)
+
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Raises: OSError: the other end is gone."""
+        self._socket.sendall(HEADER.pack(kind, len(payload)) + payload)
+
+    def send_json(self, values: dict[str, Any]) -> None:
+        self.send(Kind.JSON, json.dumps(values).encode())
+
+    def receive(self) -> tuple[Kind, bytes]:
+        """The next frame.
+
+        Raises:
+            ConnectionLost: the other end is gone, or sends something else.
+            TimeoutError: it did not come in time.
+        """
+        kind, num_bytes = HEADER.unpack(self._receive_bytes(HEADER.size))
+        if kind not in list(Kind) or num_bytes > MAX_FRAME_BYTES:
+            raise ConnectionLost("a frame that is none of ours")
+        return Kind(kind), self._receive_bytes(num_bytes)
+
+    def receive_json(self) -> dict[str, Any]:
+        """The next frame, which must be JSON. Raises as `receive` does."""
+        kind, payload = self.receive()
+        if kind is not Kind.JSON:
+            raise ConnectionLost(f"{kind.name} where JSON was expected")
+        values: dict[str, Any] = json.loads(payload)
+        return values
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _receive_bytes(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        view, start = memoryview(buffer), 0
+        while start < count:
+            num_read = self._socket.recv_into(view[start:])
+            if num_read == 0:
+                raise ConnectionLost("the connection was closed")
+            start += num_read
+        return bytes(buffer)
+
+
+def pack_step(chunks: Sequence[Chunk]) -> bytes:
+    """Chunks as int32: how many; of each its start, tokens, blocks and logits; then all ids and all blocks."""
+    numbers = [len(chunks)]
+    for chunk in chunks:
+        numbers += (chunk.start, len(chunk.token_ids), len(chunk.blocks), chunk.num_logits)
+    for chunk in chunks:
+        numbers += chunk.token_ids
+    for chunk in chunks:
+        numbers += chunk.blocks
+    return np.asarray(numbers, dtype=np.int32).tobytes()
+
+
+def unpack_step(payload: bytes) -> list[Chunk]:
+    """The inverse of `pack_step`."""
+    numbers: list[int] = np.frombuffer(payload, dtype=np.int32).tolist()
+    count = numbers[0]
+    heads = [numbers[1 + 4 * index : 5 + 4 * index] for index in range(count)]
+    ids_at = 1 + 4 * count
+    blocks_at = ids_at + sum(num_tokens for _, num_tokens, _, _ in heads)
+    chunks = []
+    for start, num_tokens, num_blocks, num_logits in heads:
+        token_ids, blocks = numbers[ids_at : ids_at + num_tokens], numbers[blocks_at : blocks_at + num_blocks]
+        chunks.append(Chunk(token_ids, start, blocks, num_logits))
+        ids_at, blocks_at = ids_at + num_tokens, blocks_at + num_blocks
+    return chunks

@@ -1,0 +1,277 @@
+/* Kernels of the engine on a CPU, float32; `cpu_kernels.py` compiles and calls them.
+
+   Written with vector extensions of GCC and Clang, so that one source serves every instruction set. A vector is as wide
+   as the machine's, and the accumulators of one tile fill its registers. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+enum { LANES = 16, VECTORS = 3, ROWS = 8 };
+#elif defined(__aarch64__)
+enum { LANES = 4, VECTORS = 3, ROWS = 8 };
+#else
+enum { LANES = 8, VECTORS = 2, ROWS = 6 };
+#endif
+enum {
+    PANEL = LANES * VECTORS, /* outputs of a linear that are computed together */
+    DEPTH = 192,             /* inputs after which few rows' next tile is taken, so that a panel's weights stay in L1 */
+    DEPTH_OF_MANY = 768,     /* the same of many rows, whose sums are written less often that way */
+    AHEAD = 1024,            /* weights between the one that is used and the one that is fetched from memory */
+    CHUNK_VALUES = 1 << 18,  /* inputs of the rows that share a panel; 1 MB, which fits L2 */
+    MAX_CHUNK_ROWS = 480,
+    MAX_KEYS = 512, /* keys whose weights are held at a time */
+    LINE = 64 / sizeof(float)
+};
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+int32_t kraken_panel(void) { return PANEL; }
+
+INLINE vec load(const float *from) { return *(const vec *)from; }
+
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+/* e to the x, to 2 units in the last place; NaN stays NaN. */
+INLINE vec exponential(vec x) {
+    x = choose(x < -87.0f, (vec){0} - 87.0f, x);
+    x = choose(x > 88.0f, (vec){0} + 88.0f, x);
+    vec shifted = x * 1.44269504f + 12582912.0f; /* the whole number of halvings is in the low bits */
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    vec p = r * 1.3888889e-3f + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * (vec)(((ivec)shifted << 23) + 0x3f800000);
+}
+
+/* The tanh form: x / (1 + exp(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3). */
+INLINE vec gelu(vec x) { return x / (1.0f + exponential(-1.5957691f * (x + 0.044715f * x * x * x))); }
+
+INLINE float sum_of(vec x) {
+    float part[LANES] __attribute__((aligned(64)));
+    *(vec *)part = x;
+#pragma GCC unroll 4
+    for (int width = LANES / 2; width >= 4; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+/* sums[rows, PANEL] (+)= x[rows, depth] w[depth, PANEL] */
+INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, const float *w, int64_t depth, int rows,
+                 float *sums, int is_first) {
+    vec a[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) a[r][v] = is_first ? (vec){0} : load(sums + r * PANEL + v * LANES);
+    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        vec b[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) b[v] = load(w + v * LANES);
+#pragma GCC unroll 4
+        for (int i = 0; i < PANEL; i += LINE) __builtin_prefetch(w + AHEAD + i);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            float value = x[r * row_stride + k * column_stride];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) a[r][v] += value * b[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) *(vec *)(sums + r * PANEL + v * LANES) = a[r][v];
+}
+
+static void tile_of_few(const float *x, int64_t row_stride, const float *w, int64_t depth, int rows, float *sums,
+                        int is_first) {
+    switch (rows) {
+        case 1: tile(x, row_stride, 1, w, depth, 1, sums, is_first); break;
+        case 2: tile(x, row_stride, 1, w, depth, 2, sums, is_first); break;
+        case 3: tile(x, row_stride, 1, w, depth, 3, sums, is_first); break;
+        case 4: tile(x, row_stride, 1, w, depth, 4, sums, is_first); break;
+        case 5: tile(x, row_stride, 1, w, depth, 5, sums, is_first); break;
+        case 6: tile(x, row_stride, 1, w, depth, 6, sums, is_first); break;
+#if !defined(__x86_64__) || defined(__AVX512F__)
+        case 7: tile(x, row_stride, 1, w, depth, 7, sums, is_first); break;
+        case 8: tile(x, row_stride, 1, w, depth, 8, sums, is_first); break;
+#endif
+    }
+}
+
+/* Rows in tiles of ROWS, column after column; the last row again where there are too few. */
+static void arrange(const float *x, int64_t num_rows, int64_t num_inputs, float *to) {
+    for (int64_t m = 0; m < num_rows; m += ROWS, to += ROWS * num_inputs)
+        for (int r = 0; r < ROWS; r++) {
+            const float *from = x + (m + r < num_rows ? m + r : num_rows - 1) * num_inputs;
+            for (int64_t k = 0; k < num_inputs; k++) to[k * ROWS + r] = from[k];
+        }
+}
+
+static void finish(const float *sums, const float *bias, float *y, int64_t num_outputs, int applies_gelu) {
+    float whole[PANEL] __attribute__((aligned(64)));
+    memcpy(whole, sums, sizeof whole);
+    if (bias)
+        for (int64_t i = 0; i < num_outputs; i++) whole[i] += bias[i];
+    if (applies_gelu)
+        for (int v = 0; v < VECTORS; v++) *(vec *)(whole + v * LANES) = gelu(load(whole + v * LANES));
+    memcpy(y, whole, num_outputs * sizeof(float));
+}
+
+/* y[T, O] = x[T, I] W^T + bias, then GELU if asked. `w` holds [panels, I, PANEL], zeros past O; `bias` may be null.
+   Returns 0, or 1 where there is no memory. */
+int32_t kraken_linear(const float *x, const float *w, const float *bias, float *y, int64_t num_rows, int64_t num_inputs,
+                      int64_t num_outputs, int32_t applies_gelu, int32_t num_threads) {
+    int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
+    int64_t chunk = CHUNK_VALUES / num_inputs < MAX_CHUNK_ROWS ? CHUNK_VALUES / num_inputs : MAX_CHUNK_ROWS;
+    chunk = chunk < ROWS ? ROWS : chunk / ROWS * ROWS;
+    if (chunk > num_rows) chunk = (num_rows + ROWS - 1) / ROWS * ROWS;
+    int64_t num_chunks = (num_rows + chunk - 1) / chunk;
+    int is_arranged = num_rows > 2 * ROWS; /* pays only where many panels read it */
+    int64_t step = is_arranged ? DEPTH_OF_MANY : DEPTH;
+    int32_t failed = 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+        float *sums = aligned_alloc(64, chunk * PANEL * sizeof(float));
+        float *arranged = is_arranged ? malloc(chunk * num_inputs * sizeof(float)) : NULL;
+        int64_t held = -1;
+        if (!sums || (is_arranged && !arranged))
+#pragma omp atomic write
+            failed = 1;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < num_chunks * num_panels; task++) {
+            if (!sums || (is_arranged && !arranged)) continue;
+            int64_t first = task / num_panels * chunk, panel = task % num_panels;
+            int64_t rows = num_rows - first < chunk ? num_rows - first : chunk;
+            if (is_arranged && held != first) {
+                arrange(x + first * num_inputs, rows, num_inputs, arranged);
+                held = first;
+            }
+            for (int64_t k = 0; k < num_inputs; k += step) {
+                int64_t depth = num_inputs - k < step ? num_inputs - k : step;
+                const float *weights = w + (panel * num_inputs + k) * PANEL;
+                for (int64_t m = 0; m < rows; m += ROWS) {
+                    float *to = sums + m * PANEL;
+                    if (is_arranged)
+                        tile(arranged + m * num_inputs + k * ROWS, 1, ROWS, weights, depth, ROWS, to, k == 0);
+                    else
+                        tile_of_few(x + (first + m) * num_inputs + k, num_inputs, weights, depth,
+                                    rows - m < ROWS ? rows - m : ROWS, to, k == 0);
+                }
+            }
+            int64_t start = panel * PANEL, width = num_outputs - start < PANEL ? num_outputs - start : PANEL;
+            for (int64_t m = 0; m < rows; m++)
+                finish(sums + m * PANEL, bias ? bias + start : NULL, y + (first + m) * num_outputs + start, width,
+                       applies_gelu);
+        }
+        free(sums);
+        free(arranged);
+    }
+    return failed;
+}
+
+/* keys[N, S, H] and values at slot slots[t] become k[t] and v[t]. */
+void kraken_store(const float *k, const float *v, int64_t token_stride, int64_t head_stride, float *keys, float *values,
+                  int64_t num_slots, const int64_t *slots, int64_t num_tokens, int64_t num_heads, int64_t head_size) {
+    for (int64_t n = 0; n < num_heads; n++)
+        for (int64_t t = 0; t < num_tokens; t++) {
+            int64_t from = t * token_stride + n * head_stride, to = (n * num_slots + slots[t]) * head_size;
+            memcpy(keys + to, k + from, head_size * sizeof(float));
+            memcpy(values + to, v + from, head_size * sizeof(float));
+        }
+}
+
+INLINE float dot(const float *a, const float *b, int64_t size) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sum += load(a + i) * load(b + i);
+    float total = sum_of(sum);
+    for (; i < size; i++) total += a[i] * b[i];
+    return total;
+}
+
+/* out[i] += sum over keys of weights[j] values[j, i] */
+INLINE void weigh(const float *weights, const float *values, int64_t num_keys, int64_t size, float *out) {
+    enum { WIDTH = 4 * LANES };
+    int64_t i = 0;
+    for (; i + WIDTH <= size; i += WIDTH) {
+        vec sums[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) sums[v] = load(out + i + v * LANES);
+        for (int64_t j = 0; j < num_keys; j++)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; v++) sums[v] += weights[j] * load(values + j * size + i + v * LANES);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) *(vec *)(out + i + v * LANES) = sums[v];
+    }
+    for (; i + LANES <= size; i += LANES) {
+        vec sum = load(out + i);
+        for (int64_t j = 0; j < num_keys; j++) sum += weights[j] * load(values + j * size + i);
+        *(vec *)(out + i) = sum;
+    }
+    for (; i < size; i++)
+        for (int64_t j = 0; j < num_keys; j++) out[i] += weights[j] * values[j * size + i];
+}
+
+/* One head of one token: out[H] over `length` keys that lie in blocks. */
+static void attend_one(const float *q, const float *keys, const float *values, const int32_t *blocks, int64_t length,
+                       int64_t tokens_per_block, int64_t head_size, float scale, float *out) {
+    float weights[MAX_KEYS + LANES] __attribute__((aligned(64)));
+    float highest = -INFINITY, total = 0.0f;
+    memset(out, 0, head_size * sizeof(float));
+    for (int64_t begin = 0; begin < length; begin += MAX_KEYS) {
+        int64_t end = length - begin < MAX_KEYS ? length : begin + MAX_KEYS, num_keys = end - begin;
+        float chunk_highest = highest;
+        for (int64_t j = begin, run; j < end; j += run) {
+            int64_t offset = j % tokens_per_block;
+            run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
+            const float *from = keys + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
+            for (int64_t i = 0; i < run; i++) {
+                float score = scale * dot(q, from + i * head_size, head_size);
+                weights[j - begin + i] = score;
+                chunk_highest = score > chunk_highest ? score : chunk_highest;
+            }
+        }
+        if (begin > 0 && chunk_highest > highest) {
+            float shrink = expf(highest - chunk_highest);
+            total *= shrink;
+            for (int64_t i = 0; i < head_size; i++) out[i] *= shrink;
+        }
+        highest = chunk_highest;
+        for (int64_t j = num_keys; j < num_keys + LANES; j++) weights[j] = -INFINITY;
+        for (int64_t j = 0; j < num_keys; j += LANES) *(vec *)(weights + j) = exponential(load(weights + j) - highest);
+        for (int64_t j = 0; j < num_keys; j++) total += weights[j];
+        for (int64_t j = begin, run; j < end; j += run) {
+            int64_t offset = j % tokens_per_block;
+            run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
+            const float *from = values + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
+            weigh(weights + (j - begin), from, run, head_size, out);
+        }
+    }
+    for (int64_t i = 0; i < head_size; i++) out[i] /= total;
+}
+
+/* One token of each of B sequences, its own key and value stored before: out[B, N, H].
+   `rows` are the tokens' places in q and out, `tables` is [B, num_blocks]. */
+void kraken_attend(const float *q, int64_t token_stride, int64_t head_stride, const float *keys, const float *values,
+                   int64_t num_slots, const int64_t *rows, const int32_t *tables, const int64_t *lengths,
+                   int64_t num_blocks, int64_t tokens_per_block, int64_t num_sequences, int64_t num_heads,
+                   int64_t head_size, float scale, float *out, int32_t num_threads) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (int64_t task = 0; task < num_sequences * num_heads; task++) {
+        int64_t b = task / num_heads, n = task % num_heads;
+        const int64_t head = n * num_slots * head_size;
+        attend_one(q + rows[b] * token_stride + n * head_stride, keys + head, values + head, tables + b * num_blocks,
+                   lengths[b], tokens_per_block, head_size, scale, out + (rows[b] * num_heads + n) * head_size);
+    }
+}

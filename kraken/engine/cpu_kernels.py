@@ -1,0 +1,161 @@
+"""The engine's own kernels on a CPU: linears and one new token's attention per sequence, in float32.
+
+torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values.
+`cpu_kernels.c` is compiled for this machine when an engine first asks, which takes about a second; where there is no C
+compiler with OpenMP, the engine computes the same with torch's operators, slower.
+"""
+
+import ctypes
+import functools
+import logging
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+HUGE_PAGE = 2 << 20
+COMPILE_TIMEOUT_S = 60.0
+_logger = logging.getLogger(__name__)
+
+
+class CpuKernels:
+    """A compiled library. Tensors are float32 on the CPU; whoever calls sees to shapes and strides."""
+
+    def __init__(self, path: Path):
+        library = ctypes.CDLL(str(path))  # releases the interpreter's lock during a call
+        pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        self._linear, self._store, self._attend = library.kraken_linear, library.kraken_store, library.kraken_attend
+        self._linear.argtypes = [*[pointer] * 4, *[count] * 3, flag, flag]
+        self._store.argtypes = [pointer, pointer, count, count, pointer, pointer, count, pointer, *[count] * 3]
+        self._attend.argtypes = [
+            *[pointer, count, count, pointer, pointer, count, pointer, pointer, pointer],
+            *[*[count] * 5, ctypes.c_float, pointer, flag],
+        ]
+        self._store.restype = self._attend.restype = None
+        self.panel: int = library.kraken_panel()
+        """Outputs of a linear that lie side by side in `arranged`."""
+
+    def arranged(self, weight_OI: Tensor) -> Tensor:
+        """A linear's weights in the order in which they are read: [panels, I, outputs of a panel]."""
+        num_outputs, num_inputs = weight_OI.shape
+        num_panels = -(-num_outputs // self.panel)
+        arranged = huge_zeros((num_panels, num_inputs, self.panel))
+        whole = num_outputs // self.panel
+        arranged[:whole] = weight_OI[: whole * self.panel].unflatten(0, (whole, self.panel)).transpose(1, 2)
+        if whole < num_panels:
+            arranged[whole, :, : num_outputs - whole * self.panel] = weight_OI[whole * self.panel :].t()
+        return arranged
+
+    def linear(self, x_TI: Tensor, arranged: Tensor, bias_O: Tensor | None, y_TO: Tensor, gelu: bool) -> None:
+        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous."""
+        failed = self._linear(
+            x_TI.data_ptr(),
+            arranged.data_ptr(),
+            None if bias_O is None else bias_O.data_ptr(),
+            y_TO.data_ptr(),
+            *x_TI.shape,
+            y_TO.shape[1],
+            gelu,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a linear of {x_TI.shape[0]} tokens and {x_TI.shape[1]} inputs")
+
+    def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
+        """Write keys and values to their slots; k and v have equal strides and the last dimension whole."""
+        token_stride, head_stride, _ = k_TNH.stride()
+        self._store(
+            k_TNH.data_ptr(),
+            v_TNH.data_ptr(),
+            token_stride,
+            head_stride,
+            keys_NSH.data_ptr(),
+            values_NSH.data_ptr(),
+            keys_NSH.shape[1],
+            slots_T.data_ptr(),
+            *k_TNH.shape,
+        )
+
+    def attend(
+        self,
+        q_TNH: Tensor,
+        keys_NSH: Tensor,
+        values_NSH: Tensor,
+        rows_B: Tensor,
+        tables_BM: Tensor,
+        lengths_B: Tensor,
+        tokens_per_block: int,
+        out_TNH: Tensor,
+    ) -> None:
+        """Write the attention of one token of each of B sequences, whose key and value are stored already.
+
+        Args:
+            rows_B: int64, the tokens' places among T.
+            tables_BM: int32, each sequence's blocks.
+            lengths_B: int64, how many keys each sees.
+        """
+        token_stride, head_stride, _ = q_TNH.stride()
+        _, num_heads, head_size = q_TNH.shape
+        self._attend(
+            q_TNH.data_ptr(),
+            token_stride,
+            head_stride,
+            keys_NSH.data_ptr(),
+            values_NSH.data_ptr(),
+            keys_NSH.shape[1],
+            rows_B.data_ptr(),
+            tables_BM.data_ptr(),
+            lengths_B.data_ptr(),
+            tables_BM.shape[1],
+            tokens_per_block,
+            len(rows_B),
+            num_heads,
+            head_size,
+            head_size**-0.5,
+            out_TNH.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+@functools.cache
+def cpu_kernels() -> CpuKernels | None:
+    """The kernels, compiled once per process; None where that cannot be done here."""
+    compiler = next(
+        (found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None
+    )
+    if compiler is None:
+        _logger.info("no C compiler found: the engine computes with torch's operators")
+        return None
+    tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    with tempfile.TemporaryDirectory(prefix="kraken-kernels-") as folder:
+        library = Path(folder) / "cpu_kernels.so"
+        command = [compiler, "-O3", tuning, "-fopenmp", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-lm"]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+            return CpuKernels(library)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[:1]
+            _logger.info(
+                "the engine computes with torch's operators, since %s failed: %s", compiler, *reason or [error]
+            )
+            return None
+
+
+def huge_zeros(shape: tuple[int, ...]) -> Tensor:
+    """float32 zeros in pages of 2 MB, where the system has them: memory is read a fifth faster than in small ones."""
+    num_values = torch.Size(shape).numel()
+    if num_values * 4 < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=torch.float32)
+    pages = mmap.mmap(-1, -(-num_values * 4 // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        pass
+    return torch.frombuffer(pages, dtype=torch.float32, count=num_values).view(shape)

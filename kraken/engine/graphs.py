@@ -1,0 +1,151 @@
+"""Forward passes as CUDA graphs: one launch for the hundreds of small kernels of a token.
+
+There is a graph for each of a few batch sizes of sequences that decode, and for each of a few lengths of a prompt that
+begins; a step is rounded up to the next. Any other step (prompts in pieces, prompts beside sequences that decode,
+prompts that are scored) is not for graphs.
+
+Shape letters as in `kraken/engine/attention.py`, and: B sequences that decode, M blocks that a table has room for.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from kraken.engine.attention import PagedCache
+from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.network import Network
+from kraken.engine.paged_kernel import num_parts_for, paged_decode, paged_store
+from kraken.model import FASTEST_ATTENTION_FIRST
+
+WARM_UP_RUNS = 2
+"""Before a recording: kernels are compiled and chosen, and workspaces allocated."""
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """1, 2, 4, 8 and then four sizes between two powers of two, up to `most`: rounding up wastes a fifth at most."""
+    sizes = [1, 2, 4]
+    step = 4
+    while sizes[-1] < most:
+        if sizes[-1] >= 8 * step:
+            step *= 2
+        sizes.append(sizes[-1] + step)
+    return [size for size in sizes if size < most] + [most]
+
+
+class GraphedForward:
+    """The recordings of one engine.
+
+    Making it takes seconds. With several ranks all of them make theirs at once, since sums are in the graphs.
+    """
+
+    def __init__(self, network: Network, cache: PagedCache, sizes: GraphSizes):
+        self._network, self._cache = network, cache
+        self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
+        self._pool = torch.cuda.graph_pool_handle()
+        self._batch_sizes = sizes_up_to(sizes.max_batch_size)
+        self._prompt_sizes = [
+            size for size in sizes_up_to(sizes.max_prompt_tokens) if size >= min(16, sizes.max_prompt_tokens)
+        ]
+        # the largest first: the others then fit into its memory
+        self._decodes = {
+            size: _Recording(self._decode, (size, 2 + sizes.max_blocks), self._pool, network.device)
+            for size in reversed(self._batch_sizes)
+        }
+        self._prompts = {
+            size: _Recording(self._prompt, (2 * size + 1,), self._pool, network.device)
+            for size in reversed(self._prompt_sizes)
+        }
+
+    def run(self, chunks: Sequence[Chunk]) -> Tensor | None:
+        """float32 logits [rows, ids] of a step, overwritten by the next; None where no recording fits."""
+        if all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
+            index = bisect_left(self._batch_sizes, len(chunks))
+            if index == len(self._batch_sizes):
+                return None
+            recording = self._decodes[self._batch_sizes[index]]
+            recording.host.zero_()
+            rows = recording.host.numpy()
+            for row, chunk in zip(rows, chunks, strict=False):
+                length = chunk.start + 1
+                num_used = -(-length // self._cache.tokens_per_block)
+                row[0], row[1], row[2 : 2 + num_used] = chunk.token_ids[0], length, chunk.blocks[:num_used]
+            return recording.replay()[: len(chunks)]
+        if len(chunks) > 1 or chunks[0].start > 0 or chunks[0].num_logits != 1:
+            return None
+        (chunk,) = chunks
+        num_tokens = len(chunk.token_ids)
+        index = bisect_left(self._prompt_sizes, num_tokens)
+        if index == len(self._prompt_sizes):
+            return None
+        size = self._prompt_sizes[index]
+        recording = self._prompts[size]
+        values = recording.host.numpy()
+        values[:size], values[size : 2 * size], values[-1] = 0, -1, num_tokens - 1
+        values[:num_tokens] = chunk.token_ids
+        values[size : size + num_tokens] = self._slots(chunk.blocks, num_tokens)
+        return recording.replay()
+
+    def _slots(self, blocks: Sequence[int], num_tokens: int) -> np.ndarray:
+        """Where a sequence's first tokens are in the cache."""
+        size = self._cache.tokens_per_block
+        first_slots = np.asarray(blocks[: -(-num_tokens // size)], dtype=np.int32) * size
+        return (first_slots[:, None] + np.arange(size, dtype=np.int32)).reshape(-1)[:num_tokens]
+
+    def _decode(self, inputs_BC: Tensor) -> Tensor:
+        """One token of each sequence: its id, its length with it, its blocks."""
+        ids_B, lengths_B, tables_BM = inputs_BC[:, 0], inputs_BC[:, 1].contiguous(), inputs_BC[:, 2:].contiguous()
+
+        def attend(layer: int, q_BNH: Tensor, k_BNH: Tensor, v_BNH: Tensor) -> Tensor:
+            keys, values = self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer]
+            num_parts = num_parts_for(q_BNH.shape[0], q_BNH.shape[1], self._num_multiprocessors)
+            size = self._cache.tokens_per_block
+            return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_parts)
+
+        return self._network.logits(self._network.hidden(ids_B, (lengths_B - 1).clamp(min=0), attend))
+
+    def _prompt(self, inputs_C: Tensor) -> Tensor:
+        """A prompt from its first token on: ids, slots (negative behind the end), and the last token's index."""
+        size = len(inputs_C) // 2
+        ids_T, slots_T, last_1 = inputs_C[:size], inputs_C[size : 2 * size], inputs_C[-1:]
+
+        def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+            paged_store(k_TNH, v_TNH, self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer], slots_T)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
+            with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+        positions_T = torch.arange(size, device=inputs_C.device)
+        hidden_WTD = self._network.hidden(ids_T, positions_T, attend)
+        return self._network.logits(hidden_WTD.index_select(1, last_1))
+
+
+class _Recording:
+    """One graph, what it reads and what it writes."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], pool: Any, device: torch.device):
+        self.host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
+        """The inputs, to be filled before a replay."""
+        self._inputs = torch.zeros(shape, dtype=torch.int32, device=device)
+        if len(shape) == 1:
+            self._inputs[shape[0] // 2 : -1] = -1  # no slot: a recording stores nothing
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream), torch.inference_mode():
+            for _ in range(WARM_UP_RUNS):
+                forward(self._inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool), torch.inference_mode():
+            self._logits = forward(self._inputs)
+
+    def replay(self) -> Tensor:
+        """float32 logits, overwritten by the next replay of any recording of the pool."""
+        self._inputs.copy_(self.host, non_blocking=True)
+        self._graph.replay()
+        return self._logits

@@ -1,0 +1,173 @@
+"""Paged keys and values on CUDA, as Triton kernels: storing new ones, and one new token's attention per sequence.
+
+For attention one program computes one head of one sequence: it stores the token's key and value, then walks the
+sequence's blocks with a running softmax (Milakov and Gimelshein, 2018). Where sequences and heads are too few to fill
+the device, several programs share the walk, and a second kernel puts their parts together (Dao et al., Flash-Decoding,
+2023). Nothing is read back by the host and no shape depends on the lengths, so that a CUDA graph can hold it.
+
+Shape letters as in `kraken/engine/attention.py`, and: P parts that share a walk, M blocks that a table has room for.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TOKENS_PER_TILE = 32
+"""Keys that a program holds at a time."""
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, tables_ptr, lengths_ptr, out_ptr, weight_ptr,
+    scale, token_stride, head_stride, num_slots, num_blocks,
+    num_heads: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr, num_parts: tl.constexpr,
+    tokens_per_block: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    channels = tl.arange(0, padded_size)
+    is_channel = channels < head_size
+    length = tl.load(lengths_ptr + row)  # with the new token; 0 is a row that only fills the batch up
+    source = row * token_stride + head * head_stride + channels
+    q = tl.load(q_ptr + source, mask=is_channel, other=0.0).to(tl.float32) * scale
+    new_key = tl.load(k_ptr + source, mask=is_channel, other=0.0)
+    new_value = tl.load(v_ptr + source, mask=is_channel, other=0.0)
+    head_start = head.to(tl.int64) * num_slots * head_size
+    last = tl.maximum(length - 1, 0)
+    if (part == 0) & (length > 0):
+        block = tl.load(tables_ptr + row * num_blocks + last // tokens_per_block).to(tl.int64)
+        target = head_start + (block * tokens_per_block + last % tokens_per_block) * head_size + channels
+        tl.store(keys_ptr + target, new_key, mask=is_channel)
+        tl.store(values_ptr + target, new_value, mask=is_channel)
+    # the new token itself comes from registers: other programs may not see what was just stored
+    own_score = tl.sum(q * new_key.to(tl.float32), axis=0)
+    has_own = (part == 0) & (length > 0)
+    largest = tl.where(has_own, own_score, float("-inf"))
+    total = tl.where(has_own, 1.0, 0.0)
+    out = tl.where(has_own, 1.0, 0.0) * new_value.to(tl.float32)
+    tiles = tl.cdiv(last, tile)
+    tiles_per_part = tl.cdiv(tiles, num_parts)
+    for index in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
+        positions = index * tile + tl.arange(0, tile)
+        is_past = positions < last
+        blocks = tl.load(tables_ptr + row * num_blocks + positions // tokens_per_block, mask=is_past, other=0)
+        slots = blocks.to(tl.int64) * tokens_per_block + positions % tokens_per_block
+        places = head_start + slots[:, None] * head_size + channels[None, :]
+        mask = is_past[:, None] & is_channel[None, :]
+        keys = tl.load(keys_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(values_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.where(is_past, tl.sum(q[None, :] * keys, axis=1), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, axis=0))
+        correction = tl.exp(largest - new_largest)
+        weights = tl.exp(scores - new_largest)
+        total = total * correction + tl.sum(weights, axis=0)
+        out = out * correction + tl.sum(weights[:, None] * values, axis=0)
+        largest = new_largest
+    place = (row * num_heads + head) * num_parts + part
+    if num_parts == 1:
+        tl.store(out_ptr + place * head_size + channels, out / tl.maximum(total, 1e-38), mask=is_channel)
+    else:
+        tl.store(out_ptr + place * head_size + channels, out, mask=is_channel)
+        tl.store(weight_ptr + place * 2, largest)
+        tl.store(weight_ptr + place * 2 + 1, total)
+
+
+@triton.jit
+def _join_parts(  # type: ignore[no-untyped-def]
+    part_ptr, weight_ptr, out_ptr,
+    head_size: tl.constexpr, padded_size: tl.constexpr, num_parts: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0)
+    channels, parts = tl.arange(0, padded_size), tl.arange(0, num_parts)
+    is_channel = channels < head_size
+    largest = tl.load(weight_ptr + (place * num_parts + parts) * 2)
+    totals = tl.load(weight_ptr + (place * num_parts + parts) * 2 + 1)
+    top = tl.maximum(tl.max(largest, axis=0), -1e30)  # finite also for a row that only fills the batch up
+    weights = tl.exp(largest - top)
+    source = (place * num_parts + parts)[:, None] * head_size + channels[None, :]
+    outs = tl.load(part_ptr + source, mask=is_channel[None, :], other=0.0)
+    out = tl.sum(weights[:, None] * outs, axis=0) / tl.maximum(tl.sum(weights * totals, axis=0), 1e-38)
+    tl.store(out_ptr + place * head_size + channels, out, mask=is_channel)
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr,
+    token_stride, head_stride, num_slots, head_size: tl.constexpr, padded_size: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0), tl.program_id(1)
+    channels = tl.arange(0, padded_size)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    mask = channels < tl.where(slot >= 0, head_size, 0)
+    source = token * token_stride + head * head_stride + channels
+    target = (head.to(tl.int64) * num_slots + slot) * head_size + channels
+    tl.store(keys_ptr + target, tl.load(k_ptr + source, mask=mask), mask=mask)
+    tl.store(values_ptr + target, tl.load(v_ptr + source, mask=mask), mask=mask)
+
+
+def paged_store(k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
+    """Store each token's key and value in its slot; a negative slot stores nothing."""
+    k, v = _alike(k_TNH, v_TNH)
+    T, N, H = k.shape
+    _store[T, N](
+        k, v, keys_NSH, values_NSH, slots_T, k.stride(0), k.stride(1), keys_NSH.shape[1],
+        head_size=H, padded_size=triton.next_power_of_2(H), num_warps=1,
+    )  # fmt: skip
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with equal strides and neighbouring channels."""
+    first = tensors[0]
+    if first.stride(-1) == 1 and all(x.stride() == first.stride() for x in tensors):
+        return tensors
+    return tuple(x.contiguous() for x in tensors)
+
+
+def num_parts_for(num_rows: int, num_heads: int, num_multiprocessors: int) -> int:
+    """How many programs share one head's walk: a power of two, at most 16, so that the device is about full."""
+    num_parts = 1
+    while num_parts < 16 and num_rows * num_heads * num_parts * 2 <= 2 * num_multiprocessors:
+        num_parts *= 2
+    return num_parts
+
+
+def paged_decode(
+    q_BNH: Tensor,
+    k_BNH: Tensor,
+    v_BNH: Tensor,
+    keys_NSH: Tensor,
+    values_NSH: Tensor,
+    tables_BM: Tensor,
+    lengths_B: Tensor,
+    tokens_per_block: int,
+    num_parts: int,
+) -> Tensor:
+    """Store each row's key and value at the end of its sequence, and attend over the whole sequence.
+
+    Args:
+        tables_BM: int32 blocks of each row's sequence.
+        lengths_B: int32 tokens of each row's sequence, the new one included; 0 stores nothing and gives zeros.
+        num_parts: a power of two, see `num_parts_for`.
+
+    Returns:
+        [B, N, H] in q's type, contiguous.
+    """
+    B, N, H = q_BNH.shape
+    q, k, v = _alike(q_BNH, k_BNH, v_BNH)
+    out_BNH = torch.empty(B, N, H, dtype=q_BNH.dtype, device=q_BNH.device)
+    padded_size = triton.next_power_of_2(H)
+    parts, weights = out_BNH, lengths_B  # unread where there is one part
+    if num_parts > 1:
+        parts = torch.empty(B, N, num_parts, H, dtype=torch.float32, device=q_BNH.device)
+        weights = torch.empty(B, N, num_parts, 2, dtype=torch.float32, device=q_BNH.device)
+    _attend[B, N, num_parts](
+        q, k, v, keys_NSH, values_NSH, tables_BM, lengths_B, parts, weights,
+        H**-0.5, q.stride(0), q.stride(1), keys_NSH.shape[1], tables_BM.shape[1],
+        num_heads=N, head_size=H, padded_size=padded_size, num_parts=num_parts,
+        tokens_per_block=tokens_per_block, tile=TOKENS_PER_TILE, num_warps=4,
+    )  # fmt: skip
+    if num_parts > 1:
+        _join_parts[(B * N,)](
+            parts, weights, out_BNH, head_size=H, padded_size=padded_size, num_parts=num_parts, num_warps=1
+        )
+    return out_BNH

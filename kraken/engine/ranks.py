@@ -1,0 +1,302 @@
+"""One model on several devices, a process each: the leader runs the scheduler, the others run what it says.
+
+Every rank holds its part of the weights, and of the cache the keys and values of its own heads; blocks are the same
+everywhere. For every step the leader tells the others its chunks, all run the same forward pass, and the leader gets
+the logits.
+
+`python -m kraken.engine.ranks` is a follower that the leader starts; one that exists already calls `follow`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kraken.config import ConfigError, EngineConfig, ModelConfig
+from kraken.engine.chunk import Chunk
+from kraken.engine.collectives import DeviceGroup, join_group
+from kraken.engine.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.meeting import Followers, Invitation, Meeting, RanksError, connect
+from kraken.engine.network import Network
+from kraken.engine.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
+from kraken.engine.runner import Runner
+from kraken.model import Kraken
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where an engine's weights come from: an exchange folder that every rank reads, a model in the leader's memory, of
+    which it sends each rank its part, or where neither is given, random numbers for measuring time.
+    """
+
+    config: ModelConfig
+    folder: Path | None = None
+    model: Kraken | None = None
+
+    def weights(self, part: Part, dtype: torch.dtype, device: torch.device) -> Weights:
+        """The leader's."""
+        if self.folder is not None:
+            return read_weights(self.folder, part, dtype, device)
+        return random_weights(part, dtype, device) if self.model is None else weights_of(self.model, part)
+
+
+class LeadRunner(Runner):
+    """The leader's runner, which has the other ranks run everything too."""
+
+    def __init__(
+        self,
+        network: Network,
+        num_blocks: int,
+        tokens_per_block: int,
+        followers: Followers,
+        group: DeviceGroup,
+        timeout_s: float,
+    ):
+        super().__init__(network, num_blocks, tokens_per_block)
+        self._followers, self._group, self._timeout_s = followers, group, timeout_s
+        followers.watch(group.abort)
+
+    @property
+    def failure(self) -> str:
+        return self._followers.failure
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """See `Runner.forward`.
+
+        Raises:
+            RanksError: a rank failed, this one included; from then on nothing runs.
+        """
+        try:
+            self._require_sound()
+            self._followers.tell(Kind.STEP, pack_step(chunks))
+            if self.network.device.type == "cuda":  # NCCL waits for ever, on the device
+                self._followers.deadline = time.monotonic() + self._timeout_s
+            logits_RV = super().forward(chunks)
+            if self.network.device.type == "cuda":
+                torch.cuda.current_stream(self.network.device).synchronize()
+                self._followers.deadline = None
+                self._require_sound()
+            return logits_RV
+        except RanksError:
+            raise
+        except Exception as error:
+            raise RanksError(self._followers.explain(error)) from error
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._followers.stop()
+
+    def _require_sound(self) -> None:
+        if self.failure:
+            raise RanksError(self.failure)
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Everything but the cache of an engine on several devices, whose size depends on what memory is left now."""
+
+    network: Network
+    group: DeviceGroup
+    followers: Followers
+
+    def open(self, num_blocks: int, config: EngineConfig) -> LeadRunner:
+        """Make every rank's cache.
+
+        Raises:
+            RanksError: one of them lacks the memory.
+        """
+        try:
+            self.followers.tell_json({"num_blocks": num_blocks, "tokens_per_block": config.tokens_per_block})
+            timeout_s = config.collective_timeout_s
+            self.followers.wait_until_done(config.startup_timeout_s)
+            return LeadRunner(self.network, num_blocks, config.tokens_per_block, self.followers, self.group, timeout_s)
+        except BaseException:
+            self.followers.end()
+            raise
+
+
+def lead(
+    source: Source,
+    num_ids: int,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    meeting: Meeting | None,
+) -> Lead:
+    """Meet the other ranks and load the weights, everybody at once.
+
+    Args:
+        meeting: to which the other ranks are invited already; None starts them here.
+    Raises:
+        ConfigError: the model cannot be divided so, or GPUs are missing.
+        RanksError: a rank did not come, or failed.
+    """
+    size = config.num_devices
+    part = Part(source.config, 0, size)
+    device = device_of(0, size, device.type, are_all_here=meeting is None)
+    num_threads = threads_of_a_rank(config)
+    if meeting is None:
+        meeting = Meeting(size)
+        meeting.launch(num_threads)
+    if meeting.num_devices != size:
+        raise ConfigError(f"engine.num_devices={size}, but {meeting.num_devices} ranks were invited; make them equal")
+    followers = meeting.gather(config.startup_timeout_s)
+    try:
+        listener = socket.create_server((meeting.host, 0))
+        port = listener.getsockname()[1]
+        timeout = timedelta(seconds=config.collective_timeout_s)
+        store = dist.TCPStore(
+            meeting.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        terms = {
+            "size": size,
+            "store_host": meeting.host,
+            "store_port": port,
+            "model": dataclasses.asdict(source.config),
+            "folder": None if source.folder is None else str(source.folder.resolve()),
+            "is_sent": source.model is not None,
+            "num_ids": num_ids,
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "num_threads": num_threads,
+            "timeout_s": config.collective_timeout_s,
+            "overlap": config.overlap,
+        }
+        followers.tell_json(terms)
+        group = _join(store, part, meeting.host, device, terms)
+        weights = source.weights(part, dtype, device)
+        if source.model is not None:
+            for rank in range(1, size):
+                for _, weight in sorted(weights_of(source.model, Part(source.config, rank, size)).items()):
+                    group.send(weight, rank)
+        network = Network(part, weights, num_ids, group)
+        followers.wait_until_done(config.startup_timeout_s)
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, RanksError):
+            raise RanksError(_why(followers, error)) from error
+        followers.end()
+        raise
+    return Lead(network, group, followers)
+
+
+def follow(invitation: Invitation) -> None:
+    """Be a rank of an engine until the leader ends it.
+
+    Raises:
+        ConnectionLost: the leader is gone.
+        Exception: whatever failed here; the leader has been told.
+    """
+    connection = connect(invitation)
+    try:
+        runner = _prepare(connection, invitation.rank)
+        while (frame := connection.receive())[0] is Kind.STEP:
+            runner.forward(unpack_step(frame[1]))
+    except ConnectionLost:
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send_json({"error": f"{type(error).__name__}: {error}"})
+        raise
+    finally:
+        connection.close()
+
+
+def _prepare(connection: Connection, rank: int) -> Runner:
+    """Weights and cache, as the leader says."""
+    terms = connection.receive_json()
+    torch.set_num_threads(terms["num_threads"])
+    part = Part(ModelConfig(**terms["model"]), rank, terms["size"])
+    device = device_of(rank, part.size, terms["device"], are_all_here=False)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = getattr(torch, terms["dtype"])
+    store = dist.TCPStore(terms["store_host"], terms["store_port"], None, False, timedelta(seconds=terms["timeout_s"]))
+    group = _join(store, part, connection.local_address, device, terms)
+    if terms["is_sent"]:
+        weights = empty_weights(part, dtype, device)
+        for _, weight in sorted(weights.items()):
+            group.receive(weight, 0)
+    elif terms["folder"] is not None:
+        weights = read_weights(Path(terms["folder"]), part, dtype, device)
+    else:
+        weights = random_weights(part, dtype, device)
+    network = Network(part, weights, terms["num_ids"], group)
+    connection.send_json({"done": True})
+    cache = connection.receive_json()
+    runner = Runner(network, cache["num_blocks"], cache["tokens_per_block"])
+    connection.send_json({"done": True})
+    return runner
+
+
+def _join(store: dist.Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
+    leaves_room = part.config.architecture == "kraken" and terms["overlap"] == "overlapped"
+    return join_group(store, part.rank, part.size, address, device, terms["timeout_s"], terms["overlap"], leaves_room)
+
+
+def _why(followers: Followers, error: Exception) -> str:
+    """A rank's own words where it has some."""
+    try:
+        followers.wait_until_done(1.0)
+    except RanksError as reason:
+        if "was not ready" not in str(reason):
+            return str(reason)
+    finally:
+        followers.end()
+    return f"the devices do not reach each other: {error}"
+
+
+def device_of(rank: int, size: int, kind: str, are_all_here: bool) -> torch.device:
+    """The device of a rank: its own GPU of this host's, or the only one that its process sees.
+
+    Raises:
+        ConfigError: GPUs are missing.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if are_all_here and count < size:
+        raise ConfigError(
+            f"engine.num_devices={size}, but this process sees {count} GPUs; lower it, or choose engine.device=cpu"
+        )
+    return torch.device("cuda", rank if count >= size else 0)
+
+
+def threads_of_a_rank(config: EngineConfig) -> int:
+    """CPU threads of each rank."""
+    return max(1, (config.num_threads or len(os.sched_getaffinity(0))) // config.num_devices)
+
+
+def main() -> None:
+    """A follower that the leader started: its invitation is a line of stdin, and the end of stdin is the leader's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the leader, who then ends us
+    invitation = Invitation.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_leader, daemon=True).start()
+    status = 0
+    try:
+        follow(invitation)
+    except Exception:  # the leader says it
+        status = 1
+    os._exit(status)  # whatever a process group still waits for
+
+
+def _end_with_the_leader() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
