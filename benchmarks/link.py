@@ -19,7 +19,6 @@ The last line is JSON:
 """
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -31,18 +30,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from benchmarks.ttft import Contestant
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.meeting import Meeting
-from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PAPER_SHARE = 0.35
@@ -123,67 +121,40 @@ def shapes(args: argparse.Namespace) -> dict[str, ModelConfig]:
     return {"standard": standard, "kraken": plan.matched(standard, "kraken", 2)}
 
 
-class Contestant:
+def open_contestant(name: str, shape: ModelConfig, args: argparse.Namespace, link: Link, core: int) -> Contestant:
     """An engine on two processes, the other one in the other namespace and on another core."""
+    _, _, mode = name.partition(" ")
+    config = EngineConfig(
+        device="cpu",
+        dtype="float32",
+        num_threads=2,
+        num_devices=2,
+        overlap=mode or "overlapped",  # type: ignore[arg-type]
+        max_batch_size=1,
+        max_step_tokens=args.prompt_tokens,
+        prefix_reuse=False,
+    )
+    meeting = Meeting(2, HOSTS[0])
+    meeting.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
+    return Contestant(name, shape, config, meeting)
 
-    def __init__(self, name: str, shape: ModelConfig, args: argparse.Namespace, link: Link, core: int):
-        self.name, self.shape = name, shape
-        _, _, mode = name.partition(" ")
-        config = EngineConfig(
-            device="cpu",
-            dtype="float32",
-            num_threads=2,
-            num_devices=2,
-            overlap=mode or "overlapped",  # type: ignore[arg-type]
-            max_batch_size=1,
-            max_step_tokens=args.prompt_tokens,
-            prefix_reuse=False,
-        )
-        info = EngineInfo(
-            name="torch",
-            context_length=shape.context_length,
-            num_ids=shape.vocab_size,
-            eot_id=0,
-            tokenizer_fingerprint="none",
-        )
-        meeting = Meeting(2, HOSTS[0])
-        meeting.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
-        self._engine = TorchEngine.from_shape(shape, info, config, meeting)
-        self._loop = asyncio.Runner()
-        self._prompt = tuple(torch.randint(shape.vocab_size, (args.prompt_tokens,)).tolist())
-        self._num_requests = 0
-        self.attention_s: list[float] = []
-        for layer in self._engine._runner.network._layers:
-            layer._attention = self._timed(layer._attention)  # type: ignore[method-assign]
 
-    def ttft_s(self) -> float:
-        """Seconds to the first token of one prompt."""
-        self._num_requests += 1
-        sampling = SamplingParams(max_tokens=1, temperature=0.0)
-        request = Request(id=str(self._num_requests), prompt_ids=self._prompt, sampling=sampling)
+def time_attention(contestant: Contestant) -> list[float]:
+    """Where the seconds of every attention phase, from c_attn to c_proj, will be found from now on."""
+    seconds: list[float] = []
 
-        async def first() -> float:
+    def timed(attention: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(*args: Any) -> torch.Tensor:
             started_at = time.perf_counter()
-            async for _ in self._engine.generate(request):
-                return time.perf_counter() - started_at
-            raise AssertionError
-
-        return self._loop.run(first())
-
-    def close(self) -> None:
-        self._loop.run(self._engine.close())
-        self._loop.close()
-
-    def _timed(self, attention: Any) -> Any:
-        """The attention phase, timed from c_attn to c_proj."""
-
-        def timed(*args: Any) -> torch.Tensor:
-            started_at = time.perf_counter()
-            out: torch.Tensor = attention(*args)
-            self.attention_s.append(time.perf_counter() - started_at)
+            out = attention(*args)
+            seconds.append(time.perf_counter() - started_at)
             return out
 
-        return timed
+        return run
+
+    for layer in contestant.runner.network._layers:
+        layer._attention = timed(layer._attention)  # type: ignore[method-assign]
+    return seconds
 
 
 def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
@@ -192,15 +163,15 @@ def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
     return num_sums * prompt_tokens * shape.width * 4
 
 
-def median_ttfts(contestants: Sequence[Contestant], num_rounds: int) -> dict[str, float]:
+def median_ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_rounds: int) -> dict[str, float]:
     """Name -> median TTFT in seconds; who begins changes from round to round."""
     times: dict[str, list[float]] = {each.name: [] for each in contestants}
     for each in contestants:
-        each.ttft_s()
+        each.seconds(prompt_tokens)
     for turn in range(num_rounds):
         start = turn % len(contestants)
         for each in [*contestants[start:], *contestants[:start]]:
-            times[each.name].append(each.ttft_s())
+            times[each.name].append(each.seconds(prompt_tokens)[0])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -208,7 +179,8 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
     """The whole sweep, in the first namespace."""
     link.free()
     models = shapes(args)
-    contestants = [Contestant(name, models[name.split(" ")[0]], args, link, core) for name in CONTESTANTS]
+    contestants = [open_contestant(name, models[name.split(" ")[0]], args, link, core) for name in CONTESTANTS]
+    attention_s = time_attention(contestants[CONTESTANTS.index("kraken none")])
     say(f"{'model':10} {'parameters':>12} layers width heads  bytes sent per prompt")
     for name, shape in models.items():
         say(
@@ -216,13 +188,13 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
             f"{sent_bytes(shape, args.prompt_tokens):,}"
         )
     try:
-        none_s = median_ttfts(contestants, 2)["standard none"]
+        none_s = median_ttfts(contestants, args.prompt_tokens, 3)["standard none"]
         say(f"standard without sums: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
         say(
             f"{'link MB/s':>10} {'share':>6} {'standard':>9} {'Kraken':>9} {'blocking':>9} {'none':>9} {'speed-up':>9} "
             f"{'exposed':>8} {'attention':>10} {'one sum':>8}"
         )
-        points = [measure_point(share, none_s, contestants, models, args, link) for share in args.shares]
+        points = [measure_point(share, none_s, contestants, attention_s, models, args, link) for share in args.shares]
     finally:
         link.free()  # nobody waits for the last frames
         for each in contestants:
@@ -245,6 +217,7 @@ def measure_point(
     share: float,
     none_s: float,
     contestants: Sequence[Contestant],
+    attention_s: list[float],
     models: dict[str, ModelConfig],
     args: argparse.Namespace,
     link: Link,
@@ -252,17 +225,15 @@ def measure_point(
     """One rate: that at which sums should take this share of the standard model's TTFT; what they take is measured."""
     bytes_per_s = sent_bytes(models["standard"], args.prompt_tokens) / (none_s * share / (1 - share))
     link.limit(bytes_per_s)
-    for each in contestants:
-        each.attention_s.clear()
-    ttft_s = median_ttfts(contestants, args.rounds)
-    attention_s = statistics.median(next(each.attention_s for each in contestants if each.name == "kraken none"))
+    attention_s.clear()
+    ttft_s = median_ttfts(contestants, args.prompt_tokens, args.rounds)
     waited_s = ttft_s["kraken blocking"] - ttft_s["kraken none"]
     point = {
         "link_mb_per_s": round(bytes_per_s / 1e6, 3),
         "share": round(1 - ttft_s["standard none"] / ttft_s["standard"], 4),
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
         "exposed_communication": round((ttft_s["kraken"] - ttft_s["kraken none"]) / waited_s, 4),
-        "attention_ms": round(attention_s * 1e3, 3),
+        "attention_ms": round(statistics.median(attention_s) * 1e3, 3),
         "sum_ms": round(waited_s / max(1, models["kraken"].num_layers - 1) * 1e3, 3),
         "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
     }
@@ -319,7 +290,9 @@ def main() -> None:
     with Link.build() as link:
         a, b = link.spaces
         command = [*("ip", "netns", "exec", a, "taskset", "-c", str(first_core)), sys.executable, "-m"]
-        process = subprocess.Popen([*command, "benchmarks.link", *sys.argv[1:], "--inside", a, b, str(second_core)])
+        arguments = ["benchmarks.link", *sys.argv[1:], "--inside", a, b, str(second_core)]
+        # the addresses have no names, of which torch warns
+        process = subprocess.Popen([*command, *arguments], env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"})
         try:
             status = process.wait()
         finally:

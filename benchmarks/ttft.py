@@ -39,6 +39,7 @@ from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.collectives import join_group
 from kraken.engine.meeting import Meeting
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
+from kraken.engine.runner import Runner
 from kraken.engine.torch_engine import TorchEngine
 
 SIZES = {
@@ -80,6 +81,11 @@ class Contestant:
         self._engine = TorchEngine.from_shape(shape, info, config, meeting)
         self._loop = asyncio.Runner()
         self._num_requests = 0
+
+    @property
+    def runner(self) -> Runner:
+        """What computes in this process."""
+        return self._engine._runner
 
     def seconds(self, prompt_tokens: int, new_tokens: int = 1) -> tuple[float, float]:
         """Of one request: seconds to the first token, and for each later one."""

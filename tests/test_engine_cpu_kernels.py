@@ -21,7 +21,11 @@ def kernels() -> CpuKernels:
 # several panels with a remainder, several depths, and rows below, at and past a tile and a chunk
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 8, 9, 16, 17, 33, 500])
 @pytest.mark.parametrize("num_inputs", [24, 801])
-def test_linears_equal_torchs(kernels: CpuKernels, num_tokens: int, num_inputs: int) -> None:
+@pytest.mark.parametrize("max_few_tokens", [0, 1000])
+def test_linears_equal_torchs(
+    kernels: CpuKernels, num_tokens: int, num_inputs: int, max_few_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kraken.engine.linear.MAX_FEW_TOKENS", max_few_tokens)
     torch.manual_seed(0)
     weight, bias = torch.randn(3, 101, num_inputs) / num_inputs**0.5, torch.randn(3, 101)
     x = torch.randn(3, num_tokens, num_inputs)

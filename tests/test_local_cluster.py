@@ -115,6 +115,31 @@ def test_a_process_that_a_dying_head_starts_is_ended_too(tmp_path: Path) -> None
     assert [process for process in psutil.process_iter() if below(process, temp_dir)] == []
 
 
+AGENT = """
+import os, sys, time
+log = open(sys.argv[1], "w")
+os.chdir("/")
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_agent_that_outlived_its_raylet_is_known_by_its_log(tmp_path: Path) -> None:
+    """Its command line and environment are overwritten, its parent is gone, its session is another's."""
+    (tmp_path / "ours").mkdir()
+    agents = []
+    for log in ("ours/agent.log", "other.log"):
+        command = [sys.executable, "-c", AGENT, str(tmp_path / log)]
+        agent = subprocess.Popen(command, env={}, start_new_session=True, stdout=subprocess.PIPE)
+        agents.append(agent)
+        assert agent.stdout is not None and agent.stdout.readline() == b"ready\n"
+    local_cluster.end_below(tmp_path / "ours")
+    ours, other = agents
+    assert not psutil.pid_exists(ours.pid) and other.poll() is None
+    other.kill()
+    other.wait()
+
+
 def below(process: psutil.Process, folder: Path) -> bool:
     try:
         return Path(process.cwd().removesuffix(" (deleted)")).is_relative_to(folder)

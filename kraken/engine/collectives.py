@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 Overlap = Literal["overlapped", "blocking", "none"]
 
@@ -98,10 +99,11 @@ class DeviceGroup:
         self._start_exchange(pending)
         for work in pending.works:
             work.wait()
-        first, *rest = [*pending.received[: self.rank], pending.own, *pending.received[self.rank :]]
-        for part in rest:
-            first = first + part
-        return first
+        parts = [*pending.received[: self.rank], pending.own, *pending.received[self.rank :]]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """Every rank's columns side by side, on rank 0; the others get back what they gave."""
@@ -154,7 +156,7 @@ class DeviceGroup:
 
 
 def join_group(
-    store: dist.Store,
+    store: Store,
     rank: int,
     size: int,
     address: str,
@@ -180,7 +182,7 @@ def join_group(
         if leaves_room:
             options.config.max_ctas = MAX_CHANNELS
         return DeviceGroup(rank, size, dist.ProcessGroupNCCL(store, rank, size, options), overlap)
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     gloo._timeout = timeout
     gloo._threads = 1

@@ -5,6 +5,7 @@ torch has neither a product of a few tokens that runs at the speed of memory nor
 compiler with OpenMP, the engine computes the same with torch's operators, slower.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ class CpuKernels:
 
     def __init__(self, path: Path):
         library = ctypes.CDLL(str(path))  # releases the interpreter's lock during a call
+        pointer: Any
+        count: Any
+        flag: Any
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self._linear, self._store, self._attend = library.kraken_linear, library.kraken_store, library.kraken_attend
         self._linear.argtypes = [*[pointer] * 4, *[count] * 3, flag, flag]
@@ -141,10 +146,8 @@ def cpu_kernels() -> CpuKernels | None:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
             return CpuKernels(library)
         except (OSError, subprocess.SubprocessError) as error:
-            reason = str(getattr(error, "stderr", None) or error).strip().splitlines()[:1]
-            _logger.info(
-                "the engine computes with torch's operators, since %s failed: %s", compiler, *reason or [error]
-            )
+            reason = str(getattr(error, "stderr", None) or error).strip()
+            _logger.info("the engine computes with torch's operators, since %s failed: %s", compiler, reason)
             return None
 
 
@@ -154,8 +157,6 @@ def huge_zeros(shape: tuple[int, ...]) -> Tensor:
     if num_values * 4 < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=torch.float32)
     pages = mmap.mmap(-1, -(-num_values * 4 // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        pass
     return torch.frombuffer(pages, dtype=torch.float32, count=num_values).view(shape)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.engine.chunk import Chunk
@@ -158,7 +158,7 @@ def lead(
         listener = socket.create_server((meeting.host, 0))
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=config.collective_timeout_s)
-        store = dist.TCPStore(
+        store = TCPStore(
             meeting.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         terms = {
@@ -223,7 +223,7 @@ def _prepare(connection: Connection, rank: int) -> Runner:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = getattr(torch, terms["dtype"])
-    store = dist.TCPStore(terms["store_host"], terms["store_port"], None, False, timedelta(seconds=terms["timeout_s"]))
+    store = TCPStore(terms["store_host"], terms["store_port"], None, False, timedelta(seconds=terms["timeout_s"]))
     group = _join(store, part, connection.local_address, device, terms)
     if terms["is_sent"]:
         weights = empty_weights(part, dtype, device)
@@ -241,7 +241,7 @@ def _prepare(connection: Connection, rank: int) -> Runner:
     return runner
 
 
-def _join(store: dist.Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
+def _join(store: Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
     leaves_room = part.config.architecture == "kraken" and terms["overlap"] == "overlapped"
     return join_group(store, part.rank, part.size, address, device, terms["timeout_s"], terms["overlap"], leaves_room)
 
