@@ -27,14 +27,14 @@ from pathlib import Path
 
 import torch
 
-from kraken.agreement import Agreement
 from kraken.config import to_dict
-from kraken.parallel import Mesh
 from kraken.presets import PRESETS
-from kraken.saver import Label, Saver
-from kraken.state import TrainingState
-from kraken.step import TrainingStep
 from kraken.stopwatch import Stopwatch
+from kraken.training.agreement import Agreement
+from kraken.training.parallel import Mesh
+from kraken.training.saver import Label, Saver
+from kraken.training.state import TrainingState
+from kraken.training.step import TrainingStep
 
 KINDS = ("background", "synchronous", "none")
 

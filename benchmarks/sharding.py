@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from kraken.config import TrainConfig
-from kraken.parallel import join_mesh
 from kraken.presets import PRESETS
-from kraken.step import TrainingStep
+from kraken.training.parallel import join_mesh
+from kraken.training.step import TrainingStep
 
 MESHES: dict[str, dict[str, Any]] = {
     "one": {"processes": 1},

@@ -5,7 +5,7 @@
 
 All contestants train on the same random tokens, in alternation, in one process:
 
-    ours          kraken.step.TrainingStep, as every run trains
+    ours          kraken.training.step.TrainingStep, as every run trains
     loop          benchmarks.loop, one module per way, AdamW as the published code calls it, the same dtype
     published     the loop with the published defaults: float32 on a CPU, eager, GELU composed of seven operations, the
                   loss read every step
@@ -36,11 +36,11 @@ from torch import Tensor, nn
 
 from benchmarks.loop import LoopKraken
 from kraken.config import ModelConfig, TrainConfig
-from kraken.parallel import Mesh
 from kraken.plan import training_flops_per_token
 from kraken.precision import choose_precision
 from kraken.presets import PRESETS
-from kraken.step import TrainingStep
+from kraken.training.parallel import Mesh
+from kraken.training.step import TrainingStep
 
 STANDARD_OF = {
     "kraken_10m": "standard_10m",

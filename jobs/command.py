@@ -19,7 +19,7 @@ from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
 from pipelines.local_cluster import ClusterError
-from pipelines.stop import RunStopped
+from pipelines.training.stop import RunStopped
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 

@@ -274,7 +274,7 @@ class TrainConfig:
     """Compute type; master weights stay float32 (or float64). `auto`: bfloat16 where the device is fast at it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """`torch.compile` of the layers and the loss, on one GPU with CUDA graphs of forward and backward. `auto`: where it
-    pays, see `kraken/step.py`."""
+    pays, see `kraken/training/step.py`."""
     recompute_activations: bool = False
     """Keep only each layer's input for the backward pass and run the layer again there: less memory, a third more
     arithmetic (activation checkpointing)."""
@@ -362,8 +362,8 @@ class EngineConfig:
     """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
     whether someone else's prompt began so."""
     cuda_graphs: bool = True
-    """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts: some seconds then, and
-    a fraction of the time per token."""
+    """On one CUDA device, record the steps that decode or begin one prompt as graphs when the engine starts: some
+    seconds then, and a fraction of the time per token."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 

@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from kraken.checkpoint import load_model
+from kraken.checkpoint.reader import load_model
 from kraken.config import ModelConfig
 from kraken.huggingface.tokenizer import write_fast_tokenizer
 from kraken.manifest import ArtefactError, Metric, write_atomically

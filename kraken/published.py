@@ -27,7 +27,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from kraken.checkpoint import STEP_FOLDER
+from kraken.checkpoint.reader import STEP_FOLDER
 from kraken.config import ConfigError, ModelConfig, pad_vocab
 from kraken.convert import exchange_shapes, read_model_config, read_tensors, write_folder
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint, sha256_of_file

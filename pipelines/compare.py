@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kraken.checkpoint.history import read_history
 from kraken.config import ConfigError, RunConfig, to_dict
-from kraken.history import read_history
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
 from pipelines import comparison, end_to_end, prepare, pretrain

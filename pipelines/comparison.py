@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from kraken.checkpoint.history import History
 from kraken.config import ConfigError
-from kraken.history import History
 from kraken.manifest import ArtefactError, write_atomically
 
 JSON_NAME, TABLE_NAME, FIGURE_NAME, VECTOR_NAME = "compare.json", "compare.md", "compare.png", "compare.svg"
@@ -40,7 +40,7 @@ class Training:
     learning_rate: float
     parameters: int
     history: History
-    """Reports by step, as `kraken.history.read_history` gives them: `tokens`, `seconds`, at times `validation_loss`."""
+    """Reports by step, as `kraken.checkpoint.history` reads them: `tokens`, `seconds`, at times `validation_loss`."""
 
     @property
     def validations(self) -> History:

@@ -16,7 +16,7 @@ def section(config: RunConfig) -> dict[str, Any]:
 
 
 def work(work: Work) -> Outcome:
-    from kraken.checkpoint import newest_checkpoint
+    from kraken.checkpoint.reader import newest_checkpoint
     from kraken.convert import write_exchange
     from kraken.engine.choose import TENSORRT_LLM_FOLDER
 

@@ -12,8 +12,8 @@ from kraken.config import RunConfig, from_dict, to_dict
 from kraken.manifest import Manifest, make_fingerprint
 from pipelines import convert, deploy, evaluate, prepare, pretrain
 from pipelines.stage import Stage, fingerprints
-from pipelines.stop import StopSwitch
 from pipelines.tracking import RunRef
+from pipelines.training.stop import StopSwitch
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)

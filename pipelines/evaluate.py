@@ -15,7 +15,7 @@ PARITY_NAME = "parity.json"
 
 
 def work(work: Work) -> Outcome:
-    from kraken.checkpoint import newest_checkpoint
+    from kraken.checkpoint.reader import newest_checkpoint
 
     checkpoint = newest_checkpoint(work.parent_folder("pretrain"))
     if checkpoint is None:
@@ -34,7 +34,7 @@ async def evaluate(
     config: RunConfig, choice: Choice, data_folder: Path, checkpoint: Path, exchange_folder: Path, folder: Path
 ) -> dict[str, Metric]:
     """Run both evaluations on one engine; the parity report is also written to `folder`."""
-    from kraken.checkpoint import load_model
+    from kraken.checkpoint.reader import load_model
     from kraken.data.shards import TokenShards
     from kraken.evaluate import parity, parity_prompts, perplexity
     from kraken.tokenizer import Tokenizer

@@ -19,7 +19,7 @@ from kraken.config import ClusterConfig, ConfigError, RunConfig
 from kraken.storage import Storage, is_remote
 from pipelines import memory
 from pipelines.local_cluster import ClusterError
-from pipelines.placement import Resources, per_worker, place, room, sizes
+from pipelines.training.placement import Resources, per_worker, place, room, sizes
 
 logger = logging.getLogger(__name__)
 

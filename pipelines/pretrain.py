@@ -1,10 +1,10 @@
-"""Stage 2, pretrain: Ray Train workers run `kraken.train`; checkpoints in the stage's folder, metrics in MLflow."""
+"""Stage 2, pretrain: Ray Train workers run `kraken.training`; checkpoints in the stage's folder, metrics in MLflow."""
 
 from pipelines.stage import Outcome, Stage, Work, section_of
 
 
 def work(work: Work) -> Outcome:
-    from pipelines.train_workers import fit  # torch and Ray Train, seconds that a reused stage need not spend
+    from pipelines.training.workers import fit  # torch and Ray Train, seconds that a reused stage need not spend
 
     return fit(work), {"tokenizer_fingerprint": work.parents["prepare"].details["tokenizer_fingerprint"]}
 

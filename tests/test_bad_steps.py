@@ -10,15 +10,15 @@ import pytest
 import tiny
 import torch
 
-from kraken.checkpoint import KINDS, CheckpointReader, newest_checkpoint
+from kraken.checkpoint.history import read_history
+from kraken.checkpoint.reader import KINDS, CheckpointReader, newest_checkpoint
 from kraken.config import ConfigError, RunConfig
 from kraken.data.loader import Loader
-from kraken.history import read_history
 from kraken.manifest import ArtefactError
-from kraken.parallel import Mesh
-from kraken.state import TrainingState
-from kraken.step import TrainingStep
-from kraken.train import NoHooks, train
+from kraken.training.parallel import Mesh
+from kraken.training.state import TrainingState
+from kraken.training.step import TrainingStep
+from kraken.training.train import NoHooks, train
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -169,9 +169,9 @@ class TestTraining:
 
 
 def test_nothing_but_bad_steps_ends_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import kraken.train
+    import kraken.training.train
 
-    monkeypatch.setattr(kraken.train, "MOST_SKIPPED_IN_A_ROW", 5)
+    monkeypatch.setattr(kraken.training.train, "MOST_SKIPPED_IN_A_ROW", 5)
     original = TrainingStep._judge
 
     def judge(self: TrainingStep, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:

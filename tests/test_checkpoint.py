@@ -15,16 +15,16 @@ import pytest
 import tiny
 import torch
 
-import kraken.saver
-from kraken.checkpoint import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+import kraken.training.saver
+from kraken.checkpoint.history import read_history
+from kraken.checkpoint.pieces import Piece, held_piece, whole_piece
+from kraken.checkpoint.reader import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+from kraken.checkpoint.tensor_files import read_pieces, write_tensors
 from kraken.config import RunConfig
-from kraken.history import read_history
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
 from kraken.model import Kraken, part_of, whole_shapes
-from kraken.pieces import Piece, held_piece, whole_piece
 from kraken.storage import Storage
-from kraken.tensor_files import read_pieces, write_tensors
-from kraken.train import NoHooks, TrainingStopped, train
+from kraken.training.train import NoHooks, TrainingStopped, train
 from kraken.ways import WayGroup
 
 
@@ -83,7 +83,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_tensors(path, *args)
 
-    monkeypatch.setattr(kraken.saver, "write_tensors", write)
+    monkeypatch.setattr(kraken.training.saver, "write_tensors", write)
 
 
 class TestPieces:
@@ -155,14 +155,14 @@ class TestWriting:
         """What is copied is what was there when the checkpoint began, however late the copying starts."""
         import time
 
-        original = kraken.saver.Snapshot.copy
+        original = kraken.training.saver.Snapshot.copy
 
         def late(self: Any) -> Any:
             time.sleep(0.1)
             return original(self)
 
         train(tiny.config(), data, tmp_path / "prompt")
-        monkeypatch.setattr(kraken.saver.Snapshot, "copy", late)
+        monkeypatch.setattr(kraken.training.saver.Snapshot, "copy", late)
         recorder = Recorder()
         train(tiny.config(), data, tmp_path / "late", recorder)
         for folder in list_checkpoints(tmp_path / "prompt"):
@@ -324,5 +324,5 @@ def _die_writing_step_4(run: RunConfig, data: Path, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_tensors(path, *args)
 
-    kraken.saver.write_tensors = write
+    kraken.training.saver.write_tensors = write
     train(run, data, folder)

@@ -15,11 +15,11 @@ import pytest
 import tiny
 
 from jobs import compare as command_line
+from kraken.checkpoint.history import History, write_history
 from kraken.config import ConfigError, RunConfig
-from kraken.history import History, write_history
 from kraken.manifest import ArtefactError, Manifest
 from kraken.storage import Storage
-from kraken.train import train
+from kraken.training.train import train
 from pipelines import compare, end_to_end, pretrain
 from pipelines.compare import CompareConfig
 from pipelines.comparison import Training, label, markdown, tuning_table, verdicts, write
@@ -306,7 +306,7 @@ def check_mlflow(config: CompareConfig, result: compare.CompareResult) -> None:
 
 
 def test_a_history_on_disk_is_all_a_training_needs(tmp_path: Path) -> None:
-    from kraken.history import read_history
+    from kraken.checkpoint.history import read_history
 
     write_history(tmp_path, history(4.0))
     assert Training("a", 1, 1e-3, 1000, read_history(tmp_path)) == training("a", 1, 1e-3, 4.0)

@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from kraken.checkpoint import load_model
+from kraken.checkpoint.reader import load_model
 from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
@@ -39,7 +39,7 @@ from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
 from kraken.model import Kraken, next_token_loss
 from kraken.tokenizer import META_NAME, Tokenizer
-from kraken.train import train
+from kraken.training.train import train
 
 T = TypeVar("T")
 

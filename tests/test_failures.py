@@ -14,14 +14,14 @@ import torch
 from conftest import find_free_port
 from test_parallel import assert_equal_runs, run_config, train_on
 
-import kraken.saver
-from kraken.arrivals import LostRanks
-from kraken.checkpoint import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+import kraken.training.saver
+from kraken.checkpoint.history import read_history
+from kraken.checkpoint.reader import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+from kraken.checkpoint.tensor_files import write_tensors
 from kraken.config import RunConfig
-from kraken.history import read_history
 from kraken.manifest import ArtefactError
-from kraken.tensor_files import write_tensors
-from kraken.train import NoHooks, TrainingStopped, train
+from kraken.training.arrivals import LostRanks
+from kraken.training.train import NoHooks, TrainingStopped, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +47,7 @@ class Scene(NoHooks):
         self.kind, self.rank, self.step = kind, rank, 0
         self.checkpoints: list[int] = []
         if kind == "full" and rank == 1:
-            kraken.saver.write_tensors = self.write  # type: ignore[assignment]
+            kraken.training.saver.write_tensors = self.write  # type: ignore[assignment]
 
     def on_step(self, metrics: dict[str, float]) -> None:
         self.step = int(metrics["step"])

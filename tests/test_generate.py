@@ -14,7 +14,7 @@ from jobs.generate import main
 from kraken.config import ConfigError
 from kraken.convert import write_exchange
 from kraken.manifest import ArtefactError, finish_artefact
-from kraken.train import train
+from kraken.training.train import train
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ("--device", "cpu", "--num-threads", "1", "--ignore-eos")

@@ -7,15 +7,15 @@ import pytest
 import tiny
 import torch
 
-from kraken.checkpoint import CheckpointReader
+from kraken.checkpoint.history import read_history
+from kraken.checkpoint.reader import CheckpointReader
 from kraken.config import ModelConfig, RunConfig
 from kraken.data.loader import Loader
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
-from kraken.history import read_history
 from kraken.model import Kraken, is_vector
-from kraken.optim import Optimizer, is_hidden_matrix, matrices_of
-from kraken.train import NoHooks, train
+from kraken.training.optim import Optimizer, is_hidden_matrix, matrices_of
+from kraken.training.train import NoHooks, train
 
 SWIGLU = {"activation": "swiglu", "positions": "rope"}
 

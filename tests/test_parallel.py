@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 
-from kraken.checkpoint import KINDS, CheckpointReader
+from kraken.checkpoint.history import read_history
+from kraken.checkpoint.reader import KINDS, CheckpointReader
 from kraken.config import ConfigError, ModelConfig, RunConfig
-from kraken.history import read_history
-from kraken.parallel import join_mesh
-from kraken.train import NoHooks, train
+from kraken.training.parallel import join_mesh
+from kraken.training.train import NoHooks, train
 from kraken.ways import WayGroup
 
 TOLERANCE = 1e-9

@@ -196,8 +196,8 @@ class TestStorage:
         manifest.verify(reader.folder("prepare", "tiny"))
 
     def test_the_newest_remote_checkpoint_is_fetched(self, tmp_path: Path) -> None:
-        from kraken.checkpoint import newest_checkpoint
-        from kraken.train import train
+        from kraken.checkpoint.reader import newest_checkpoint
+        from kraken.training.train import train
 
         uri = (tmp_path / "remote").as_uri()
         writer = Storage(uri, cache=tmp_path / "writer")

@@ -17,8 +17,8 @@ from kraken.model import Kraken
 from kraken.presets import kraken_760m_4way, quickstart
 from pipelines import memory, preflight
 from pipelines.local_cluster import ClusterError
-from pipelines.placement import place, sizes
 from pipelines.preflight import Probe
+from pipelines.training.placement import place, sizes
 
 SMALL, LARGE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 4.0}
 

@@ -11,9 +11,9 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 
 from kraken.config import RunConfig
 from kraken.presets import quickstart
-from pipelines import restarts
 from pipelines.local_cluster import ClusterError
-from pipelines.restarts import Placement
+from pipelines.training import restarts
+from pipelines.training.restarts import Placement
 
 
 class Switch:

@@ -11,11 +11,11 @@ import pytest
 
 from kraken.config import ConfigError
 from kraken.manifest import ArtefactError
-from pipelines import lease, stop
-from pipelines.lease import Lease, LeaseRef
 from pipelines.local_cluster import ClusterError
-from pipelines.stop import RunStopped, StopSwitch, StopWatch
 from pipelines.tracking import end_status
+from pipelines.training import lease, stop
+from pipelines.training.lease import Lease, LeaseRef
+from pipelines.training.stop import RunStopped, StopSwitch, StopWatch
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ class TestWorkersErrors:
     def error(self, failures: dict[int, Exception]) -> Exception:
         from ray.train.v2.api.exceptions import WorkerGroupError
 
-        from pipelines.train_workers import as_ours
+        from pipelines.training.workers import as_ours
 
         return as_ours(WorkerGroupError("[Rank 0 Error Snippet]:", failures))
 
@@ -160,8 +160,8 @@ class TestWorkersErrors:
         from ray.train.v2._internal.execution.failure_handling import FailureDecision
         from ray.train.v2.api.exceptions import WorkerGroupError
 
-        from kraken.arrivals import LostRanks
-        from pipelines.restarts import Restarts
+        from kraken.training.arrivals import LostRanks
+        from pipelines.training.restarts import Restarts
 
         def decide(error: Exception) -> FailureDecision:
             return Restarts(FailureConfig(max_failures=1)).make_decision(WorkerGroupError("", {0: error}))
@@ -174,7 +174,7 @@ class TestWorkersErrors:
 
 class TestMetrics:
     def test_ranks_are_one_report(self) -> None:
-        from pipelines.training_metrics import merge
+        from pipelines.training.metrics import merge
 
         reports = [
             {"step": 3.0, "loss": 1.0, "system/0/disk_usage_percentage": 7.0},
@@ -188,7 +188,7 @@ class TestMetrics:
         }
 
     def test_a_machine_is_read_under_mlflows_names(self, tmp_path: Any) -> None:
-        from pipelines.system_metrics import SystemMetrics
+        from pipelines.training.system_metrics import SystemMetrics
 
         values = SystemMetrics("1/", str(tmp_path), is_first=True, gpu=None).read()
         assert 0 < values["system/1/system_memory_usage_percentage"] < 100

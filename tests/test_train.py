@@ -12,12 +12,12 @@ import pytest
 import tiny
 import torch
 
-from kraken.checkpoint import CheckpointReader, list_checkpoints, load_model, newest_checkpoint
+from kraken.checkpoint.reader import CheckpointReader, list_checkpoints, load_model, newest_checkpoint
 from kraken.config import RunConfig, TrainConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError
 from kraken.model import Kraken, next_token_loss
-from kraken.optim import Optimizer, learning_rate
-from kraken.train import NoHooks, train
+from kraken.training.optim import Optimizer, learning_rate
+from kraken.training.train import NoHooks, train
 
 
 @pytest.fixture(scope="module")

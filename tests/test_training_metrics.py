@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from kraken.history import write_history
+from kraken.checkpoint.history import write_history
 from pipelines.tracking import Tracker
-from pipelines.training_metrics import STOPPED, MetricsToTracker, log_missing
+from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
 
 
 def reports(*steps: int) -> list[dict[str, float]]:

@@ -342,7 +342,7 @@ class TestSize:
 
 class TestPipeline:
     def test_the_convert_stage_writes_both_folders(self, tmp_path: Path) -> None:
-        from kraken.train import train
+        from kraken.training.train import train
 
         config = dataclasses.replace(tiny.config(steps=2, precision="float32"), storage=str(tmp_path))
         config = dataclasses.replace(config, convert=ConvertConfig(tensorrt_llm=True))

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kraken.checkpoint import PROGRESS, CheckpointReader, Held, State
+from kraken.checkpoint.pieces import held_piece, whole_piece
+from kraken.checkpoint.reader import PROGRESS, CheckpointReader, Held, State
 from kraken.model import way_dimension, whole_shapes
-from kraken.parallel import Mesh, local
-from kraken.pieces import held_piece, whole_piece
-from kraken.step import TrainingStep
+from kraken.training.parallel import Mesh, local
+from kraken.training.step import TrainingStep
 
 
 class TrainingState:

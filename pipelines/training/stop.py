@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.lease import LeaseRef, get, put
+from pipelines.training.lease import LeaseRef, get, put
 
 POLL_S = 0.5
 AWAY_S = 10.0

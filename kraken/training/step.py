@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kraken.config import ModelConfig, TrainConfig
-from kraken.graph import GraphedBackward
 from kraken.model import Alignment, Kraken
-from kraken.optim import Optimizer, learning_rate
-from kraken.parallel import Mesh
 from kraken.plan import training_flops_per_token
 from kraken.precision import Precision, choose_precision
+from kraken.training.graph import GraphedBackward
+from kraken.training.optim import Optimizer, learning_rate
+from kraken.training.parallel import Mesh
 
 
 def choose_alignment(device: torch.device, precision: Precision) -> Alignment:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from kraken.manifest import ArtefactError
-from kraken.parallel import Mesh
+from kraken.training.parallel import Mesh
 
 STEP_KEY = "kraken/step/"
 WAITING_KEY = "kraken/waiting/"

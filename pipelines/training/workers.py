@@ -16,15 +16,15 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from kraken.config import ConfigError, RunConfig, from_dict, to_dict
 from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, is_remote
-from kraken.train import Hooks, TrainingStopped, train
-from pipelines.lease import Lease, LeaseRef
+from kraken.training.train import Hooks, TrainingStopped, train
 from pipelines.local_cluster import ClusterError
-from pipelines.placement import place, sizes
-from pipelines.restarts import Placement, Trainer, own_resources
 from pipelines.stage import Work
-from pipelines.stop import RunStopped, StopSwitch, StopWatch
-from pipelines.system_metrics import SystemMetrics
-from pipelines.training_metrics import STOPPED, MetricsToTracker, log_missing
+from pipelines.training.lease import Lease, LeaseRef
+from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
+from pipelines.training.placement import place, sizes
+from pipelines.training.restarts import Placement, Trainer, own_resources
+from pipelines.training.stop import RunStopped, StopSwitch, StopWatch
+from pipelines.training.system_metrics import SystemMetrics
 
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kraken.agreement import Agreement
+from kraken.checkpoint.history import History
 from kraken.config import RunConfig
-from kraken.history import History
-from kraken.optim import learning_rate
-from kraken.parallel import Mesh
 from kraken.plan import training_flops_per_token
-from kraken.rate import matrix_rate
-from kraken.saver import Saver
 from kraken.stopwatch import Stopwatch
+from kraken.training.agreement import Agreement
+from kraken.training.optim import learning_rate
+from kraken.training.parallel import Mesh
+from kraken.training.rate import matrix_rate
+from kraken.training.saver import Saver
 
 
 class Reporter:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kraken.parallel import Mesh
+from kraken.training.parallel import Mesh
 
 
 class Agreement:

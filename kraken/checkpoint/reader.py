@@ -1,8 +1,8 @@
 """Checkpoints: weights, optimizer state, position and history, in files that any mesh of processes can read.
 
-Every rank writes what it holds, as pieces of whole tensors (`kraken/pieces.py`) in safetensors of its own; what several
-ranks hold is written by one of them. A reader asks for the pieces that it holds on its own mesh and takes them out of
-whatever files they lie in, so that resharding is nothing but reading, and nobody holds more than its own part. (torch's
+Every rank writes what it holds, as pieces of whole tensors (`pieces.py`) in safetensors of its own; what several ranks
+hold is written by one of them. A reader asks for the pieces that it holds on its own mesh and takes them out of
+whatever files they lie in, so that resharding is nothing but reading, and nobody holds more than its part. (torch's
 distributed checkpoint does the same with pickled metadata, or needs every tensor as a DTensor, which the ways are not.)
 
     step_000000100/
@@ -25,12 +25,12 @@ import safetensors
 import torch
 from torch import Tensor
 
+from kraken.checkpoint.history import History, read_history
+from kraken.checkpoint.pieces import Piece, Slices, whole_piece
+from kraken.checkpoint.tensor_files import read_pieces
 from kraken.config import ModelConfig, from_dict, to_dict
-from kraken.history import History, read_history
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
 from kraken.model import Kraken, whole_shapes
-from kraken.pieces import Piece, Slices, whole_piece
-from kraken.tensor_files import read_pieces
 from kraken.tokenizer import require_same_tokenizer
 
 STEP_FOLDER = re.compile(r"step_(\d{9})")

@@ -1,9 +1,9 @@
 """The saver: writes checkpoints beside the training, every rank its part, and says when one is finished.
 
 A checkpoint goes through two phases, and all ranks go from one to the next at the same step, as they agree on it
-(`kraken/agreement.py`): every rank's thread copies and writes its part; when all parts are on disk, rank 0's thread
-writes the manifest and gives the folder its name. A rank that cannot write ends the checkpoint for all of them, and the
-one before stays. One is under way at most: the next waits for it.
+(`kraken/training/agreement.py`): every rank's thread copies and writes its part; when all parts are on disk, rank 0's
+thread writes the manifest and gives the folder its name. A rank that cannot write ends the checkpoint for all of them,
+and the one before stays. One is under way at most: the next waits for it.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kraken.agreement import Agreement
-from kraken.checkpoint import STEP_FOLDER, State, list_checkpoints, step_folder, step_of
-from kraken.history import HISTORY_NAME, History, write_history
+from kraken.checkpoint.history import HISTORY_NAME, History, write_history
+from kraken.checkpoint.reader import STEP_FOLDER, State, list_checkpoints, step_folder, step_of
+from kraken.checkpoint.tensor_files import write_tensors
 from kraken.manifest import (
     MANIFEST_NAME,
     ArtefactError,
@@ -30,11 +30,11 @@ from kraken.manifest import (
     library_versions,
     sha256_of_file,
 )
-from kraken.parallel import Mesh
-from kraken.snapshot import Snapshot
 from kraken.stopwatch import Stopwatch
 from kraken.storage import Storage
-from kraken.tensor_files import write_tensors
+from kraken.training.agreement import Agreement
+from kraken.training.parallel import Mesh
+from kraken.training.snapshot import Snapshot
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,8 +25,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from kraken.config import ConfigError, RunConfig
 from kraken.manifest import ArtefactError
 from pipelines.local_cluster import ClusterError
-from pipelines.placement import Resources, per_worker, place, sizes
-from pipelines.stop import StopSwitch, draining_nodes
+from pipelines.training.placement import Resources, per_worker, place, sizes
+from pipelines.training.stop import StopSwitch, draining_nodes
 
 NODE_LABEL = "ray.io/node-id"
 ROOM_LIMIT_S = 60.0

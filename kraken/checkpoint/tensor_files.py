@@ -15,8 +15,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from kraken.checkpoint.pieces import Piece
 from kraken.manifest import ArtefactError, FileRecord
-from kraken.pieces import Piece
 
 BLOCK_BYTES = 2**24
 """Bytes hashed and written at a time."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from kraken.history import HISTORY_NAME, read_history
+from kraken.checkpoint.history import HISTORY_NAME, read_history
 from kraken.manifest import ArtefactError
 from pipelines.outbox import one_line
 from pipelines.tracking import KILLED_LIMIT_S, MetricsRef, StageRun

@@ -14,22 +14,22 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from kraken.agreement import Agreement
-from kraken.arrivals import Arrivals
-from kraken.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint, step_folder, step_of
+from kraken.checkpoint.history import History, write_history
+from kraken.checkpoint.reader import CheckpointReader, list_checkpoints, newest_checkpoint, step_folder, step_of
 from kraken.config import RunConfig, to_dict
 from kraken.data.loader import Loader, sequential_windows, split_windows
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
-from kraken.history import History, write_history
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.parallel import Mesh, join_mesh
 from kraken.plan import num_parameters, training_flops_per_token
-from kraken.report import Reporter
-from kraken.saver import Label, Saver
-from kraken.state import TrainingState
-from kraken.step import TrainingStep
 from kraken.storage import Storage
+from kraken.training.agreement import Agreement
+from kraken.training.arrivals import Arrivals
+from kraken.training.parallel import Mesh, join_mesh
+from kraken.training.report import Reporter
+from kraken.training.saver import Label, Saver
+from kraken.training.state import TrainingState
+from kraken.training.step import TrainingStep
 
 MOST_SKIPPED_IN_A_ROW = 100
 """With `train.on_bad_step=skip`, training ends when reports over so many steps saw no good one."""

@@ -1,0 +1,1 @@
+"""Training: the loop, the step and everything between the ranks."""

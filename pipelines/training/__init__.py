@@ -1,0 +1,1 @@
+"""Pretraining on Ray Train: its workers, where they are placed, and how they survive."""
