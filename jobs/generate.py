@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     engine.add_argument("--num-threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
+    engine.add_argument(
+        "--num-devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, that share the model (1)"
+    )
     return parser
 
 
@@ -97,7 +100,13 @@ async def _generate(options: argparse.Namespace) -> None:
     from kraken.engine.torch_engine import TorchEngine
     from kraken.tokenizer import Tokenizer
 
-    config = EngineConfig(device=options.device, dtype=options.dtype, num_threads=options.num_threads, max_batch_size=1)
+    config = EngineConfig(
+        device=options.device,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        num_devices=options.num_devices,
+        max_batch_size=1,
+    )
     engine = TorchEngine.from_exchange(options.exchange, config)
     try:
         session = Session(engine, Tokenizer.load(options.exchange), options)

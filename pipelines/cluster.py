@@ -176,7 +176,8 @@ def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
     has_gpu = any(node.get("GPU", 0.0) >= 1 for node in nodes)
     if config.engine.device != "cpu" and has_gpu:
         # without them Ray hides the GPUs from the task
-        options["num_gpus"] = config.model.num_ways if config.engine.kind == "tensorrt_llm" else 1
+        on_tensorrt = config.engine.kind == "tensorrt_llm"
+        options["num_gpus"] = config.model.num_ways if on_tensorrt else config.engine.num_devices
     return options
 
 

@@ -60,6 +60,15 @@ def test_a_stop_string_ends_the_text(exchange: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.rstrip("\n") == free[: free.index(stop)]
 
 
+@pytest.mark.slow
+def test_two_devices_write_the_same_text(exchange: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(exchange), "--prompt", "def value", "--max-tokens", "16", "--temperature", "0", *OPTIONS]
+    main(arguments)
+    alone = capsys.readouterr().out
+    main([*arguments, "--num-devices", "2"])
+    assert capsys.readouterr().out == alone
+
+
 def test_a_session_continues_its_text_and_survives_one_that_is_too_long(
     exchange: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
