@@ -1,5 +1,6 @@
 """Training: its arithmetic, and that stopping, resuming and sharing the work change nothing."""
 
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -167,6 +168,16 @@ class TestTraining:
             for p in ("float32", "bfloat16")
         ]
         assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_change_nothing(data: Path, tmp_path: Path) -> None:
+    run = tiny.config(precision="float32", sequences_per_step=5)  # micro-batches of 2, 2 and 1
+    run = dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, gpus_per_worker=1))
+    for setting in ("on", "off"):
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, compile=setting))
+        train(run, data, tmp_path / setting)
+    assert_same_weights(tmp_path / "on", tmp_path / "off", tolerance=1e-4)
 
 
 class TestBadInput:

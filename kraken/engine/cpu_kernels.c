@@ -23,7 +23,11 @@ enum {
     CHUNK_VALUES = 1 << 18,  /* inputs of the rows that share a panel; 1 MB, which fits L2 */
     MAX_CHUNK_ROWS = 480,
     MAX_KEYS = 512, /* keys whose weights are held at a time */
-    LINE = 64 / sizeof(float)
+    LINE = 64 / sizeof(float),
+    GROUP = 64, /* ids whose largest logit is looked for first */
+    MAX_CANDIDATES = 512,
+    NOT_FINITE = -1,
+    UNDECIDED = -2
 };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -274,4 +278,105 @@ void kraken_attend(const float *q, int64_t token_stride, int64_t head_stride, co
         attend_one(q + rows[b] * token_stride + n * head_stride, keys + head, values + head, tables + b * num_blocks,
                    lengths[b], tokens_per_block, head_size, scale, out + (rows[b] * num_heads + n) * head_size);
     }
+}
+
+typedef struct {
+    float logit;
+    int64_t id;
+} candidate;
+
+/* Largest first, and of equal ones the one that came first; once there are `most`, the last goes. */
+static int64_t insert(candidate *best, int64_t num, int64_t most, float logit, int64_t id) {
+    if (num == most && !(logit > best[num - 1].logit)) return num;
+    int64_t i = num < most ? num++ : num - 1;
+    for (; i > 0 && logit > best[i - 1].logit; i--) best[i] = best[i - 1];
+    best[i] = (candidate){logit, id};
+    return num;
+}
+
+/* The largest logit of every GROUP ids; 0 where one is not a number. */
+static int maxima_of(const float *logits, int64_t num_ids, float *maxima) {
+    ivec is_odd = {0};
+    int has_odd = 0;
+    int64_t begin = 0;
+    for (; begin + GROUP <= num_ids; begin += GROUP) {
+        vec highest = load(logits + begin);
+        is_odd |= highest != highest;
+        for (int64_t i = LANES; i < GROUP; i += LANES) {
+            vec x = load(logits + begin + i);
+            is_odd |= x != x;
+            highest = choose(x > highest, x, highest);
+        }
+        float most = highest[0];
+        for (int lane = 1; lane < LANES; lane++) most = highest[lane] > most ? highest[lane] : most;
+        maxima[begin / GROUP] = most;
+    }
+    for (int lane = 0; lane < LANES; lane++) has_odd |= is_odd[lane] != 0;
+    if (begin < num_ids) maxima[begin / GROUP] = -INFINITY;
+    for (int64_t i = begin; i < num_ids; i++) {
+        has_odd |= logits[i] != logits[i];
+        if (logits[i] > maxima[begin / GROUP]) maxima[begin / GROUP] = logits[i];
+    }
+    return !has_odd;
+}
+
+static int64_t sample_one(const float *logits, int64_t num_ids, const float *maxima, int64_t top_k, float temperature,
+                          double uniform) {
+    candidate best[MAX_CANDIDATES], other;
+    int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0;
+    int64_t most = top_k == 0 ? 1 : top_k < num_ids ? top_k + 1 : num_ids, kept = top_k < num_ids ? top_k : num_ids;
+    for (int64_t g = 0; g < num_groups; g++) num = insert(best, num, most, maxima[g], g);
+    /* so many logits are at least as large as this one, that no smaller one is among the most likely */
+    float least = num < most ? -INFINITY : best[most - 1].logit;
+    if (!isfinite(best[0].logit)) return NOT_FINITE;
+    num = 0;
+    for (int64_t g = 0; g < num_groups; g++) {
+        if (!(maxima[g] >= least)) continue;
+        int64_t end = (g + 1) * GROUP < num_ids ? (g + 1) * GROUP : num_ids;
+        for (int64_t id = g * GROUP; id < end; id++)
+            if (logits[id] >= least) num = insert(best, num, most, logits[id], id);
+        if (top_k == 0) return best[0].id;
+    }
+    for (int64_t i = 0; i < num; i++) best[i].logit /= temperature;
+    if (kept < num && best[kept].logit == best[kept - 1].logit) return UNDECIDED;
+    float highest = best[0].logit;
+    double total = 0.0, mass = 0.0;
+    for (int64_t i = 1; i < kept; i++) { /* the distribution is walked in the order of the ids */
+        int64_t to = i;
+        for (other = best[i]; to > 0 && best[to - 1].id > other.id; to--) best[to] = best[to - 1];
+        best[to] = other;
+    }
+    for (int64_t i = 0; i < kept; i++) total += best[i].logit = expf(best[i].logit - highest);
+    int64_t last = best[0].id;
+    for (int64_t i = 0; i < kept; i++) {
+        if (best[i].logit == 0.0f) continue;
+        last = best[i].id;
+        if ((mass += best[i].logit) > uniform * total) break;
+    }
+    return last;
+}
+
+/* The next token of every row of logits[B, V]: the most likely one where top_k is 0, or one of the top_k most likely
+   (fewer than MAX_CANDIDATES), drawn by a uniform number. NOT_FINITE where there is none; UNDECIDED where equal logits
+   are on both sides of the cut. Returns 0, or 1 where there is no memory. */
+int32_t kraken_sample(const float *logits, int64_t row_stride, int64_t num_rows, int64_t num_ids, const int64_t *top_k,
+                      const float *temperatures, const double *uniforms, int64_t *chosen, int32_t num_threads) {
+    int32_t failed = 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+        float *maxima = malloc((num_ids + GROUP - 1) / GROUP * sizeof(float));
+        if (!maxima)
+#pragma omp atomic write
+            failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = 0; b < num_rows; b++) {
+            if (!maxima) continue;
+            const float *row = logits + b * row_stride;
+            chosen[b] = maxima_of(row, num_ids, maxima)
+                            ? sample_one(row, num_ids, maxima, top_k[b], temperatures[b], uniforms[b])
+                            : NOT_FINITE;
+        }
+        free(maxima);
+    }
+    return failed;
 }

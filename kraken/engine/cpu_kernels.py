@@ -1,6 +1,7 @@
-"""The engine's own kernels on a CPU: linears and one new token's attention per sequence, in float32.
+"""The engine's own kernels on a CPU, in float32: linears, one new token's attention per sequence, drawing a token.
 
-torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values.
+torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values;
+drawing takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
 `cpu_kernels.c` is compiled for this machine when an engine first asks, which takes about a second; where there is no C
 compiler with OpenMP, the engine computes the same with torch's operators, slower.
 """
@@ -24,6 +25,10 @@ from torch import Tensor
 SOURCE = Path(__file__).with_suffix(".c")
 HUGE_PAGE = 2 << 20
 COMPILE_TIMEOUT_S = 60.0
+MAX_TOP_K = 511
+"""Of `CpuKernels.sample`."""
+NOT_FINITE, UNDECIDED = -1, -2
+"""What `CpuKernels.sample` gives where it has no token."""
 _logger = logging.getLogger(__name__)
 
 
@@ -44,6 +49,8 @@ class CpuKernels:
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
         self._store.restype = self._attend.restype = None
+        self._sample = library.kraken_sample
+        self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 4, flag]
         self.panel: int = library.kraken_panel()
         """Outputs of a linear that lie side by side in `arranged`."""
 
@@ -127,6 +134,31 @@ class CpuKernels:
             out_TNH.data_ptr(),
             torch.get_num_threads(),
         )
+
+    def sample(self, logits_BV: Tensor, top_k_B: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> Tensor:
+        """The next token of every row, int64; `NOT_FINITE` where the logits are none, `UNDECIDED` where equal ones lie
+        on both sides of the cut.
+
+        Args:
+            logits_BV: ids side by side.
+            top_k_B: int64; 0 takes the most likely id, and of equal ones the lowest; at most `MAX_TOP_K`.
+            temperature_B: float32.
+            uniform_B: float64, what each token is drawn by.
+        """
+        chosen_B = torch.empty(len(logits_BV), dtype=torch.int64)
+        failed = self._sample(
+            logits_BV.data_ptr(),
+            logits_BV.stride(0),
+            *logits_BV.shape,
+            top_k_B.data_ptr(),
+            temperature_B.data_ptr(),
+            uniform_B.data_ptr(),
+            chosen_B.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory to draw from {logits_BV.shape[1]} ids")
+        return chosen_B
 
 
 @functools.cache

@@ -141,7 +141,8 @@ class _Recording:
                 forward(self._inputs)
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool), torch.inference_mode():
+        # whatever else the process does with the device meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
             self._logits = forward(self._inputs)
 
     def replay(self) -> Tensor:

@@ -2,8 +2,7 @@
 
 Randomness is counter-based: token number t of a request with seed s uses the one uniform number that (s, t) names, and
 the distribution is walked in the order of the ids. What else is in the batch, or a restart in the middle, changes
-nothing. Shape letters: B rows of a batch, R those among them that are drawn together, V the tokenizer's ids (padding
-ids are cut off before), G groups of neighbouring ids, C candidates.
+nothing. Shape letters: B rows of a batch, V the tokenizer's ids (padding ids are cut off before), C candidates.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.cpu_kernels import MAX_TOP_K, NOT_FINITE, UNDECIDED, CpuKernels, cpu_kernels
 from kraken.engine.protocol import SamplingParams, TokenLogprobs
 
 IDS_PER_GROUP = 256
 """The distribution is summed in groups of this many ids, so that a draw walks one group and not the vocabulary."""
-IDS_PER_MAXIMUM = 64
-"""The largest logits are looked for in the groups of this many ids whose own largest are the largest."""
 NUM_CANDIDATES = 512
 """Most likely ids among which truncation looks first; a distribution flatter than that is sorted whole."""
 
@@ -43,17 +41,43 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         logits_BV: float32.
     """
     logits_BV = _constrain(logits_BV, draws)
-    maxima_BG = _group_maxima(logits_BV)
-    best_B, group_B = maxima_BG.max(dim=-1)
-    random = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-    chosen_B = torch.empty_like(group_B)
-    if len(random) < len(draws):
-        values_BC, ids_BC = _ids_of_groups(logits_BV, list(range(len(draws))), group_B[:, None])
-        chosen_B = ids_BC.gather(-1, values_BC.argmax(dim=-1, keepdim=True)).squeeze(-1)
-    if random:
-        chosen_B[random] = _draw(logits_BV, maxima_BG, random, [draws[row] for row in random])
-    is_sound = best_B.isfinite().tolist()
-    return [token if sound else None for token, sound in zip(chosen_B.tolist(), is_sound, strict=True)]
+    kernels = cpu_kernels() if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32 else None
+    if kernels is not None:
+        chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
+        sound_B = chosen_B != NOT_FINITE
+    else:
+        best_B, chosen_B = logits_BV.max(dim=-1)
+        rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+        sound_B = best_B.isfinite()
+    if rows:
+        chosen_B[rows] = _draw(logits_BV if len(rows) == len(draws) else logits_BV[rows], [draws[row] for row in rows])
+    return [token if sound else None for token, sound in zip(chosen_B.tolist(), sound_B.tolist(), strict=True)]
+
+
+def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:
+    """Tokens of the rows that are greedy or that only top-k truncates; the other rows that have one are named."""
+    drawn = [
+        draw.params.temperature > 0.0
+        and 0 < draw.params.top_k <= MAX_TOP_K
+        and draw.params.top_p == 1.0
+        and draw.params.min_p == 0.0
+        for draw in draws
+    ]
+    chosen_B = kernels.sample(
+        logits_BV if logits_BV.stride(-1) == 1 else logits_BV.contiguous(),
+        torch.tensor([draw.params.top_k if here else 0 for draw, here in zip(draws, drawn, strict=True)]),
+        torch.tensor([draw.params.temperature for draw in draws], dtype=torch.float32),
+        torch.tensor(
+            [uniform(draw.seed, draw.token_index) if here else 0.0 for draw, here in zip(draws, drawn, strict=True)],
+            dtype=torch.float64,
+        ),
+    )
+    left = [
+        row
+        for row, (token, draw, here) in enumerate(zip(chosen_B.tolist(), draws, drawn, strict=True))
+        if token == UNDECIDED or (token != NOT_FINITE and draw.params.temperature > 0.0 and not here)
+    ]
+    return chosen_B, left
 
 
 def _constrain(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -72,63 +96,25 @@ def _constrain(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     return logits_BV
 
 
-def _group_maxima(logits_BV: Tensor) -> Tensor:
-    """The largest logit of every `IDS_PER_MAXIMUM` neighbouring ids, [B, G]; the last group may have fewer."""
-    num_whole = logits_BV.shape[-1] // IDS_PER_MAXIMUM
-    whole_BV, rest_BV = logits_BV.tensor_split([num_whole * IDS_PER_MAXIMUM], dim=-1)
-    maxima_BG = whole_BV.unflatten(-1, (num_whole, IDS_PER_MAXIMUM)).amax(dim=-1)
-    return torch.cat([maxima_BG, rest_BV.amax(dim=-1, keepdim=True)], dim=-1) if rest_BV.shape[-1] else maxima_BG
-
-
-def _ids_of_groups(logits_BV: Tensor, rows: list[int], groups_RG: Tensor) -> tuple[Tensor, Tensor]:
-    """Every id of some groups, [R, C]: the logits, -inf past the last id, and the ids."""
-    device, num_ids = logits_BV.device, logits_BV.shape[-1]
-    ids_RC = (groups_RG[..., None] * IDS_PER_MAXIMUM + torch.arange(IDS_PER_MAXIMUM, device=device)).flatten(1)
-    is_past_RC = ids_RC >= num_ids
-    ids_RC = ids_RC.clamp_(max=num_ids - 1)
-    values_RC = logits_BV[torch.tensor(rows, device=device)[:, None], ids_RC]
-    return values_RC.masked_fill_(is_past_RC, -torch.inf), ids_RC
-
-
-def _most_likely(logits_BV: Tensor, maxima_BG: Tensor, rows: list[int], most: int) -> tuple[Tensor, Tensor]:
-    """The `most` largest logits of some rows, descending, and their ids, both [R, C].
-
-    A group is left out when as many others have a maximum at least as large: then so many logits are at least as large
-    as any of its own. Which of equal logits at the end are given is left open.
-    """
-    num_groups = maxima_BG.shape[-1]
-    if 2 * most >= num_groups:
-        top = logits_BV[rows].topk(most, dim=-1)
-        return top.values, top.indices
-    groups_RG = maxima_BG[rows].topk(most, dim=-1, sorted=False).indices
-    values_RC, ids_RC = _ids_of_groups(logits_BV, rows, groups_RG)
-    top = values_RC.topk(most, dim=-1)
-    return top.values, ids_RC.gather(-1, top.indices)
-
-
-def _draw(logits_BV: Tensor, maxima_BG: Tensor, rows: list[int], draws: list[Draw]) -> Tensor:
-    """A random token of some rows, int64 [R]."""
+def _draw(logits_BV: Tensor, draws: list[Draw]) -> Tensor:
+    """A random token of every row, int64 [B]."""
     device = logits_BV.device
-    temperature_R1 = torch.tensor([[draw.params.temperature] for draw in draws], device=device)
-    uniform_R1 = torch.tensor(
+    temperature_B1 = torch.tensor([[draw.params.temperature] for draw in draws], device=device)
+    uniform_B1 = torch.tensor(
         [[uniform(draw.seed, draw.token_index)] for draw in draws], device=device, dtype=torch.float64
     )
-    chosen_R = torch.empty(len(draws), dtype=torch.int64, device=device)
-    whole = [i for i, draw in enumerate(draws) if not _truncates(draw.params)]
-    if whole:
-        scaled_RV = logits_BV[[rows[i] for i in whole]] / temperature_R1[whole]
-        chosen_R[whole] = _draw_from_all(scaled_RV, uniform_R1[whole])
-    cut = [i for i, draw in enumerate(draws) if _truncates(draw.params)]
-    if cut:
-        chosen_R[cut] = _draw_from_few(
-            logits_BV,
-            maxima_BG,
-            [rows[i] for i in cut],
-            temperature_R1[cut],
-            uniform_R1[cut],
-            [draws[i].params for i in cut],
-        )
-    return chosen_R
+    scaled_BV = logits_BV / temperature_B1
+    cut = [row for row, draw in enumerate(draws) if _truncates(draw.params)]
+    if not cut:
+        return _draw_from_all(scaled_BV, uniform_B1)
+    params = [draws[row].params for row in cut]
+    if len(cut) == len(draws):
+        return _draw_from_few(scaled_BV, uniform_B1, params)
+    chosen_B = torch.empty(len(draws), dtype=torch.int64, device=device)
+    whole = [row for row in range(len(draws)) if row not in cut]
+    chosen_B[whole] = _draw_from_all(scaled_BV[whole], uniform_B1[whole])
+    chosen_B[cut] = _draw_from_few(scaled_BV[cut], uniform_B1[cut], params)
+    return chosen_B
 
 
 def _draw_from_all(scaled_BV: Tensor, uniform_B1: Tensor) -> Tensor:
@@ -145,36 +131,25 @@ def _draw_from_all(scaled_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     return (group_B1 * IDS_PER_GROUP + _first_above(weights_BC.cumsum(dim=-1), rest_B1, weights_BC)).squeeze(-1)
 
 
-def _draw_from_few(
-    logits_BV: Tensor,
-    maxima_BG: Tensor,
-    rows: list[int],
-    temperature_R1: Tensor,
-    uniform_R1: Tensor,
-    params: list[SamplingParams],
-) -> Tensor:
+def _draw_from_few(scaled_BV: Tensor, uniform_B1: Tensor, params: list[SamplingParams]) -> Tensor:
     """Draw from what truncation leaves, of the most likely ids alone where those decide."""
     # one more than can stay, to see whether the first that goes is as likely as the last that stays
     most = max(p.top_k if p.top_k else NUM_CANDIDATES for p in params) + 1
-    values_RC, ids_RC = _most_likely(logits_BV, maxima_BG, rows, min(most, logits_BV.shape[-1]))
-    values_RC = values_RC / temperature_R1
-    needs_mass = any(p.top_p < 1.0 or p.min_p > 0.0 for p in params)
-    normaliser_R1 = (logits_BV[rows] / temperature_R1).logsumexp(dim=-1, keepdim=True) if needs_mass else None
-    num_kept_R1 = _num_kept(values_RC, normaliser_R1, params)[:, None]
-    ranks_C = torch.arange(values_RC.shape[-1], device=logits_BV.device)
-    weights_RC = torch.where(ranks_C < num_kept_R1, (values_RC - values_RC[:, :1]).exp(), 0.0).double()
-    sorted_ids_RC, order_RC = ids_RC.sort(dim=-1)
-    weights_RC = weights_RC.gather(-1, order_RC)
-    mass_RC = weights_RC.cumsum(dim=-1)
-    chosen_R1 = sorted_ids_RC.gather(-1, _first_above(mass_RC, uniform_R1 * mass_RC[:, -1:], weights_RC))
-    next_R1 = values_RC.gather(-1, num_kept_R1.clamp(max=len(ranks_C) - 1))
-    undecided_R1 = (num_kept_R1 == len(ranks_C)) | (next_R1 == values_RC.gather(-1, num_kept_R1 - 1))
-    hard = undecided_R1.squeeze(-1).nonzero().squeeze(-1).tolist()
+    top = scaled_BV.topk(min(most, scaled_BV.shape[-1]), dim=-1)
+    num_kept_B1 = _num_kept(top.values, scaled_BV.logsumexp(dim=-1, keepdim=True), params)[:, None]
+    ranks_C = torch.arange(top.values.shape[-1], device=scaled_BV.device)
+    weights_BC = torch.where(ranks_C < num_kept_B1, (top.values - top.values[:, :1]).exp(), 0.0).double()
+    ids_BC, order_BC = top.indices.sort(dim=-1)
+    weights_BC = weights_BC.gather(-1, order_BC)
+    mass_BC = weights_BC.cumsum(dim=-1)
+    chosen_B = ids_BC.gather(-1, _first_above(mass_BC, uniform_B1 * mass_BC[:, -1:], weights_BC)).squeeze(-1)
+    next_B1 = top.values.gather(-1, num_kept_B1.clamp(max=len(ranks_C) - 1))
+    undecided_B = (num_kept_B1 == len(ranks_C)) | (next_B1 == top.values.gather(-1, num_kept_B1 - 1))
+    hard = undecided_B.squeeze(-1).nonzero().squeeze(-1).tolist()
     if hard:
-        scaled_RV = logits_BV[[rows[i] for i in hard]] / temperature_R1[hard]
-        kept_RV = _truncate(scaled_RV, [params[i] for i in hard])
-        chosen_R1[hard] = _draw_from_all(kept_RV, uniform_R1[hard])[:, None]
-    return chosen_R1.squeeze(-1)
+        kept_BV = _truncate(scaled_BV[hard], [params[row] for row in hard])
+        chosen_B[hard] = _draw_from_all(kept_BV, uniform_B1[hard])
+    return chosen_B
 
 
 def _first_above(cumulative: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -201,17 +176,14 @@ def _truncate(scaled_BV: Tensor, params: list[SamplingParams]) -> Tensor:
     return scaled_BV.masked_fill(~kept_BV, -torch.inf)
 
 
-def _num_kept(sorted_BC: Tensor, normaliser_B1: Tensor | None, params: list[SamplingParams]) -> Tensor:
+def _num_kept(sorted_BC: Tensor, normaliser_B1: Tensor, params: list[SamplingParams]) -> Tensor:
     """How many of the most likely ids stay in each row, as far as these show; at least one.
 
     Args:
         sorted_BC: the largest logits, or all, descending.
-        normaliser_B1: the logarithm of the sum over all; None where only top-k truncates.
+        normaliser_B1: the logarithm of the sum over all.
     """
     device = sorted_BC.device
-    top_k_B = torch.tensor([p.top_k or sorted_BC.shape[-1] for p in params], device=device)
-    if normaliser_B1 is None:
-        return top_k_B.clamp(max=sorted_BC.shape[-1])
     probabilities_BC = (sorted_BC - normaliser_B1).exp().double()
     mass_before_BC = probabilities_BC.cumsum(dim=-1) - probabilities_BC
     # 1 keeps everything, though a sum may round to 1 before the last
@@ -219,6 +191,7 @@ def _num_kept(sorted_BC: Tensor, normaliser_B1: Tensor | None, params: list[Samp
     least_B1 = torch.tensor([[p.min_p] for p in params], device=device) * probabilities_BC[:, :1]
     # a token stays while the mass before it is below top_p: the smallest set that reaches it
     kept_BC = (mass_before_BC < top_p_B1) & (probabilities_BC >= least_B1)
+    top_k_B = torch.tensor([p.top_k or sorted_BC.shape[-1] for p in params], device=device)
     return torch.minimum(kept_BC.sum(dim=-1), top_k_B).clamp(min=1)
 
 

@@ -58,7 +58,8 @@ class GraphedBackward:
         torch.cuda.current_stream().wait_stream(stream)
         self._attach(self._gradients)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # other threads go on: one fetches the next batch, one may write a checkpoint
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = self._backward(inputs, targets, num_tokens)
         self._gradients = [parameter.grad for parameter in self._parameters]
         return _Recording(graph, inputs, targets, loss)
