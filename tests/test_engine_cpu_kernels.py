@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kraken.engine import attention
+from kraken.engine import attention, sampling
 from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels, huge_zeros
+from kraken.engine.cpu_kernels import MAX_TOP_K, CpuKernels, cpu_kernels, huge_zeros
 from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear
+from kraken.engine.protocol import SamplingParams
+from kraken.engine.sampling import Draw, sample
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +24,19 @@ def kernels() -> CpuKernels:
 @pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 8, 9, 16, 17, 33, 500])
 @pytest.mark.parametrize("num_inputs", [24, 801])
 @pytest.mark.parametrize("max_few_tokens", [0, 1000])
+@pytest.mark.parametrize("num_ways", [1, 3])
 def test_linears_equal_torchs(
-    kernels: CpuKernels, num_tokens: int, num_inputs: int, max_few_tokens: int, monkeypatch: pytest.MonkeyPatch
+    kernels: CpuKernels,
+    num_tokens: int,
+    num_inputs: int,
+    max_few_tokens: int,
+    num_ways: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kraken.engine.linear.MAX_FEW_TOKENS", max_few_tokens)
     torch.manual_seed(0)
-    weight, bias = torch.randn(3, 101, num_inputs) / num_inputs**0.5, torch.randn(3, 101)
-    x = torch.randn(3, num_tokens, num_inputs)
+    weight, bias = torch.randn(num_ways, 101, num_inputs) / num_inputs**0.5, torch.randn(num_ways, 101)
+    x = torch.randn(num_ways, num_tokens, num_inputs)
     for b in (None, bias):
         for act in ("none", "gelu"):
             found = NativeLinear(weight, b, act, kernels)(x)
@@ -57,18 +65,22 @@ def test_what_is_no_number_stays_so(kernels: CpuKernels) -> None:
 
 @pytest.mark.parametrize("head_size", [5, 64, 113])
 @pytest.mark.parametrize("tokens_per_block", [1, 16])
+@pytest.mark.parametrize("num_heads", [1, 2, 3])  # shared by the threads in both ways
 def test_attention_equals_torchs(
-    kernels: CpuKernels, head_size: int, tokens_per_block: int, monkeypatch: pytest.MonkeyPatch
+    kernels: CpuKernels, head_size: int, tokens_per_block: int, num_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Single tokens and parts of prompts in one batch, blocks out of order, more keys than are held at a time."""
+    """Single tokens and parts of prompts in one batch, blocks out of order, more keys than are held at a time.
+
+    Parts below, at and past a tile of queries, and that end within, at and past a panel of keys.
+    """
     torch.manual_seed(1)
-    num_blocks = 1400 // tokens_per_block
+    num_blocks = 2800 // tokens_per_block
     order = torch.randperm(num_blocks).tolist()
-    starts, counts, pieces = [0, 700, 3, 30], [1, 1, 9, 1], []
+    starts, counts, pieces = [0, 700, 3, 30, 0, 600, 5, 0, 47], [1, 1, 9, 1, 48, 130, 2, 3, 2], []
     for start, count in zip(starts, counts, strict=True):
         num = -(-(start + count) // tokens_per_block)
         pieces.append(Piece(start, count, [order.pop() for _ in range(num)]))
-    arguments = (2, 3, head_size, num_blocks, tokens_per_block, torch.float32, torch.device("cpu"))
+    arguments = (2, num_heads, head_size, num_blocks, tokens_per_block, torch.float32, torch.device("cpu"))
     ours = PagedCache(*arguments)
     monkeypatch.setattr(attention, "cpu_kernels", lambda: None)
     theirs = PagedCache(*arguments)
@@ -76,7 +88,7 @@ def test_attention_equals_torchs(
         torch.manual_seed(2)
         cache.keys_LNSH.normal_(std=2.0)
         cache.values_LNSH.normal_()
-    qkv = torch.randn(sum(counts), 3, 3, head_size).unbind(dim=1)  # strides as of one linear's output
+    qkv = torch.randn(sum(counts), 3, num_heads, head_size).unbind(dim=1)  # strides as of one linear's output
     found, expected = ours.attend(pieces)(1, *qkv), theirs.attend(pieces)(1, *qkv)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ours.keys_LNSH, theirs.keys_LNSH) and torch.equal(ours.values_LNSH, theirs.values_LNSH)
@@ -93,3 +105,70 @@ def test_zeros_in_large_pages_are_zeros_and_can_be_written(shape: tuple[int, ...
     assert zeros.shape == shape and not zeros.any()
     zeros += 1.0
     assert zeros.sum() == zeros.numel()
+
+
+def adversarial_logits(kind: str, num_ids: int) -> torch.Tensor:
+    """[6, ids], where a search that stops early or counts wrongly finds something else."""
+    logits_BV = torch.randn(6, num_ids, generator=torch.Generator().manual_seed(num_ids))
+    if kind == "ties":
+        return (logits_BV * 2).round() / 2
+    if kind == "equal":
+        return torch.full_like(logits_BV, -3.0)
+    if kind == "barred":  # fewer finite ones than top-k asks for, the last id among them
+        logits_BV[:, : max(num_ids - 3, 0)] = -torch.inf
+    if kind == "one_group":  # the most likely are neighbours
+        logits_BV[:, num_ids // 2 : num_ids // 2 + 60] += 20.0
+    if kind == "ascending":
+        return logits_BV.sort(dim=-1).values
+    if kind == "nearly_equal":  # distinct, and equal after division by a temperature
+        return torch.nextafter(torch.tensor(8.0), torch.tensor(9.0)) * (1 + logits_BV.sign() * 2**-23)
+    return logits_BV
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "equal", "barred", "one_group", "ascending", "nearly_equal"])
+@pytest.mark.parametrize("num_ids", [1, 3, 64, 65, 1000, 4099])
+def test_draws_equal_torchs(kernels: CpuKernels, kind: str, num_ids: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = adversarial_logits(kind, num_ids)
+    padded = F.pad(logits, (0, 5), value=99.0)[:, :num_ids]  # rows apart from one another
+    for top_k in (0, 1, 2, 50, MAX_TOP_K, MAX_TOP_K + 1):
+        for temperature in (0.7, 3.0):
+            params = SamplingParams(temperature=temperature, top_k=top_k)
+            kinds = [params, SamplingParams(temperature=0.0), params, SamplingParams(top_p=0.9, top_k=top_k)]
+            draws = [Draw(kinds[row % 4], row, top_k) for row in range(6)]
+            found = sample(padded, draws)
+            with monkeypatch.context() as patch:
+                patch.setattr(sampling, "cpu_kernels", lambda: None)
+                assert found == sample(logits, draws)
+
+
+@pytest.mark.parametrize("num_ids", [3, 64, 200])
+def test_of_equal_logits_the_lowest_ids_stay(kernels: CpuKernels, num_ids: int) -> None:
+    logits = torch.zeros(1, num_ids)
+    logits[0, -1] = 1.0
+    drawn = {sample(logits, [Draw(SamplingParams(temperature=4.0, top_k=2), 0, t)])[0] for t in range(40)}
+    assert drawn == {0, num_ids - 1}
+    assert sample(-logits, [Draw(SamplingParams(temperature=0.0), 0, 0)]) == [0]
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 63, 70, 129])
+def test_rows_that_are_no_numbers_give_no_token(kernels: CpuKernels, odd: float, place: int) -> None:
+    logits = torch.randn(4, 130)
+    logits[1:3, place] = odd
+    kinds = [SamplingParams(temperature=0.0), SamplingParams(top_k=5)]
+    found = sample(logits, [Draw(kinds[row % 2], row, 0) for row in range(4)])
+    assert [token is None for token in found] == [False, True, True, False]
+    assert sample(torch.full((1, 130), -torch.inf), [Draw(kinds[0], 0, 0)]) == [None]
+
+
+def test_attention_to_very_large_scores_and_to_what_is_no_number(kernels: CpuKernels) -> None:
+    """One sequence's NaN stays with it, and a weight may be all or nothing."""
+    cache = PagedCache(1, 2, 24, 20, 16, torch.float32, torch.device("cpu"))
+    q, k, v = torch.randn(120, 3, 2, 24).unbind(dim=1)
+    q, k = q * 100.0, k * 100.0
+    k[0] = torch.nan
+    out = cache.attend([Piece(0, 60, [4, 5, 6, 7]), Piece(0, 60, [9, 8, 11, 10])])(0, q, k, v)
+    assert out[:60].isnan().all()
+    q_NTH, k_NTH, v_NTH = (x[60:].transpose(0, 1) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(q_NTH.double(), k_NTH.double(), v_NTH.double(), is_causal=True)
+    torch.testing.assert_close(out[60:].transpose(0, 1), expected.float(), rtol=1e-3, atol=1e-3)

@@ -19,6 +19,10 @@ PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q_TNH, k_TNH, v_TNH) -> out_TNH; stores k and v first."""
 
 
+MAX_FEW_QUERIES = 2
+"""Tokens of one sequence up to which each attends alone: for more it pays to arrange the keys first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Consecutive tokens of one sequence, the earlier ones of which are in the cache."""
@@ -84,29 +88,36 @@ class PagedCache:
         return attend
 
     def _attend_by_kernels(self, pieces: Sequence[Piece], ends: list[int], slots_T: Tensor) -> PagedAttend:
-        """All single tokens in one call, parts of prompts one by one."""
+        """Few tokens of every sequence in one call, longer parts of prompts one by one."""
         kernels = self._kernels
         assert kernels is not None
-        singles = [(piece, end) for piece, end in zip(pieces, ends, strict=True) if piece.num_tokens == 1]
-        places = [self._place(piece, end) for piece, end in zip(pieces, ends, strict=True) if piece.num_tokens > 1]
-        rows_B = torch.tensor([end - 1 for _, end in singles], dtype=torch.int64)
-        lengths_B = torch.tensor([piece.start + 1 for piece, _ in singles], dtype=torch.int64)
-        num_blocks = [piece.start // self.tokens_per_block + 1 for piece, _ in singles]
-        tables_BM = torch.zeros(len(singles), max(num_blocks, default=0), dtype=torch.int32)
-        for table_M, (piece, _), num in zip(tables_BM.numpy(), singles, num_blocks, strict=True):
-            table_M[:num] = piece.blocks[:num]
+        size = self.tokens_per_block
+        few: list[tuple[int, int, Sequence[int]]] = []  # each token's row, how many keys it sees, its blocks
+        many: list[tuple[slice, int, Tensor]] = []  # each part's rows, its start, its blocks
+        for piece, end in zip(pieces, ends, strict=True):
+            first = end - piece.num_tokens
+            if piece.num_tokens <= MAX_FEW_QUERIES:
+                few += [(first + i, piece.start + i + 1, piece.blocks) for i in range(piece.num_tokens)]
+            else:
+                many.append((slice(first, end), piece.start, torch.tensor(piece.blocks, dtype=torch.int32)))
+        rows_B = torch.tensor([row for row, _, _ in few], dtype=torch.int64)
+        lengths_B = torch.tensor([length for _, length, _ in few], dtype=torch.int64)
+        num_blocks = [-(-length // size) for _, length, _ in few]
+        tables_BM = torch.zeros(len(few), max(num_blocks, default=0), dtype=torch.int32)
+        for table_M, (_, _, blocks), num in zip(tables_BM.numpy(), few, num_blocks, strict=True):
+            table_M[:num] = blocks[:num]
 
         def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
             keys_NSH, values_NSH = self.keys_LNSH[layer], self.values_LNSH[layer]
             if k_TNH.stride() != v_TNH.stride() or k_TNH.stride(2) != 1:
                 k_TNH, v_TNH = k_TNH.contiguous(), v_TNH.contiguous()
             kernels.store(k_TNH, v_TNH, keys_NSH, values_NSH, slots_T)
+            q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
             out_TNH = q_TNH.new_empty(q_TNH.shape)
-            if singles:
-                q = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
-                kernels.attend(q, keys_NSH, values_NSH, rows_B, tables_BM, lengths_B, self.tokens_per_block, out_TNH)
-            for place in places:
-                out_TNH[place.rows] = _attend(q_TNH[place.rows].transpose(0, 1), keys_NSH, values_NSH, place)
+            if few:
+                kernels.attend(q_TNH, keys_NSH, values_NSH, rows_B, tables_BM, lengths_B, size, out_TNH)
+            for rows, start, blocks_M in many:
+                kernels.attend_many(q_TNH[rows], keys_NSH, values_NSH, blocks_M, start, size, out_TNH[rows])
             return out_TNH
 
         return attend

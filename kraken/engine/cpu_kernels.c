@@ -19,12 +19,14 @@ enum {
     PANEL = LANES * VECTORS, /* outputs of a linear that are computed together */
     DEPTH = 192,             /* inputs after which few rows' next tile is taken, so that a panel's weights stay in L1 */
     DEPTH_OF_MANY = 768,     /* the same of many rows, whose sums are written less often that way */
-    AHEAD = 1024,            /* weights between the one that is used and the one that is fetched from memory */
+    AHEAD = 2048,            /* weights between the one that is used and the one that is fetched from memory to L2 */
     CHUNK_VALUES = 1 << 18,  /* inputs of the rows that share a panel; 1 MB, which fits L2 */
     MAX_CHUNK_ROWS = 480,
-    MAX_KEYS = 512, /* keys whose weights are held at a time */
+    MAX_KEYS = 512,          /* keys whose weights are held at a time */
+    KEYS_AHEAD = 16,         /* keys between the one that is used and the one that is fetched */
+    COLUMNS = 2 * LANES,     /* of values that are summed together */
     LINE = 64 / sizeof(float),
-    GROUP = 64, /* ids whose largest logit is looked for first */
+    GROUP = 64,          /* ids whose largest logit is looked for first */
     MAX_CANDIDATES = 512,
     NOT_FINITE = -1,
     UNDECIDED = -2
@@ -70,45 +72,47 @@ INLINE float sum_of(vec x) {
     return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-/* sums[rows, PANEL] (+)= x[rows, depth] w[depth, PANEL] */
+/* sums[rows, width] (+)= x[rows, depth] w[depth, width] with a width of so many vectors; `ahead` as AHEAD, or 0 */
 INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, const float *w, int64_t depth, int rows,
-                 float *sums, int is_first) {
+                 int vectors, int ahead, float *sums, int is_first) {
     vec a[ROWS][VECTORS];
+    const int width = vectors * LANES;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) a[r][v] = is_first ? (vec){0} : load(sums + r * PANEL + v * LANES);
-    for (int64_t k = 0; k < depth; k++, w += PANEL) {
+        for (int v = 0; v < vectors; v++) a[r][v] = is_first ? (vec){0} : load(sums + r * width + v * LANES);
+    for (int64_t k = 0; k < depth; k++, w += width) {
         vec b[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) b[v] = load(w + v * LANES);
+        for (int v = 0; v < vectors; v++) b[v] = load(w + v * LANES);
+        if (ahead)
 #pragma GCC unroll 4
-        for (int i = 0; i < PANEL; i += LINE) __builtin_prefetch(w + AHEAD + i);
+            for (int i = 0; i < width; i += LINE) __builtin_prefetch(w + ahead + i, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             float value = x[r * row_stride + k * column_stride];
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) a[r][v] += value * b[v];
+            for (int v = 0; v < vectors; v++) a[r][v] += value * b[v];
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) *(vec *)(sums + r * PANEL + v * LANES) = a[r][v];
+        for (int v = 0; v < vectors; v++) *(vec *)(sums + r * width + v * LANES) = a[r][v];
 }
 
 static void tile_of_few(const float *x, int64_t row_stride, const float *w, int64_t depth, int rows, float *sums,
                         int is_first) {
     switch (rows) {
-        case 1: tile(x, row_stride, 1, w, depth, 1, sums, is_first); break;
-        case 2: tile(x, row_stride, 1, w, depth, 2, sums, is_first); break;
-        case 3: tile(x, row_stride, 1, w, depth, 3, sums, is_first); break;
-        case 4: tile(x, row_stride, 1, w, depth, 4, sums, is_first); break;
-        case 5: tile(x, row_stride, 1, w, depth, 5, sums, is_first); break;
-        case 6: tile(x, row_stride, 1, w, depth, 6, sums, is_first); break;
+        case 1: tile(x, row_stride, 1, w, depth, 1, VECTORS, AHEAD, sums, is_first); break;
+        case 2: tile(x, row_stride, 1, w, depth, 2, VECTORS, AHEAD, sums, is_first); break;
+        case 3: tile(x, row_stride, 1, w, depth, 3, VECTORS, AHEAD, sums, is_first); break;
+        case 4: tile(x, row_stride, 1, w, depth, 4, VECTORS, AHEAD, sums, is_first); break;
+        case 5: tile(x, row_stride, 1, w, depth, 5, VECTORS, AHEAD, sums, is_first); break;
+        case 6: tile(x, row_stride, 1, w, depth, 6, VECTORS, AHEAD, sums, is_first); break;
 #if !defined(__x86_64__) || defined(__AVX512F__)
-        case 7: tile(x, row_stride, 1, w, depth, 7, sums, is_first); break;
-        case 8: tile(x, row_stride, 1, w, depth, 8, sums, is_first); break;
+        case 7: tile(x, row_stride, 1, w, depth, 7, VECTORS, AHEAD, sums, is_first); break;
+        case 8: tile(x, row_stride, 1, w, depth, 8, VECTORS, AHEAD, sums, is_first); break;
 #endif
     }
 }
@@ -167,7 +171,8 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, float *
                 for (int64_t m = 0; m < rows; m += ROWS) {
                     float *to = sums + m * PANEL;
                     if (is_arranged)
-                        tile(arranged + m * num_inputs + k * ROWS, 1, ROWS, weights, depth, ROWS, to, k == 0);
+                        tile(arranged + m * num_inputs + k * ROWS, 1, ROWS, weights, depth, ROWS, VECTORS, AHEAD, to,
+                             k == 0);
                     else
                         tile_of_few(x + (first + m) * num_inputs + k, num_inputs, weights, depth,
                                     rows - m < ROWS ? rows - m : ROWS, to, k == 0);
@@ -240,7 +245,12 @@ static void attend_one(const float *q, const float *keys, const float *values, c
             int64_t offset = j % tokens_per_block;
             run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
             const float *from = keys + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
+            const float *later = values + (from - keys); /* read after all keys, and fetched meanwhile */
             for (int64_t i = 0; i < run; i++) {
+                for (int64_t c = 0; c < head_size; c += LINE) {
+                    __builtin_prefetch(from + (i + KEYS_AHEAD) * head_size + c, 0, 2);
+                    __builtin_prefetch(later + i * head_size + c, 0, 2);
+                }
                 float score = scale * dot(q, from + i * head_size, head_size);
                 weights[j - begin + i] = score;
                 chunk_highest = score > chunk_highest ? score : chunk_highest;
@@ -278,6 +288,110 @@ void kraken_attend(const float *q, int64_t token_stride, int64_t head_stride, co
         attend_one(q + rows[b] * token_stride + n * head_stride, keys + head, values + head, tables + b * num_blocks,
                    lengths[b], tokens_per_block, head_size, scale, out + (rows[b] * num_heads + n) * head_size);
     }
+}
+
+static float *floats(int64_t num) { return aligned_alloc(64, (num + LINE - 1) / LINE * 64); }
+
+/* One head's keys as [panels, H, PANEL] and values as [column panels, panels * PANEL, COLUMNS], zeros past the end. */
+static void pack(const float *keys, const float *values, const int32_t *blocks, int64_t num_keys,
+                 int64_t tokens_per_block, int64_t head_size, float *packed_keys, float *packed_values) {
+    int64_t padded = (num_keys + PANEL - 1) / PANEL * PANEL;
+    for (int64_t j = 0; j < padded; j++) {
+        int64_t slot = j < num_keys ? blocks[j / tokens_per_block] * tokens_per_block + j % tokens_per_block : 0;
+        const float *key = keys + slot * head_size, *value = values + slot * head_size;
+        float *to = packed_keys + j / PANEL * PANEL * head_size + j % PANEL;
+        for (int64_t i = 0; i < head_size; i++) to[i * PANEL] = j < num_keys ? key[i] : 0.0f;
+        for (int64_t i = 0; i < head_size; i += COLUMNS) {
+            int64_t width = head_size - i < COLUMNS ? head_size - i : COLUMNS;
+            to = packed_values + i * padded + j * COLUMNS;
+            memset(to, 0, COLUMNS * sizeof(float));
+            if (j < num_keys) memcpy(to, value + i, width * sizeof(float));
+        }
+    }
+}
+
+/* One row's scores, PANEL of every ROWS * PANEL, become its keys' weights, not yet divided by their sum, which is
+   returned. */
+static float softmax(float *scores, int64_t num_panels, int64_t num_seen, float scale) {
+    vec highest = {0}, sum = {0};
+    highest -= INFINITY;
+    for (int64_t p = 0; p < num_panels; p++) {
+        float *part = scores + p * ROWS * PANEL;
+        for (int64_t j = num_seen - p * PANEL > 0 ? num_seen - p * PANEL : 0; j < PANEL; j++) part[j] = -INFINITY;
+        for (int64_t j = 0; j < PANEL; j += LANES) highest = choose(load(part + j) > highest, load(part + j), highest);
+    }
+    float most = highest[0];
+    for (int lane = 1; lane < LANES; lane++) most = highest[lane] > most ? highest[lane] : most;
+    for (int64_t p = 0; p < num_panels; p++) {
+        float *part = scores + p * ROWS * PANEL;
+        for (int64_t j = 0; j < PANEL; j += LANES) {
+            vec x = load(part + j), weight = exponential((x - most) * scale);
+            weight = choose(x == -INFINITY, (vec){0}, weight);
+            *(vec *)(part + j) = weight;
+            sum += weight;
+        }
+    }
+    return sum_of(sum);
+}
+
+/* Neighbouring tokens of one sequence, their own keys and values stored before: out[T, N, H]; each sees the keys up to
+   its own. Returns 0, or 1 where there is no memory. */
+int32_t kraken_attend_many(const float *q, int64_t token_stride, int64_t head_stride, const float *keys,
+                           const float *values, int64_t num_slots, const int32_t *blocks, int64_t tokens_per_block,
+                           int64_t start, int64_t num_tokens, int64_t num_heads, int64_t head_size, float scale,
+                           float *out, int32_t num_threads) {
+    int64_t num_keys = start + num_tokens, num_panels = (num_keys + PANEL - 1) / PANEL, padded = num_panels * PANEL;
+    int64_t columns = (head_size + COLUMNS - 1) / COLUMNS * COLUMNS;
+    int64_t num_tiles = (num_tokens + ROWS - 1) / ROWS;
+    /* a head is one thread's, unless that leaves some without work */
+    int64_t num_shares = num_heads % num_threads ? (4 * num_threads + num_heads - 1) / num_heads : 1;
+    int32_t failed = 0;
+#pragma omp parallel num_threads(num_threads)
+    {
+        float *packed_keys = floats(padded * head_size), *packed_values = floats(padded * columns);
+        float *scores = floats(padded * ROWS), *queries = floats(ROWS * head_size);
+        float sums[ROWS * COLUMNS] __attribute__((aligned(64)));
+        int has_memory = packed_keys && packed_values && scores && queries;
+        if (!has_memory)
+#pragma omp atomic write
+            failed = 1;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < num_heads * num_shares; task++) {
+            if (!has_memory) continue;
+            int64_t n = task / num_shares, head = n * num_slots * head_size;
+            pack(keys + head, values + head, blocks, num_keys, tokens_per_block, head_size, packed_keys, packed_values);
+            for (int64_t m = task % num_shares; m < num_tiles; m += num_shares) {
+                int64_t first = m * ROWS, rows = num_tokens - first < ROWS ? num_tokens - first : ROWS;
+                int64_t seen_panels = (start + first + rows + PANEL - 1) / PANEL;
+                float totals[ROWS];
+                for (int64_t r = 0; r < ROWS; r++) /* the last again where there are too few */
+                    memcpy(queries + r * head_size,
+                           q + (first + (r < rows ? r : rows - 1)) * token_stride + n * head_stride,
+                           head_size * sizeof(float));
+                for (int64_t p = 0; p < seen_panels; p++)
+                    tile(queries, head_size, 1, packed_keys + p * PANEL * head_size, head_size, ROWS, VECTORS, 0,
+                         scores + p * ROWS * PANEL, 1);
+                for (int64_t r = 0; r < ROWS; r++)
+                    totals[r] = softmax(scores + r * PANEL, seen_panels,
+                                        start + first + (r < rows ? r : rows - 1) + 1, scale);
+                for (int64_t i = 0; i < head_size; i += COLUMNS) {
+                    for (int64_t p = 0; p < seen_panels; p++)
+                        tile(scores + p * ROWS * PANEL, PANEL, 1, packed_values + i * padded + p * PANEL * COLUMNS,
+                             PANEL, ROWS, 2, 0, sums, p == 0);
+                    int64_t width = head_size - i < COLUMNS ? head_size - i : COLUMNS;
+                    for (int64_t r = 0; r < rows; r++) {
+                        float *to = out + ((first + r) * num_heads + n) * head_size + i;
+                        for (int64_t c = 0; c < width; c++) to[c] = sums[r * COLUMNS + c] / totals[r];
+                    }
+                }
+            }
+        }
+        free(packed_keys);
+        free(packed_values);
+        free(scores);
+        free(queries);
+    }
+    return failed;
 }
 
 typedef struct {
@@ -322,7 +436,7 @@ static int maxima_of(const float *logits, int64_t num_ids, float *maxima) {
 
 static int64_t sample_one(const float *logits, int64_t num_ids, const float *maxima, int64_t top_k, float temperature,
                           double uniform) {
-    candidate best[MAX_CANDIDATES], other;
+    candidate best[MAX_CANDIDATES] = {{0}}, other;
     int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0;
     int64_t most = top_k == 0 ? 1 : top_k < num_ids ? top_k + 1 : num_ids, kept = top_k < num_ids ? top_k : num_ids;
     for (int64_t g = 0; g < num_groups; g++) num = insert(best, num, most, maxima[g], g);

@@ -1,4 +1,4 @@
-"""The engine's own kernels on a CPU, in float32: linears, one new token's attention per sequence, drawing a token.
+"""The engine's own kernels on a CPU, in float32: linears, attention over paged keys and values, drawing a token.
 
 torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values;
 drawing takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
@@ -49,7 +49,11 @@ class CpuKernels:
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
         self._store.restype = self._attend.restype = None
-        self._sample = library.kraken_sample
+        self._attend_many, self._sample = library.kraken_attend_many, library.kraken_sample
+        self._attend_many.argtypes = [
+            *[pointer, count, count, pointer, pointer, count, pointer],
+            *[*[count] * 5, ctypes.c_float, pointer, flag],
+        ]
         self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 4, flag]
         self.panel: int = library.kraken_panel()
         """Outputs of a linear that lie side by side in `arranged`."""
@@ -66,19 +70,19 @@ class CpuKernels:
         return arranged
 
     def linear(self, x_TI: Tensor, arranged: Tensor, bias_O: Tensor | None, y_TO: Tensor, gelu: bool) -> None:
-        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous."""
+        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous, x and y also [1, T, ...]."""
         failed = self._linear(
             x_TI.data_ptr(),
             arranged.data_ptr(),
             None if bias_O is None else bias_O.data_ptr(),
             y_TO.data_ptr(),
-            *x_TI.shape,
-            y_TO.shape[1],
+            *x_TI.shape[-2:],
+            y_TO.shape[-1],
             gelu,
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for a linear of {x_TI.shape[0]} tokens and {x_TI.shape[1]} inputs")
+            raise MemoryError(f"no memory for a linear of {x_TI.shape[-2]} tokens and {x_TI.shape[-1]} inputs")
 
     def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
         """Write keys and values to their slots; k and v have equal strides and the last dimension whole."""
@@ -134,6 +138,45 @@ class CpuKernels:
             out_TNH.data_ptr(),
             torch.get_num_threads(),
         )
+
+    def attend_many(
+        self,
+        q_TNH: Tensor,
+        keys_NSH: Tensor,
+        values_NSH: Tensor,
+        blocks_M: Tensor,
+        start: int,
+        tokens_per_block: int,
+        out_TNH: Tensor,
+    ) -> None:
+        """Write the attention of neighbouring tokens of one sequence, whose keys and values are stored already.
+
+        Args:
+            blocks_M: int32, the sequence's blocks.
+            start: position of the first of the tokens.
+            out_TNH: contiguous.
+        """
+        token_stride, head_stride, _ = q_TNH.stride()
+        num_tokens, num_heads, head_size = q_TNH.shape
+        failed = self._attend_many(
+            q_TNH.data_ptr(),
+            token_stride,
+            head_stride,
+            keys_NSH.data_ptr(),
+            values_NSH.data_ptr(),
+            keys_NSH.shape[1],
+            blocks_M.data_ptr(),
+            tokens_per_block,
+            start,
+            num_tokens,
+            num_heads,
+            head_size,
+            head_size**-0.5,
+            out_TNH.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for the attention of {num_tokens} tokens from position {start}")
 
     def sample(self, logits_BV: Tensor, top_k_B: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> Tensor:
         """The next token of every row, int64; `NOT_FINITE` where the logits are none, `UNDECIDED` where equal ones lie
