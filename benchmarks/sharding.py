@@ -7,6 +7,9 @@ All train on the same random tokens in alternation; the processes of a mesh live
 while another contestant runs. The last line is JSON: `way2_ratio`, `shard2_ratio` and `replicate2_ratio` are tokens/s
 of a mesh over tokens/s of one process (on CPUs with two threads; on GPUs of one GPU, so that 2 would be perfect),
 `overlap_gain` is way2's tokens/s over those of the same mesh that waits for every sum at once. Medians over the rounds.
+`way2_mfu` and the like are the model's floating-point operations per second over the rate of a matrix product in the
+same type, measured by all processes of the mesh at once; `way2_efficiency` is the tokens/s of a device of the mesh over
+those of one device alone. On CPUs the threads are the devices.
 With `--all` the line also holds `checkpoint_stall_share` and `recovery_seconds`, of benchmarks.checkpoint and
 benchmarks.recovery, which run afterwards.
 """
@@ -27,8 +30,10 @@ from typing import Any
 import torch
 
 from kraken.config import TrainConfig
+from kraken.plan import training_flops_per_token
 from kraken.presets import PRESETS
 from kraken.training.parallel import join_mesh
+from kraken.training.rate import matrix_rate
 from kraken.training.step import TrainingStep
 
 MESHES: dict[str, dict[str, Any]] = {
@@ -63,6 +68,8 @@ def serve(pipe: Connection, rank: int, port: int, mesh_name: str, args: argparse
         shape = (args.sequences // mesh.num_data_ranks, run.model.context_length + 1)
         ids = torch.randint(run.model.vocab_size, shape, device=mesh.device)
         batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        mesh.barrier()
+        pipe.send(matrix_rate(step.precision.compute, mesh.device))
         while (num_steps := pipe.recv()) is not None:
             mesh.barrier()
             started_at = time.perf_counter()
@@ -88,6 +95,8 @@ class Contestant:
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
+        self.rate = sum(pipe.recv() for pipe in self.pipes)
+        """Floating-point operations per second of all of them."""
 
     def seconds(self, num_steps: int) -> float:
         """Seconds per step, of the slowest process."""
@@ -142,6 +151,12 @@ def main() -> None:
 
     result: dict[str, Any] = {f"{name}_ratio": ratio("one", name) for name in ("way2", "shard2", "replicate2")}
     result["overlap_gain"] = ratio("way2_blocking", "way2")
+    flops = tokens * training_flops_per_token(PRESETS[args.preset]().model)
+    for name in ("one", "way2", "shard2", "replicate2"):
+        result[f"{name}_mfu"] = round(flops / statistics.median(times[name]) / contestants[name].rate, 3)
+    for name in ("way2", "shard2", "replicate2"):
+        devices = MESHES[name]["processes"] if args.device == "cuda" else 1  # on CPUs both sides have all threads
+        result[f"{name}_efficiency"] = round(result[f"{name}_ratio"] / devices, 3)
     if args.all:
         for benchmark, key in (("checkpoint", "checkpoint_stall_share"), ("recovery", "recovery_seconds")):
             result[key] = measured_by(benchmark, key)

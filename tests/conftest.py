@@ -1,4 +1,4 @@
-"""What several test modules share: one small Ray cluster, on loopback, for the whole session."""
+"""What several test modules share: one small Ray cluster on loopback, the tokens of a tiny corpus, one thread."""
 
 import os
 import shutil
@@ -60,3 +60,24 @@ def ray_cluster() -> Iterator[str]:
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus, prepared."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "data"
+    tiny.prepared(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums must not depend on how many threads share them, and processes of a mesh not fight for cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,7 +1,6 @@
 """Bad steps: a gradient that is not finite or a loss that jumps ends training, or leaves no trace in it."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +19,9 @@ from kraken.training.state import TrainingState
 from kraken.training.step import TrainingStep
 from kraken.training.train import NoHooks, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad") / "data"
-    tiny.prepared(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches(run: RunConfig, count: int) -> list[Batch]:

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,7 @@ from kraken.storage import Storage
 from kraken.training.train import NoHooks, TrainingStopped, train
 from kraken.ways import WayGroup
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "data"
-    tiny.prepared(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recorder(NoHooks):
@@ -301,6 +286,34 @@ class TestRemote:
         assert_same_state(folder, tmp_path / "whole")
         remote = {path.name for path in (tmp_path / "remote" / "pretrain" / ("f" * 16)).iterdir()}
         assert remote == {path.name for path in list_checkpoints(folder)} == {"step_000000006", "step_000000008"}
+
+    def test_a_storage_that_is_away_does_not_stop_training(self, data: Path, tmp_path: Path) -> None:
+        """The checkpoint of that moment fails, and the next ones are there again."""
+        uri = (tmp_path / "remote").as_uri()
+        storage = Storage(uri, cache=tmp_path / "cache")
+        run_folder = storage.folder("pretrain", "f" * 64)
+        remote, away = tmp_path / "remote" / "pretrain" / ("f" * 16), tmp_path / "away"
+
+        class Outage(Recorder):
+            """After step 4 the storage's place is taken by a file; after step 6 it is back."""
+
+            def on_step(self, metrics: dict[str, float]) -> None:
+                super().on_step(metrics)
+                if metrics["step"] == 4:
+                    remote.rename(away)
+                    remote.write_text("in the way")
+                elif metrics["step"] == 6:
+                    remote.unlink()
+                    away.rename(remote)
+
+        run = tiny.config(steps=8, checkpoint_in_background=False)
+        recorder = Outage()
+        with pytest.warns(UserWarning, match="checkpoint of step 4 could not be"):
+            train(run, data, run_folder, recorder, storage=storage)
+        assert recorder.checkpoints == [2, 6, 8]
+        assert recorder.reports[-1]["failed_checkpoints"] == 1
+        train(run, data, tmp_path / "whole")
+        assert_same_state(run_folder, tmp_path / "whole")
 
     def test_a_damaged_remote_checkpoint_is_passed_over(self, data: Path, tmp_path: Path) -> None:
         uri = (tmp_path / "remote").as_uri()

@@ -4,12 +4,10 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from conftest import find_free_port
 from test_parallel import assert_equal_runs, run_config, train_on
@@ -23,21 +21,7 @@ from kraken.manifest import ArtefactError
 from kraken.training.arrivals import LostRanks
 from kraken.training.train import NoHooks, TrainingStopped, train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes of a mesh have; two threads each would fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("failures") / "data"
-    tiny.prepared(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Scene(NoHooks):

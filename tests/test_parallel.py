@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from kraken.config import ConfigError, ModelConfig, RunConfig
 from kraken.training.parallel import join_mesh
 from kraken.training.train import NoHooks, train
 from kraken.ways import WayGroup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-9
 STEPS = 10
@@ -73,22 +74,6 @@ def train_on(run: RunConfig, data: Path, folder: Path, stop_at: int | None = Non
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * run.cluster.num_workers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes of a mesh have; two threads each would fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parallel") / "data"
-    tiny.prepared(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

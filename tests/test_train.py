@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from kraken.manifest import MANIFEST_NAME, ArtefactError
 from kraken.model import Kraken, next_token_loss
 from kraken.training.optim import Optimizer, learning_rate
 from kraken.training.train import NoHooks, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -221,15 +222,6 @@ def test_load_model_gives_the_trained_weights(data: Path, tmp_path: Path) -> Non
     assert manifest.value("step") == 2
     weights = final_weights(tmp_path)
     assert all(torch.equal(p.detach(), weights[n]) for n, p in model.named_parameters())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class _KillAfterStep5(NoHooks):
