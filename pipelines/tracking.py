@@ -550,10 +550,6 @@ class Tracker:
                 raise self._unusable(run.abandon())
             yield run
 
-    def end_children(self, parent: RunRef, status: EndStatus) -> None:
-        """End the stages of a pipeline that are still running; `pipeline` does this when its block ends."""
-        self._persist(lambda: _end_children(self._client, parent.experiment_id, parent.run_id, status))
-
     def reconcile(self, end_of: Callable[[str], EndStatus | None]) -> list[str]:
         """End the runs that dead submissions left running.
 
