@@ -27,8 +27,8 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
+from kraken.alignment import Alignment, pad
 from kraken.config import ModelConfig
 from kraken.loss import chunk_gradient, chunked_cross_entropy
 from kraken.precision import compute_dtype
+from kraken.residual_norm import LAYER_NORM_EPSILON, add_and_normalise, normalise, sum_across_ways
 from kraken.ways import WayGroup
 
 INIT_STD = 0.02
-LAYER_NORM_EPSILON = 1e-5
 FASTEST_ATTENTION_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -59,32 +60,6 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each [B or 1, T, 1, H/2]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Alignment:
-    """What sizes are rounded up to inside a forward pass, with zeros that change no result.
-
-    Tensor cores want widths that are multiples of 8, fused attention wants few head sizes; parameters, checkpoints and
-    the optimizer keep the true sizes.
-    """
-
-    width: int = 1
-    head_size: int = 1
-
-    def padded_width(self, size: int) -> int:
-        return -(-size // self.width) * self.width
-
-    def padded_head_size(self, size: int) -> int:
-        return -(-size // self.head_size) * self.head_size
-
-
-def pad(x: Tensor, *sizes: int | None) -> Tensor:
-    """Zeros at the end of the last dimensions, up to `sizes`; None leaves a dimension as it is."""
-    amounts: list[int] = []
-    for size, found in zip(reversed(sizes), reversed(x.shape), strict=False):
-        amounts += [0, 0 if size is None else size - found]
-    return F.pad(x, amounts) if any(amounts) else x
-
-
 def causal_attention(q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor, head_size: int) -> Tensor:
     """Full causal attention, one call over all ways' heads; `head_size` is the one without padding."""
     # [W, B, T, N, H] -> [W*B, N, T, H], a view: ways are just more of the batch
@@ -95,18 +70,35 @@ def causal_attention(q_WBTNH: Tensor, k_WBTNH: Tensor, v_WBTNH: Tensor, head_siz
     return out.transpose(1, 2).unflatten(0, q_WBTNH.shape[:2])
 
 
-def sum_across_ways(x_WBTD: Tensor) -> Tensor:
-    """The sum over the ways held here, [1, B, T, D], at least float32."""
-    return x_WBTD.sum(dim=0, keepdim=True, dtype=None if x_WBTD.dtype == torch.float64 else torch.float32)
+class BatchedProduct(torch.autograd.Function):
+    """W products of inputs and transposed weights: [W, R, I] and [W, O, I] -> [W, R, O].
+
+    torch's own gradient by the weights comes out transposed, and is copied when it is stored beside them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_WRI: Tensor, weight_WOI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_WRI, weight_WOI)
+        return torch.bmm(x_WRI, weight_WOI.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, grad_WRO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_WRI, weight_WOI = ctx.saved_tensors
+        by_input, by_weight = ctx.needs_input_grad
+        return (
+            torch.bmm(grad_WRO, weight_WOI) if by_input else None,
+            torch.bmm(grad_WRO.transpose(1, 2), x_WRI) if by_weight else None,
+        )
 
 
 def batched_linear(x_WBTI: Tensor, weight_WOI: Tensor, bias_WO: Tensor | None) -> Tensor:
     """W linears as one batched product: [W, B, T, I] -> [W, B, T, O]."""
     if len(weight_WOI) == 1:  # a plain product reads its inputs with any stride
         return F.linear(x_WBTI, weight_WOI[0], None if bias_WO is None else bias_WO[0])
-    x, weight_WIO = x_WBTI.flatten(1, 2), weight_WOI.transpose(1, 2)
-    y = torch.bmm(x, weight_WIO) if bias_WO is None else torch.baddbmm(bias_WO[:, None], x, weight_WIO)
-    return y.unflatten(1, x_WBTI.shape[1:3])
+    dtype = compute_dtype(x_WBTI)
+    y_WRO: Tensor = BatchedProduct.apply(x_WBTI.flatten(1, 2).to(dtype), weight_WOI.to(dtype))
+    y_WBTO = y_WRO.unflatten(1, x_WBTI.shape[1:3])
+    return y_WBTO if bias_WO is None else y_WBTO + bias_WO[:, None, None].to(dtype)
 
 
 class WayLinear(nn.Module):
@@ -119,24 +111,23 @@ class WayLinear(nn.Module):
 
 
 class WayNorm(nn.Module):
-    """LayerNorm with one gain vector per way: [W, B, T, D] -> the same, the width padded."""
+    """The gains and biases of a LayerNorm per way, which the linear that reads it takes over."""
 
     def __init__(self, num_ways: int, width: int, bias: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_ways, width))
         self.bias = nn.Parameter(torch.empty(num_ways, width)) if bias else None
-        self.alignment = Alignment()
 
-    def forward(self, x_WBTD: Tensor) -> Tensor:
-        width = self.weight.shape[-1]
-        if len(self.weight) == 1:
-            bias_D = None if self.bias is None else self.bias[0]
-            normed = F.layer_norm(x_WBTD, (width,), self.weight[0], bias_D, LAYER_NORM_EPSILON)
-        else:
-            normed = F.layer_norm(x_WBTD, (width,), eps=LAYER_NORM_EPSILON) * self.weight[:, None, None]
-            if self.bias is not None:
-                normed = normed + self.bias[:, None, None]
-        return pad(normed, self.alignment.padded_width(width))
+    def fold(self, linear: WayLinear) -> tuple[Tensor, Tensor | None]:
+        """Weights [W, O, D] and biases [W, O] with which `linear` may read what is normalised only.
+
+        (n * gain + bias) @ A^T + b  =  n @ (A * gain)^T + (A @ bias + b)
+        """
+        weight_WOD = linear.weight * self.weight[:, None]
+        if self.bias is None:
+            return weight_WOD, linear.bias
+        moved_WO = (linear.weight * self.bias[:, None]).sum(dim=-1)  # a product would be in autocast's type
+        return weight_WOD, moved_WO if linear.bias is None else moved_WO + linear.bias
 
 
 class Attention(nn.Module):
@@ -149,12 +140,15 @@ class Attention(nn.Module):
         self.c_proj = WayLinear(num_ways, config.width, config.width, config.bias)
         self.alignment = Alignment()
 
-    def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
-        """Attention of normalised, padded input; returns the true width. `attend` None is full causal attention."""
+    def forward(
+        self, x_WBTD: Tensor, norm: WayNorm, rotation: Rotation | None, attend: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """Attention of normalised input, padded as its output is; `attend` None is full causal attention."""
         D, H = self.alignment.padded_width(self.width), self.alignment.padded_head_size(self.head_size)
         heads = (3, self.num_heads, self.head_size)
-        weight = pad(self.c_attn.weight.unflatten(1, heads), H, D).flatten(1, 3)
-        bias = None if self.c_attn.bias is None else pad(self.c_attn.bias.unflatten(1, heads), H).flatten(1)
+        weight, bias = norm.fold(self.c_attn)
+        weight = pad(weight.unflatten(1, heads), H, D).flatten(1, 3)
+        bias = None if bias is None else pad(bias.unflatten(1, heads), H).flatten(1)
         # [W, B, T, 3*N*H] -> three of [W, B, T, N, H]; the published order is q, k, v
         q, k, v = batched_linear(x_WBTD, weight, bias).unflatten(-1, (3, self.num_heads, H)).unbind(dim=3)
         if rotation is not None:
@@ -162,7 +156,7 @@ class Attention(nn.Module):
         out_WBTNH = causal_attention(q, k, v, self.head_size) if attend is None else attend(q, k, v)
         weight = pad(self.c_proj.weight.unflatten(2, heads[1:]), D, None, H).flatten(2)
         bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
-        return batched_linear(out_WBTNH.flatten(-2), weight, bias)[..., : self.width]
+        return batched_linear(out_WBTNH.flatten(-2), weight, bias)
 
 
 class MLP(nn.Module):
@@ -176,12 +170,13 @@ class MLP(nn.Module):
         self.c_proj = WayLinear(num_ways, config.ffn_size, config.width, config.bias)
         self.alignment = Alignment()
 
-    def forward(self, x_WBTD: Tensor) -> Tensor:
-        """The FFN of normalised, padded input; returns the true width."""
+    def forward(self, x_WBTD: Tensor, norm: WayNorm) -> Tensor:
+        """The FFN of normalised input, padded; returns the true width."""
         D, hidden = self.alignment.padded_width(self.width), self.alignment.padded_width(self.ffn_size)
         parts = (-1, self.ffn_size)  # one, or the gate and what it gates
-        weight = pad(self.c_fc.weight.unflatten(1, parts), hidden, D).flatten(1, 2)
-        bias = None if self.c_fc.bias is None else pad(self.c_fc.bias.unflatten(1, parts), hidden).flatten(1)
+        weight, bias = norm.fold(self.c_fc)
+        weight = pad(weight.unflatten(1, parts), hidden, D).flatten(1, 2)
+        bias = None if bias is None else pad(bias.unflatten(1, parts), hidden).flatten(1)
         y_WBTF = batched_linear(x_WBTD, weight, bias)
         if self.gated:
             gate, y_WBTF = y_WBTF.chunk(2, dim=-1)
@@ -209,15 +204,13 @@ class Layer(nn.Module):
         pending = None
         if self.reads_others and self.ways.size > 1:  # in flight while the ways held here attend
             pending = self.ways.start_sum(sum_across_ways(x_WBTD))
-        normed_WBTD = self.ln_1(x_WBTD)
-        a_WBTD = x_WBTD + self.attn(normed_WBTD, rotation, attend)
+        normed_WBTD = normalise(x_WBTD, self.attn.alignment.padded_width(x_WBTD.shape[-1]))
+        attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation, attend)
         if self.ln_2 is None:
-            return a_WBTD + self.mlp(normed_WBTD)
-        seen_WBTD = a_WBTD
-        if self.reads_others:
-            sum_1BTD = sum_across_ways(x_WBTD) if pending is None else pending.wait()
-            seen_WBTD = a_WBTD + (sum_1BTD - x_WBTD)
-        return a_WBTD + self.mlp(self.ln_2(seen_WBTD))
+            return x_WBTD + attended_WBTD[..., : x_WBTD.shape[-1]] + self.mlp(normed_WBTD, self.ln_1)
+        total_1BTD = None if pending is None else pending.wait()
+        a_WBTD, normed_WBTD = add_and_normalise(x_WBTD, attended_WBTD, self.reads_others, total_1BTD)
+        return a_WBTD + self.mlp(normed_WBTD, self.ln_2)
 
 
 class Kraken(nn.Module):
@@ -250,7 +243,7 @@ class Kraken(nn.Module):
     def align(self, alignment: Alignment) -> None:
         """Round sizes up inside the forward pass from now on."""
         for module in self.modules():
-            if isinstance(module, Kraken | WayNorm | Attention | MLP):
+            if isinstance(module, Kraken | Attention | MLP):
                 module.alignment = alignment
 
     def recompute_activations(self) -> None:

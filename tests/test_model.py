@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import kraken.loss
+from kraken.alignment import Alignment
 from kraken.config import ModelConfig
-from kraken.model import Alignment, Kraken, next_token_loss
+from kraken.model import Kraken, next_token_loss
 from kraken.presets import PRESETS
 
 

@@ -16,7 +16,8 @@ from kraken.config import ModelConfig
 from kraken.convert import exchange_parts, exchange_shapes
 from kraken.evaluate import Parity
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.model import LAYER_NORM_EPSILON, Kraken, is_vector
+from kraken.model import Kraken, is_vector
+from kraken.residual_norm import LAYER_NORM_EPSILON
 from kraken.trtllm.parts import padded_head_size, padded_tensors
 
 TOLERANCE = 1e-5

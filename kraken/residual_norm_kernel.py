@@ -1,0 +1,190 @@
+"""The GPU kernels of `kraken/residual_norm.py`, in Triton: one program per token, which holds all its ways.
+
+Sums are in float32. Shape letters as there.
+"""
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WARPS = 16
+ELEMENTS_PER_WARP = 512
+MAX_VALUES_PER_LOAD = 8
+"""16 bytes of bfloat16."""
+
+
+def forward(
+    x: Tensor,
+    addend: Tensor | None,
+    total: Tensor | None,
+    a: Tensor,
+    n: Tensor,
+    inverse_std: Tensor,
+    sees_others: bool,
+    epsilon: float,
+) -> None:
+    """Fill a (unless there is no addend), n and inverse_std.
+
+    Args:
+        x, a: [W, B, T, D], of any strides, `total` [1, B, T, D]; all others contiguous.
+    """
+    W, B, T, D = x.shape
+    x = _with_unit_stride(x)
+    addend, total = (y if y is None else _with_unit_stride(y) for y in (addend, total))
+    _forward[(B * T,)](
+        x,
+        x if addend is None else addend,
+        x if total is None else total,
+        a,
+        n,
+        inverse_std,
+        W,
+        T,
+        B * T,
+        *x.stride()[:3],
+        *(0, 0, 0) if addend is None else addend.stride()[:3],
+        *(0, 0) if total is None else total.stride()[1:3],
+        *(0, 0, 0) if addend is None else a.stride()[:3],
+        epsilon,
+        D=D,
+        P=n.shape[-1],
+        ADDS=addend is not None,
+        SEES_OTHERS=sees_others,
+        IS_GIVEN=total is not None,
+        X_STEP=_common_step(x, a) if addend is not None else _common_step(x),
+        ADDEND_STEP=1 if addend is None else _common_step(addend),
+        **_blocks(W, n.shape[-1]),
+    )
+
+
+def backward(
+    grad_a: Tensor | None,
+    grad_n: Tensor,
+    n: Tensor,
+    inverse_std: Tensor,
+    grad: Tensor,
+    grad_total: Tensor,
+    width: int,
+    sees_others: bool,
+) -> None:
+    """Fill `grad`, contiguous [W, B, T, P], and where a way sees the others, `grad_total` [1, B, T, D].
+
+    Args:
+        grad_a, grad_n: of any strides.
+    """
+    W, B, T, P = n.shape
+    grad_n = _with_unit_stride(grad_n)
+    grad_a = None if grad_a is None else _with_unit_stride(grad_a)
+    _backward[(B * T,)](
+        grad_n if grad_a is None else grad_a,
+        grad_n,
+        n,
+        inverse_std,
+        grad,
+        grad_total,
+        W,
+        T,
+        B * T,
+        *(0, 0, 0) if grad_a is None else grad_a.stride()[:3],
+        *grad_n.stride()[:3],
+        D=width,
+        P=P,
+        ADDS=grad_a is not None,
+        SEES_OTHERS=sees_others,
+        GRAD_A_STEP=1 if grad_a is None else _common_step(grad_a),
+        GRAD_N_STEP=_common_step(grad_n),
+        **_blocks(W, P),
+    )
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _common_step(*tensors: Tensor) -> int:
+    """What the strides of rows are multiples of, which tells the compiler how many values it may load at once."""
+    return math.gcd(MAX_VALUES_PER_LOAD, *(stride for x in tensors for stride in x.stride()[:3]))
+
+
+def _blocks(num_ways: int, padded_width: int) -> dict[str, Any]:
+    ways, columns = triton.next_power_of_2(num_ways), triton.next_power_of_2(padded_width)
+    num_warps = min(MAX_WARPS, max(1, ways * columns // ELEMENTS_PER_WARP))
+    return {"BLOCK_W": ways, "BLOCK_P": columns, "num_warps": num_warps}
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    x_ptr, addend_ptr, total_ptr, a_ptr, n_ptr, inverse_std_ptr,
+    W, T, num_tokens,
+    x_way, x_sequence, x_token, addend_way, addend_sequence, addend_token, total_sequence, total_token,
+    a_way, a_sequence, a_token, epsilon,
+    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, SEES_OTHERS: tl.constexpr, IS_GIVEN: tl.constexpr,
+    X_STEP: tl.constexpr, ADDEND_STEP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    b, t = index // T, index % T
+    ways_W1 = tl.arange(0, BLOCK_W).to(tl.int64)[:, None]
+    columns_1P = tl.arange(0, BLOCK_P)[None, :]
+    is_real = (ways_W1 < W) & (columns_1P < D)
+    x_rows_W1 = tl.multiple_of(ways_W1 * x_way + b * x_sequence + t * x_token, [1, X_STEP])
+    x_WP = tl.load(x_ptr + x_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+    seen_WP = x_WP
+    if ADDS:
+        addend_rows_W1 = ways_W1 * addend_way + b * addend_sequence + t * addend_token
+        addend_rows_W1 = tl.multiple_of(addend_rows_W1, [1, ADDEND_STEP])
+        addend_WP = tl.load(addend_ptr + addend_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+        a_WP = (x_WP + addend_WP).to(a_ptr.dtype.element_ty)
+        a_rows_W1 = tl.multiple_of(ways_W1 * a_way + b * a_sequence + t * a_token, [1, X_STEP])
+        tl.store(a_ptr + a_rows_W1 + columns_1P, a_WP, mask=is_real)
+        seen_WP = a_WP.to(tl.float32)
+    if SEES_OTHERS:
+        if IS_GIVEN:
+            total_places = b * total_sequence + t * total_token + columns_1P
+            total_1P = tl.load(total_ptr + total_places, mask=columns_1P < D, other=0.0).to(tl.float32)
+        else:
+            total_1P = tl.sum(x_WP, axis=0)[None, :]
+        seen_WP = seen_WP + (total_1P - x_WP)
+    mean_W1 = tl.sum(tl.where(is_real, seen_WP, 0.0), axis=1)[:, None] / D
+    centred_WP = tl.where(is_real, seen_WP - mean_W1, 0.0)
+    variance_W1 = tl.sum(centred_WP * centred_WP, axis=1)[:, None] / D
+    inverse_std_W1 = 1.0 / tl.sqrt(variance_W1 + epsilon)
+    rows_W1 = ways_W1 * num_tokens + index
+    n_WP = (centred_WP * inverse_std_W1).to(n_ptr.dtype.element_ty)
+    tl.store(n_ptr + rows_W1 * P + columns_1P, n_WP, mask=(ways_W1 < W) & (columns_1P < P))
+    tl.store(inverse_std_ptr + rows_W1, inverse_std_W1, mask=ways_W1 < W)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    grad_a_ptr, grad_n_ptr, n_ptr, inverse_std_ptr, grad_ptr, grad_total_ptr,
+    W, T, num_tokens,
+    grad_a_way, grad_a_sequence, grad_a_token, grad_n_way, grad_n_sequence, grad_n_token,
+    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, SEES_OTHERS: tl.constexpr,
+    GRAD_A_STEP: tl.constexpr, GRAD_N_STEP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64)
+    b, t = index // T, index % T
+    ways_W1 = tl.arange(0, BLOCK_W).to(tl.int64)[:, None]
+    columns_1P = tl.arange(0, BLOCK_P)[None, :]
+    is_real = (ways_W1 < W) & (columns_1P < D)
+    rows_W1 = ways_W1 * num_tokens + index
+    grad_n_rows_W1 = ways_W1 * grad_n_way + b * grad_n_sequence + t * grad_n_token
+    grad_n_rows_W1 = tl.multiple_of(grad_n_rows_W1, [1, GRAD_N_STEP])
+    grad_n_WP = tl.load(grad_n_ptr + grad_n_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+    n_WP = tl.load(n_ptr + rows_W1 * P + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+    inverse_std_W1 = tl.load(inverse_std_ptr + rows_W1, mask=ways_W1 < W, other=0.0)
+    mean_W1 = tl.sum(grad_n_WP, axis=1)[:, None] / D
+    along_W1 = tl.sum(grad_n_WP * n_WP, axis=1)[:, None] / D
+    grad_WP = tl.where(is_real, inverse_std_W1 * (grad_n_WP - mean_W1 - n_WP * along_W1), 0.0)
+    if SEES_OTHERS:
+        total_1P = tl.sum(grad_WP, axis=0)[None, :]
+        tl.store(grad_total_ptr + index * D + columns_1P, total_1P, mask=columns_1P < D)
+    if ADDS:
+        grad_a_rows_W1 = ways_W1 * grad_a_way + b * grad_a_sequence + t * grad_a_token
+        grad_a_rows_W1 = tl.multiple_of(grad_a_rows_W1, [1, GRAD_A_STEP])
+        grad_WP += tl.load(grad_a_ptr + grad_a_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+    is_stored = (ways_W1 < W) & (columns_1P < P)
+    tl.store(grad_ptr + rows_W1 * P + columns_1P, grad_WP.to(grad_ptr.dtype.element_ty), mask=is_stored)

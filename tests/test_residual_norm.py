@@ -1,0 +1,106 @@
+"""The fused norm against plain operations, forward and backward; without CUDA by Triton's interpreter."""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken.residual_norm import LAYER_NORM_EPSILON
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter computes in NumPy's types
+B, T = 2, 3
+
+
+def plain(x: Tensor, addend: Tensor | None, total: Tensor | None, sees_others: bool, width: int) -> list[Tensor]:
+    """a and n, the former empty without an addend."""
+    W, D = x.shape[0], x.shape[-1]
+    a = x if addend is None else x + addend[..., :D]
+    rows = []
+    for way in range(W):
+        others = torch.zeros_like(x[0]) if not sees_others else (x.sum(0) if total is None else total[0]) - x[way]
+        rows.append(F.layer_norm(a[way] + others, (D,), eps=LAYER_NORM_EPSILON))
+    return [x.new_empty(0) if addend is None else a, F.pad(torch.stack(rows), (0, width - D))]
+
+
+def inputs(W: int, D: int, P: int, kind: str, dtype: torch.dtype) -> tuple[list[Tensor | None], bool]:
+    """x, addend and total as leaves, where the kind has them."""
+    torch.manual_seed(W * 100 + D)
+    x = torch.randn(B, T, W, D, device=DEVICE).permute(2, 0, 1, 3)  # a token's ways side by side, as in the model
+    addend = None if kind == "alone" else torch.randn(W, B, T, P, device=DEVICE)
+    total = torch.randn(1, B, T, D, device=DEVICE) * 3 if kind == "given" else None
+    leaves = [None if y is None else y.to(dtype).detach().requires_grad_() for y in (x, addend, total)]
+    return leaves, kind in ("others", "given")
+
+
+@pytest.mark.parametrize("kind", ["alone", "added", "others", "given"])
+@pytest.mark.parametrize(("W", "D", "P"), [(1, 8, 8), (2, 13, 16), (3, 20, 24), (4, 16, 16), (6, 5, 8)])
+def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kind: str) -> None:
+    leaves, sees_others = inputs(W, D, P, kind, torch.float32)
+    found = torch.ops.kraken.residual_norm(*leaves, sees_others, P)[:2]
+    expected = plain(*leaves, sees_others, P)
+    used = [leaf for leaf in leaves if leaf is not None]
+    weights = [torch.randn_like(y) for y in expected]
+
+    def gradients(outputs: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)), used)
+
+    for ours, theirs in [*zip(found, expected, strict=True), *zip(gradients(found), gradients(expected), strict=True)]:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert not found[1][..., D:].any()
+
+
+def test_rounds_what_it_adds_as_plain_operations_do() -> None:
+    leaves, _ = inputs(2, 24, 24, "others", HALF)
+    a, n, _ = torch.ops.kraken.residual_norm(*leaves, True, 24)
+    assert torch.equal(a, leaves[0] + leaves[1])
+    assert n.dtype == HALF
+    exact = plain(*[y if y is None else y.double() for y in leaves], True, 24)[1]
+    torch.testing.assert_close(n.double(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["alone", "added", "others", "given"])
+def test_is_a_sound_operator(kind: str) -> None:
+    leaves, sees_others = inputs(2, 13, 16, kind, torch.float32)
+    torch.library.opcheck(torch.ops.kraken.residual_norm.default, (*leaves, sees_others, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["kraken_125m_4way", "kraken_125m_6way", "gpt2_124m", "parallel_124m"])
+def test_compiled_training_equals_plain_operations(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    from kraken import residual_norm
+    from kraken.alignment import Alignment
+    from kraken.model import Kraken
+    from kraken.presets import PRESETS
+
+    config = dataclasses.replace(PRESETS[preset]().model, num_layers=3, context_length=64, vocab_size=512)
+
+    def loss_and_gradients(compiles: bool) -> list[Tensor]:
+        with torch.device("cuda"):
+            model = Kraken(config)
+        model.init_weights(0)
+        model.align(Alignment(width=64, head_size=8))
+        if compiles:
+            model.compile_parts()
+        torch.manual_seed(0)
+        ids = torch.randint(512, (2, 65), device="cuda")
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours = loss_and_gradients(compiles=True)
+    monkeypatch.setattr(residual_norm, "_has_kernel", lambda x: False)
+    plainly = loss_and_gradients(compiles=False)
+    assert len(ours) == len(plainly)
+    for found, expected in zip(ours, plainly, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
