@@ -3,8 +3,9 @@
     python -m benchmarks.checkpoint kraken_10m_4way                                      # two CPU cores
     python -m benchmarks.checkpoint kraken_125m_4way --device cuda --sequences 16 --every 100
 
-One process trains on random tokens in intervals of `--every` steps, and takes turns in what follows an interval's first
-step: a checkpoint in the background, one that training waits for, or none. The last line is JSON, of medians over the
+One process trains on random tokens by the published recipe, with AdamW's two moments in a checkpoint. It does so in
+intervals of `--every` steps, and takes turns in what follows an interval's first step: a checkpoint in the background,
+one that training waits for, or none. The last line is JSON, of medians over the
 rounds:
 
     checkpoint_stall_share    seconds of an interval with a checkpoint in the background over one without, less 1
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.recipe import published_recipe
 from kraken.config import to_dict
 from kraken.presets import PRESETS
 from kraken.stopwatch import Stopwatch
@@ -44,7 +46,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.every, self.device = args.every, torch.device(args.device)
-        run = PRESETS[args.preset]()
+        run = published_recipe(args.preset)
         config = dataclasses.replace(
             run.train,
             steps=100_000,

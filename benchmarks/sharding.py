@@ -3,10 +3,11 @@
     python -m benchmarks.sharding kraken_10m_4way                       # two CPU processes over gloo, one thread each
     python -m benchmarks.sharding kraken_350m_4way --device cuda        # two GPUs over NCCL, against one
 
-All train on the same random tokens in alternation; the processes of a mesh live through the whole benchmark and wait
-while another contestant runs. The last line is JSON: `way2_ratio`, `shard2_ratio` and `replicate2_ratio` are tokens/s
-of a mesh over tokens/s of one process (on CPUs with two threads; on GPUs of one GPU, so that 2 would be perfect),
-`overlap_gain` is way2's tokens/s over those of the same mesh that waits for every sum at once. Medians over the rounds.
+All train on the same random tokens in alternation, by the published recipe (learned positions, and AdamW, since Muon
+cannot be sharded); the processes of a mesh live through the whole benchmark and wait while another contestant runs. The
+last line is JSON: `way2_ratio`, `shard2_ratio` and `replicate2_ratio` are tokens/s of a mesh over tokens/s of one
+process (on CPUs with two threads; on GPUs of one GPU, so that 2 would be perfect), `overlap_gain` is way2's tokens/s
+over those of the same mesh that waits for every sum at once. Medians over the rounds.
 `way2_mfu` and the like are the model's floating-point operations per second over the rate of a matrix product in the
 same type, measured by all processes of the mesh at once; `way2_efficiency` is the tokens/s of a device of the mesh over
 those of one device alone. On CPUs the threads are the devices.
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.recipe import published_recipe
 from kraken.config import TrainConfig
 from kraken.plan import training_flops_per_token
 from kraken.presets import PRESETS
@@ -52,7 +54,7 @@ def serve(pipe: Connection, rank: int, port: int, mesh_name: str, args: argparse
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in environment.items()} | {"MASTER_PORT": str(port)})
     torch.set_num_threads(args.threads // processes)
-    run = PRESETS[args.preset]()
+    run = published_recipe(args.preset)
     config: TrainConfig = dataclasses.replace(
         run.train,
         steps=100_000,
@@ -141,7 +143,7 @@ def main() -> None:
     finally:
         for contestant in contestants.values():
             contestant.stop()
-    tokens = args.sequences * PRESETS[args.preset]().model.context_length
+    tokens = args.sequences * published_recipe(args.preset).model.context_length
     for name in MESHES:
         middle = statistics.median(times[name])
         print(f"{name:14} {middle * 1e3:10.1f} ms/step {tokens / middle:12,.0f} tokens/s", flush=True)
@@ -151,7 +153,7 @@ def main() -> None:
 
     result: dict[str, Any] = {f"{name}_ratio": ratio("one", name) for name in ("way2", "shard2", "replicate2")}
     result["overlap_gain"] = ratio("way2_blocking", "way2")
-    flops = tokens * training_flops_per_token(PRESETS[args.preset]().model)
+    flops = tokens * training_flops_per_token(published_recipe(args.preset).model)
     for name in ("one", "way2", "shard2", "replicate2"):
         result[f"{name}_mfu"] = round(flops / statistics.median(times[name]) / contestants[name].rate, 3)
     for name in ("way2", "shard2", "replicate2"):

@@ -1,19 +1,25 @@
 """Time to first token (TTFT) and per output token (TPOT) on several devices: Kraken, standard, parallel Transformer.
 
     python -m benchmarks.ttft --sizes 25M --prompts 128 512                       # two CPU processes over gloo
-    python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 1.3B 6.7B 13B --figure ttft.png    # GPUs over NCCL
+    python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 1.3B 6.7B 13B --figure ttft.png           # GPUs
     python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 65B --apart      # one model in memory at a time
     python -m benchmarks.ttft --sizes tiny --prompts 32 --rounds 1                # does it run?
 
 Random weights of the shapes of GPT-2 and GPT-3; Kraken has as many ways as there are devices, the same layers, and a
-width that makes its parameters equal. Batch 1. All contestants of a size take turns (with `--apart` one after the
-other, each with all its rounds); times are medians. `docs/latency.md` says what the modes are.
+width that makes its parameters equal. All contestants of a size take turns (with `--apart` one after the other, each
+with all its rounds); times are medians. On CUDA the standard model runs twice, with NCCL's sums (`nccl`) and with
+whatever is fastest for each message (`auto`, see `engine.sums`), which the others use too. `docs/latency.md` says what
+the modes are.
 
 Before the last line, a table. The last line is JSON:
 
-    rows                    one per size, architecture and prompt: TTFT and TPOT of each mode in ms, the time of the
-                            sums alone, exposed communication, speed-up over the standard model
-    speedup_geomean         of Kraken over the standard model, TTFT, over all sizes and prompts
+    rows                    one per size, architecture, `sums` and prompt: TTFT of each mode in ms at batch 1; TPOT of
+                            each mode in ms at each batch; the time of NCCL's or gloo's sums alone; exposed
+                            communication; speed-up of TTFT over the standard model with NCCL's sums, and with the best
+                            (on a CPU both are gloo's); roofline_ratio, TTFT over the longer of floating-point
+                            operations at the matrix rate and weights at the memory's bandwidth, both measured before
+    speedup_geomean         of Kraken over the standard model with NCCL's (gloo's) sums, TTFT, all sizes and prompts
+    speedup_geomean_vs_best     the same over the standard model with the best sums
     exposed_communication_max   of Kraken: (overlapped - none) / (blocking - none) of TTFT
 """
 
@@ -21,6 +27,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import socket
@@ -34,6 +41,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.engine import bandwidth, matrix_rate
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.collectives import join_group
@@ -58,6 +66,8 @@ MODES = {
     "parallel": ("blocking", "none"),
     "kraken": ("overlapped", "blocking", "none"),
 }
+Name = tuple[str, str, str]
+"""Architecture, `engine.sums`, mode."""
 NUM_SUMS_ALONE = 5
 """How often a prompt's sums are timed by themselves."""
 
@@ -89,17 +99,32 @@ class Contestant:
 
     def seconds(self, prompt_tokens: int, new_tokens: int = 1) -> tuple[float, float]:
         """Of one request: seconds to the first token, and for each later one."""
-        self._num_requests += 1
-        prompt = tuple(torch.randint(self.shape.vocab_size, (prompt_tokens,)).tolist())
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
-        request = Request(id=str(self._num_requests), prompt_ids=prompt, sampling=sampling)
-
-        async def times() -> list[float]:
-            started_at = time.perf_counter()
-            return [time.perf_counter() - started_at async for _ in self._engine.generate(request)]
-
-        found = self._loop.run(times())
+        (found,) = self._times(1, prompt_tokens, new_tokens)
         return found[0], (found[-1] - found[0]) / max(1, len(found) - 1)
+
+    def seconds_per_token(self, batch: int, prompt_tokens: int, new_tokens: int) -> float:
+        """Of each of several requests, while all of them decode."""
+        found = self._times(batch, prompt_tokens, new_tokens)
+        start, end = max(times[0] for times in found), min(times[-1] for times in found)
+        num_tokens = sum(start < at <= end for times in found for at in times)
+        return (end - start) * batch / max(1, num_tokens)
+
+    def _times(self, batch: int, prompt_tokens: int, new_tokens: int) -> list[list[float]]:
+        """When each token of each request came, in seconds since all of them began."""
+        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
+        prompts = torch.randint(self.shape.vocab_size, (batch, prompt_tokens)).tolist()
+
+        async def all_of_them() -> list[list[float]]:
+            started_at = time.perf_counter()
+
+            async def times(prompt: list[int]) -> list[float]:
+                self._num_requests += 1
+                request = Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
+                return [time.perf_counter() - started_at async for _ in self._engine.generate(request)]
+
+            return await asyncio.gather(*(times(prompt) for prompt in prompts))
+
+        return self._loop.run(all_of_them())
 
     def close(self) -> None:
         """End its processes."""
@@ -145,7 +170,8 @@ def sum_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], 
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
         torch.cuda.set_device(device)
-    group = join_group(store, rank, args.devices, "127.0.0.1", device, 60.0, "blocking", leaves_room=False)
+    message_bytes = max(math.prod(shape) for _, shape in cases) * getattr(torch, args.dtype).itemsize
+    group = join_group(store, rank, args.devices, "127.0.0.1", device, 60.0, "blocking", False, message_bytes)
     found = []
     for count, shape in cases:
         x = torch.zeros(shape, dtype=getattr(torch, args.dtype), device=device)
@@ -182,34 +208,79 @@ def sums_alone(args: argparse.Namespace, cases: list[Any]) -> list[float]:
             rank.kill()
 
 
+def roofline_seconds(shape: ModelConfig, prompt_tokens: int, num_devices: int, rates: tuple[float, float]) -> float:
+    """No prefill can be faster on so many devices.
+
+    Args:
+        rates: of one device, floating-point operations and weights per second.
+    """
+    attention = 2 * shape.num_layers * shape.num_ways * shape.width * prompt_tokens**2  # causal: half of all pairs
+    layers = plan.layer_weights(shape)
+    weights = plan.matrix_weights(shape)
+    flops = 2 * layers * prompt_tokens + attention + 2 * (weights - layers)  # the rest for one token
+    return max(flops / rates[0], weights / rates[1]) / num_devices
+
+
+def rates_of(args: argparse.Namespace) -> tuple[float, float]:
+    """Floating-point operations and weights per second of one device; CPU processes share the threads."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    num_sharing = args.devices if args.device == "cpu" else 1
+    torch.set_num_threads(args.threads)
+    return (
+        matrix_rate(dtype, device) / num_sharing,
+        bandwidth(dtype, device) / dtype.itemsize / num_sharing,
+    )
+
+
+def names_of(args: argparse.Namespace) -> list[Name]:
+    """All contestants of a size."""
+    every = {"standard": ("nccl", "auto") if args.device == "cuda" else ("auto",)}
+    return [
+        (architecture, sums, mode)
+        for architecture in args.architectures
+        for sums in every.get(architecture, ("auto",))
+        for mode in MODES[architecture]
+    ]
+
+
 def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     """All rows of one size."""
     models = shapes(size, args.devices, max(args.prompts) + args.new_tokens, args.vocabulary)
-    names = [(architecture, mode) for architecture in args.architectures for mode in MODES[architecture]]
-    times: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    names = names_of(args)
+    rates = rates_of(args)
+    ttft_s: dict[tuple[Name, int], list[float]] = {}
+    tpot_s: dict[tuple[Name, int], dict[int, list[float]]] = {}
 
-    def open_one(architecture: str, mode: Any) -> Contestant:
+    def open_one(architecture: str, sums: Any, mode: Any) -> Contestant:
         config = EngineConfig(
             device=args.device,
             dtype=args.dtype,
             num_threads=args.threads,
             num_devices=args.devices,
             overlap=mode,
-            max_batch_size=1,
-            max_step_tokens=max(args.prompts),
+            sums=sums,
+            max_batch_size=max(args.batches),
+            max_step_tokens=max(*args.prompts, *args.batches),
             prefix_reuse=False,
         )
         return Contestant(architecture, models[architecture], config)
 
-    def take_turns(group: Sequence[tuple[str, str]]) -> None:
+    def take_turns(group: Sequence[Name]) -> None:
         contestants = [open_one(*name) for name in group]
         try:
             for prompt_tokens in args.prompts:
                 for turn in range(args.rounds + 1):
                     for name, contestant in zip(group, contestants, strict=True):
-                        found = contestant.seconds(prompt_tokens, args.new_tokens)
+                        first_s = contestant.seconds(prompt_tokens)[0]
+                        later_s = {
+                            batch: contestant.seconds_per_token(batch, prompt_tokens, args.new_tokens)
+                            for batch in args.batches
+                        }
                         if turn > 0:  # the first one warms up
-                            times.setdefault((*name, prompt_tokens), []).append(found)
+                            ttft_s.setdefault((name, prompt_tokens), []).append(first_s)
+                            by_batch = tpot_s.setdefault((name, prompt_tokens), {batch: [] for batch in args.batches})
+                            for batch, value in later_s.items():
+                                by_batch[batch].append(value)
         finally:
             for contestant in contestants:
                 contestant.close()
@@ -220,44 +291,56 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     alone = dict(zip(cases, sums_alone(args, [sums_of(models[a], p) for a, p in cases]), strict=True))
     rows = []
     for prompt_tokens in args.prompts:
-        for architecture in args.architectures:
-            medians = {
-                mode: [
-                    statistics.median(values) * 1e3
-                    for values in zip(*times[architecture, mode, prompt_tokens], strict=True)
-                ]
-                for mode in MODES[architecture]
+        of_prompt = []
+        for architecture, sums in dict.fromkeys(name[:2] for name in names):
+            modes = MODES[architecture]
+            ttft_ms = {
+                mode: statistics.median(ttft_s[(architecture, sums, mode), prompt_tokens]) * 1e3 for mode in modes
             }
-            rows.append(row_of(size, models[architecture], prompt_tokens, medians, alone[architecture, prompt_tokens]))
-        base = next(
-            (row["ttft_ms"] for row in rows[-len(args.architectures) :] if row["architecture"] == "standard"), None
-        )
-        for row in rows[-len(args.architectures) :]:
-            row["speedup"] = None if base is None else round(best(base) / best(row["ttft_ms"]), 4)
+            tpot_ms = {
+                mode: {
+                    str(batch): round(statistics.median(values) * 1e3, 3)
+                    for batch, values in tpot_s[(architecture, sums, mode), prompt_tokens].items()
+                }
+                for mode in modes
+            }
+            row = row_of(size, models[architecture], sums, prompt_tokens, ttft_ms, alone[architecture, prompt_tokens])
+            roofline_ms = roofline_seconds(models[architecture], prompt_tokens, args.devices, rates) * 1e3
+            of_prompt.append(row | {"tpot_ms": tpot_ms, "roofline_ratio": round(best(ttft_ms) / roofline_ms, 4)})
+        bases = {row["sums"]: best(row["ttft_ms"]) for row in of_prompt if row["architecture"] == "standard"}
+        for row in of_prompt:
+            row["speedup"] = ratio(bases.get("nccl", bases.get("auto")), row)
+            row["speedup_vs_best"] = ratio(bases.get("auto"), row)
             say(row)
+        rows += of_prompt
     return rows
 
 
 def row_of(
-    size: str, shape: ModelConfig, prompt_tokens: int, medians: dict[str, Any], alone_s: float
+    size: str, shape: ModelConfig, sums: str, prompt_tokens: int, ttft_ms: dict[str, float], alone_s: float
 ) -> dict[str, Any]:
     """One architecture at one prompt length."""
-    ttft_ms = {mode: round(values[0], 3) for mode, values in medians.items()}
+    ttft_ms = {mode: round(value, 3) for mode, value in ttft_ms.items()}
     exposed = None
     if "overlapped" in ttft_ms and ttft_ms["blocking"] > ttft_ms["none"]:
         exposed = round((ttft_ms["overlapped"] - ttft_ms["none"]) / (ttft_ms["blocking"] - ttft_ms["none"]), 4)
     return {
         "size": size,
         "architecture": shape.architecture,
+        "sums": sums,
         "parameters": plan.num_parameters(shape),
         "width": shape.width,
         "head_size": shape.head_size,
         "prompt_tokens": prompt_tokens,
         "ttft_ms": ttft_ms,
-        "tpot_ms": {mode: round(values[1], 3) for mode, values in medians.items()},
         "sums_alone_ms": round(alone_s * 1e3, 3),
         "exposed_communication": exposed,
     }
+
+
+def ratio(base_ms: float | None, row: dict[str, Any]) -> float | None:
+    """How much faster than a base."""
+    return None if base_ms is None else round(base_ms / best(row["ttft_ms"]), 4)
 
 
 def best(by_mode: dict[str, float]) -> float:
@@ -266,11 +349,14 @@ def best(by_mode: dict[str, float]) -> float:
 
 
 def say(row: dict[str, Any]) -> None:
-    modes = "  ".join(f"{mode} {row['ttft_ms'][mode]:.1f}/{row['tpot_ms'][mode]:.2f}" for mode in row["ttft_ms"])
+    modes = "  ".join(
+        f"{mode} {value:.1f}/{'/'.join(f'{tpot:.2f}' for tpot in row['tpot_ms'][mode].values())}"
+        for mode, value in row["ttft_ms"].items()
+    )
     print(
-        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['parameters']:15,}  sums alone "
-        f"{row['sums_alone_ms']:8.1f}  exposed {row['exposed_communication']}  "
-        f"speed-up {row['speedup']}  TTFT/TPOT {modes}",
+        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['sums']:5} {row['parameters']:15,}  "
+        f"sums alone {row['sums_alone_ms']:8.1f}  exposed {row['exposed_communication']}  speed-up {row['speedup']} "
+        f"({row['speedup_vs_best']} over the best)  roofline {row['roofline_ratio']}  TTFT/TPOT {modes}",
         flush=True,
     )
 
@@ -306,6 +392,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--new-tokens", type=int, default=17)
+    parser.add_argument("--batches", type=int, nargs="+", help="requests that decode together (1; on CUDA 1 8 32)")
     parser.add_argument("--vocabulary", type=int, default=50304)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -315,9 +402,16 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="one engine in memory at a time")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args()
+    args.batches = args.batches or ([1, 8, 32] if args.device == "cuda" else [1])
+    if args.new_tokens < 2:
+        parser.error("--new-tokens must be 2 or more, since the first belongs to the prompt")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("kraken.engine").setLevel(logging.INFO)  # says how the devices add up
     rows = [row for size in args.sizes for row in measure(args, size)]
     kraken = [row for row in rows if row["architecture"] == "kraken"]
-    speedups = [row["speedup"] for row in kraken if row["speedup"] is not None]
+    speedups, speedups_vs_best = (
+        [row[key] for row in kraken if row[key] is not None] for key in ("speedup", "speedup_vs_best")
+    )
     exposed = [row["exposed_communication"] for row in kraken if row["exposed_communication"] is not None]
     if args.figure is not None and speedups:
         draw(rows, args.figure)
@@ -327,6 +421,7 @@ def main() -> None:
         "dtype": args.dtype,
         "rows": rows,
         "speedup_geomean": round(geomean(speedups), 4) if speedups else None,
+        "speedup_geomean_vs_best": round(geomean(speedups_vs_best), 4) if speedups_vs_best else None,
         "exposed_communication_max": max(exposed, default=None),
     }
     print(json.dumps(result))

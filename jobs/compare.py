@@ -1,6 +1,6 @@
 """Compare models at equal parameters and tokens: tune their learning rates alike, train several seeds each, report.
 
-python -m jobs.compare --learning-rates 5e-4 1e-3 2e-3
+python -m jobs.compare --learning-rates 3e-3 4.5e-3 6e-3
 python -m jobs.compare kraken_10m_4way standard_10m --seeds 5 --train.steps 2000
 ray job submit --working-dir . -- python -m jobs.compare kraken_125m_4way gpt2_124m --storage /shared/kraken
 """

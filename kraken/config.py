@@ -15,6 +15,7 @@ import dacite
 T = TypeVar("T")
 
 EngineKind = Literal["auto", "torch", "tensorrt_llm"]
+Sums = Literal["auto", "nccl", "peers"]
 
 VOCAB_MULTIPLE = 64
 """Vocabularies are padded up to a multiple of this many ids: GPT-2's 50,257 become 50,304, as in nanoGPT."""
@@ -254,8 +255,8 @@ class TrainConfig:
     learning_rate: float = 2.5e-4
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`adamw` for everything. `muon`: hidden matrices by Muon at the same rate, its updates scaled to AdamW's size, and
-    embeddings, biases and gains by AdamW. torch's Muon computes in bfloat16, which most CPUs emulate slowly."""
+    """`adamw` for everything. `muon`: hidden matrices by Muon at the same rate, its updates scaled to AdamW's size;
+    embeddings, biases and gains by AdamW. `beta1` and `beta2` are AdamW's alone: Muon's momentum is 0.95."""
     final_learning_rate_fraction: float = 0.1
     """The cosine ends at this fraction of the peak."""
     warmup_steps: int = 2000
@@ -343,10 +344,14 @@ class EngineConfig:
     """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
     num_devices: int = 1
     """Devices that share the model, a process each, which the engine starts: Kraken's ways are divided among them, and
-    so are the heads and FFN columns of the baselines. Over gloo on a CPU, over NCCL on CUDA."""
+    so are the heads and FFN columns of the baselines. Over gloo on a CPU; on CUDA see `sums`."""
     overlap: Literal["overlapped", "blocking", "none"] = "overlapped"
     """Kraken's sums over several devices: in flight while attention computes, or waited for at once. `none` leaves out
     every sum, so that the tokens are WRONG: it is what benchmarks compare with."""
+    sums: Sums = "auto"
+    """How several CUDA devices add up: `nccl`; `peers`, where each reads the others' memory in the kernel that needs
+    the sum, on one host whose GPUs reach each other over NVLink; `auto` measures both when the engine starts and takes
+    the faster for each number of tokens, or NCCL where the other does not work."""
     collective_timeout_s: float = 60.0
     """A device that has waited so long for the others gives up, and the engine is unhealthy."""
     max_batch_size: int = 16
@@ -363,7 +368,7 @@ class EngineConfig:
     """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
     whether someone else's prompt began so."""
     cuda_graphs: bool = True
-    """On one CUDA device, record the steps that decode or begin one prompt as graphs when the engine starts: some
+    """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts, on every device: some
     seconds then, and a fraction of the time per token."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
@@ -393,6 +398,14 @@ class EngineConfig:
             self.kind != "tensorrt_llm" or self.num_devices == 1,
             f"engine.num_devices={self.num_devices} has no effect with engine.kind=tensorrt_llm, which takes one GPU "
             "for each way; leave it out",
+        )
+        _require(
+            self.sums == "auto" or self.device != "cpu",
+            f"engine.sums={self.sums} is for CUDA, but engine.device=cpu; leave one of the two out",
+        )
+        _require(
+            self.sums == "auto" or self.num_devices > 1,
+            f"engine.sums={self.sums} has no effect with engine.num_devices=1; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
 

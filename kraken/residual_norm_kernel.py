@@ -34,6 +34,8 @@ def forward(
     W, B, T, D = x.shape
     x = _with_unit_stride(x)
     addend, total = (y if y is None else _with_unit_stride(y) for y in (addend, total))
+    x_step = _common_step(x, x if addend is None else a)
+    addend_step = 1 if addend is None else _common_step(addend)
     _forward[(B * T,)](
         x,
         x if addend is None else addend,
@@ -44,18 +46,18 @@ def forward(
         W,
         T,
         B * T,
-        *x.stride()[:3],
-        *(0, 0, 0) if addend is None else addend.stride()[:3],
+        *_steps(x, x_step),
+        *_steps(addend, addend_step),
         *(0, 0) if total is None else total.stride()[1:3],
-        *(0, 0, 0) if addend is None else a.stride()[:3],
+        *_steps(None if addend is None else a, x_step),
         epsilon,
         D=D,
         P=n.shape[-1],
         ADDS=addend is not None,
         SEES_OTHERS=sees_others,
         IS_GIVEN=total is not None,
-        X_STEP=_common_step(x, a) if addend is not None else _common_step(x),
-        ADDEND_STEP=1 if addend is None else _common_step(addend),
+        X_STEP=x_step,
+        ADDEND_STEP=addend_step,
         **_blocks(W, n.shape[-1]),
     )
 
@@ -78,6 +80,7 @@ def backward(
     W, B, T, P = n.shape
     grad_n = _with_unit_stride(grad_n)
     grad_a = None if grad_a is None else _with_unit_stride(grad_a)
+    grad_a_step, grad_n_step = 1 if grad_a is None else _common_step(grad_a), _common_step(grad_n)
     _backward[(B * T,)](
         grad_n if grad_a is None else grad_a,
         grad_n,
@@ -88,14 +91,14 @@ def backward(
         W,
         T,
         B * T,
-        *(0, 0, 0) if grad_a is None else grad_a.stride()[:3],
-        *grad_n.stride()[:3],
+        *_steps(grad_a, grad_a_step),
+        *_steps(grad_n, grad_n_step),
         D=width,
         P=P,
         ADDS=grad_a is not None,
         SEES_OTHERS=sees_others,
-        GRAD_A_STEP=1 if grad_a is None else _common_step(grad_a),
-        GRAD_N_STEP=_common_step(grad_n),
+        GRAD_A_STEP=grad_a_step,
+        GRAD_N_STEP=grad_n_step,
         **_blocks(W, P),
     )
 
@@ -105,8 +108,13 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 
 def _common_step(*tensors: Tensor) -> int:
-    """What the strides of rows are multiples of, which tells the compiler how many values it may load at once."""
+    """What the strides of rows are multiples of: so many values the compiler may load at once."""
     return math.gcd(MAX_VALUES_PER_LOAD, *(stride for x in tensors for stride in x.stride()[:3]))
+
+
+def _steps(x: Tensor | None, step: int) -> tuple[int, ...]:
+    """The strides of rows, counted in steps."""
+    return (0, 0, 0) if x is None else tuple(stride // step for stride in x.stride()[:3])
 
 
 def _blocks(num_ways: int, padded_width: int) -> dict[str, Any]:
@@ -129,15 +137,14 @@ def _forward(  # type: ignore[no-untyped-def]
     ways_W1 = tl.arange(0, BLOCK_W).to(tl.int64)[:, None]
     columns_1P = tl.arange(0, BLOCK_P)[None, :]
     is_real = (ways_W1 < W) & (columns_1P < D)
-    x_rows_W1 = tl.multiple_of(ways_W1 * x_way + b * x_sequence + t * x_token, [1, X_STEP])
+    x_rows_W1 = (ways_W1 * x_way + b * x_sequence + t * x_token) * X_STEP
     x_WP = tl.load(x_ptr + x_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
     seen_WP = x_WP
     if ADDS:
-        addend_rows_W1 = ways_W1 * addend_way + b * addend_sequence + t * addend_token
-        addend_rows_W1 = tl.multiple_of(addend_rows_W1, [1, ADDEND_STEP])
+        addend_rows_W1 = (ways_W1 * addend_way + b * addend_sequence + t * addend_token) * ADDEND_STEP
         addend_WP = tl.load(addend_ptr + addend_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
         a_WP = (x_WP + addend_WP).to(a_ptr.dtype.element_ty)
-        a_rows_W1 = tl.multiple_of(ways_W1 * a_way + b * a_sequence + t * a_token, [1, X_STEP])
+        a_rows_W1 = (ways_W1 * a_way + b * a_sequence + t * a_token) * X_STEP
         tl.store(a_ptr + a_rows_W1 + columns_1P, a_WP, mask=is_real)
         seen_WP = a_WP.to(tl.float32)
     if SEES_OTHERS:
@@ -171,8 +178,7 @@ def _backward(  # type: ignore[no-untyped-def]
     columns_1P = tl.arange(0, BLOCK_P)[None, :]
     is_real = (ways_W1 < W) & (columns_1P < D)
     rows_W1 = ways_W1 * num_tokens + index
-    grad_n_rows_W1 = ways_W1 * grad_n_way + b * grad_n_sequence + t * grad_n_token
-    grad_n_rows_W1 = tl.multiple_of(grad_n_rows_W1, [1, GRAD_N_STEP])
+    grad_n_rows_W1 = (ways_W1 * grad_n_way + b * grad_n_sequence + t * grad_n_token) * GRAD_N_STEP
     grad_n_WP = tl.load(grad_n_ptr + grad_n_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
     n_WP = tl.load(n_ptr + rows_W1 * P + columns_1P, mask=is_real, other=0.0).to(tl.float32)
     inverse_std_W1 = tl.load(inverse_std_ptr + rows_W1, mask=ways_W1 < W, other=0.0)
@@ -183,8 +189,7 @@ def _backward(  # type: ignore[no-untyped-def]
         total_1P = tl.sum(grad_WP, axis=0)[None, :]
         tl.store(grad_total_ptr + index * D + columns_1P, total_1P, mask=columns_1P < D)
     if ADDS:
-        grad_a_rows_W1 = ways_W1 * grad_a_way + b * grad_a_sequence + t * grad_a_token
-        grad_a_rows_W1 = tl.multiple_of(grad_a_rows_W1, [1, GRAD_A_STEP])
+        grad_a_rows_W1 = (ways_W1 * grad_a_way + b * grad_a_sequence + t * grad_a_token) * GRAD_A_STEP
         grad_WP += tl.load(grad_a_ptr + grad_a_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
     is_stored = (ways_W1 < W) & (columns_1P < P)
     tl.store(grad_ptr + rows_W1 * P + columns_1P, grad_WP.to(grad_ptr.dtype.element_ty), mask=is_stored)

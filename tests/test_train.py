@@ -69,7 +69,7 @@ class TestSchedule:
     def test_gains_have_no_decay(self) -> None:
         run = tiny.config()
         model = Kraken(run.model)
-        optimizer = Optimizer(run.train, model)._adamw
+        optimizer = Optimizer(run.train, model, torch.float32)._adamw
         decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             assert decay[id(parameter)] == (0.0 if "ln_" in name else 0.1), name

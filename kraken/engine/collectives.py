@@ -1,24 +1,35 @@
 """Sums over the devices of an engine: started early and waited for late, or waited for at once.
 
-A sum is computed in one of two ways. In an *exchange* every rank sends its own part to every other and adds what it
+A sum is computed in one of three ways. In an *exchange* every rank sends its own part to every other and adds what it
 receives: one round, and no more bytes than an all-reduce where there are two ranks. An *all-reduce* divides the
 work in a ring: fewer bytes where there are more ranks, but more rounds. Over gloo, two ranks always exchange, and more
-of them do while a message is small; over NCCL it is the library's all-reduce, on a stream of its own.
+of them do while a message is small; over NCCL it is the library's all-reduce, on a stream of its own. CPU processes
+exchange what fits into the kernel's buffers without gloo, see `kraken/engine/exchange.py`. On CUDA devices
+of one host a rank may also read the others' parts in their memory, in the kernel that needs the sum; see
+`kraken/engine/peer_sums.py`.
 
 Nothing here is global: an engine has a process group of its own, whatever else the process takes part in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from kraken.engine.exchange import Exchange, connect_all
+from kraken.engine.norm import Norm
+
+if TYPE_CHECKING:  # which imports this module
+    from kraken.engine.peer_sums import PeerSum, PeerSums
+
 Overlap = Literal["overlapped", "blocking", "none"]
+Method = Literal["library", "direct", "copied"]
+"""How a sum is computed: by gloo or NCCL, or over peer memory."""
 
 MAX_EXCHANGED_BYTES = 64 * 1024
 """Largest message that more than two ranks exchange: below, rounds cost more than bytes."""
@@ -52,30 +63,62 @@ class PendingSum:
             first.add_(part)
         return first
 
+    def norm_seen(self, a_WTD: Tensor, x_WTD: Tensor, norm: Norm) -> Tensor:
+        """Wait, and give each way's norm of its a and all other ways' x: those held here, and those of other ranks."""
+        seen_WTD = a_WTD
+        if len(x_WTD) > 1:
+            seen_WTD = a_WTD + (_sum_of_ways(x_WTD) - x_WTD)
+        if (others_1TD := self.wait()) is not None:
+            seen_WTD = seen_WTD + others_1TD
+        return norm(seen_WTD.to(a_WTD.dtype))
+
 
 class DeviceGroup:
     """The ranks of an engine, as one of them knows them; the default is one rank alone.
 
     Args:
         process_group: gloo's or NCCL's; None for one rank.
+        exchange: of CPU processes, for messages up to its capacity; None leaves them all to gloo.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, process_group: Any = None, overlap: Overlap = "overlapped"):
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        process_group: Any = None,
+        overlap: Overlap = "overlapped",
+        exchange: Exchange | None = None,
+    ):
         self.rank, self.size, self.overlap = rank, size, overlap
+        self._exchange = exchange
         self._group = process_group
         self._is_nccl = process_group is not None and process_group.name() == "nccl"
+        self._peers: PeerSums | None = None
+        self._method_of: Callable[[int], Method] = lambda num_tokens: "library"
+
+    def use_peers(self, peers: "PeerSums", method_of: Callable[[int], Method]) -> None:
+        """Also compute sums over peer memory.
+
+        Args:
+            method_of: number of tokens -> how to add up over them; the same on every rank.
+        """
+        self._peers, self._method_of = peers, method_of
 
     @property
     def sums(self) -> bool:
         """Whether there is anybody to add up with."""
         return self.size > 1 and self.overlap != "none"
 
-    def start_sum(self, own: Tensor) -> PendingSum:
-        """Begin to add up over the ranks; `own` may not change until the wait is over."""
-        pending = PendingSum(own)
+    def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
+        """Begin to add up over the ranks, of each the sum over the ways that it holds; x may not change until the wait
+        is over."""
         if not self.sums:
-            return pending
+            return PendingSum(x_WTD)
         overlapped = self.overlap == "overlapped"
+        if self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
+            return self._peers.start(x_WTD, method, is_waited_for=not overlapped)
+        own = _sum_of_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
+        pending = PendingSum(own)
         if self._exchanges(own):
             self._start_exchange(pending)
         else:
@@ -91,6 +134,8 @@ class DeviceGroup:
         """The sum over the ranks, bit-equal on all of them; may overwrite `own`."""
         if not self.sums:
             return own
+        if self._peers is not None and self._method_of(own.shape[-2]) != "library":
+            return self._peers.sum(own)
         if not self._exchanges(own):
             own = own.contiguous()
             self._all_reduce(own, on_own_stream=False).wait()
@@ -105,10 +150,20 @@ class DeviceGroup:
             total = total + part
         return total
 
+    def add_sum(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+        """x plus the sum of the ranks' parts, and the norm of it where one is asked for; bit-equal on all ranks where x
+        is. May overwrite the part."""
+        if self.sums and self._peers is not None and self._method_of(x_1TD.shape[1]) != "library":
+            return self._peers.add(x_1TD, part_1TD, norm)
+        total_1TD = x_1TD + self.sum(part_1TD)
+        return total_1TD, None if norm is None else norm(total_1TD)
+
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """Every rank's columns side by side, on rank 0; the others get back what they gave."""
         if self.size == 1:
             return x_RC
+        if self._peers is not None and self._method_of(len(x_RC)) != "library":
+            return self._peers.gather_columns(x_RC)
         if self._is_nccl:
             parts = x_RC.new_empty(self.size, *x_RC.shape)
             self._group._allgather_base(parts, x_RC.contiguous()).wait()
@@ -130,10 +185,22 @@ class DeviceGroup:
         """Fill x with what a rank sends."""
         self._group.recv([x], rank, tag).wait()
 
+    def end_pass(self) -> None:
+        """To be called after every forward pass, also of those that are recorded."""
+        if self._peers is not None:
+            self._peers.end_pass()
+
     def abort(self) -> None:
         """Break off whatever is in flight, so that nobody waits for a rank that is gone; gloo notices by itself."""
+        if self._peers is not None:
+            self._peers.release()
         if self._is_nccl:
             self._group.abort()
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._exchange is not None:
+            self._exchange.close()
 
     def _exchanges(self, x: Tensor) -> bool:
         if self._is_nccl:
@@ -144,10 +211,14 @@ class DeviceGroup:
         own = pending.own.contiguous()
         others = [rank for rank in range(self.size) if rank != self.rank]
         received = [torch.empty_like(own) for _ in others]
+        pending.own, pending.received = own, received
+        if self._exchange is not None and own.nbytes <= self._exchange.capacity:
+            pending.works = [self._exchange.start(own, received)]
+            return
         # a send starts when the receiver has said that it is ready: receive first
         works = [self._group.recv([part], rank, SUM_TAG) for rank, part in zip(others, received, strict=True)]
         works += [self._group.send([own], rank, SUM_TAG) for rank in others]
-        pending.own, pending.received, pending.works = own, received, works
+        pending.works = works
 
     def _all_reduce(self, x: Tensor, on_own_stream: bool) -> Any:
         options = dist.AllreduceOptions()
@@ -164,6 +235,7 @@ def join_group(
     timeout_s: float,
     overlap: Overlap,
     leaves_room: bool,
+    message_bytes: int,
 ) -> DeviceGroup:
     """Meet the other ranks.
 
@@ -171,6 +243,7 @@ def join_group(
         address: of this host, as the others reach it.
         timeout_s: how long a rank is waited for, now and in every sum.
         leaves_room: whether sums leave most multiprocessors of a GPU to what is computed meanwhile.
+        message_bytes: of the largest sum.
     Raises:
         RuntimeError: they do not come.
     """
@@ -186,4 +259,13 @@ def join_group(
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     gloo._timeout = timeout
     gloo._threads = 1
-    return DeviceGroup(rank, size, dist.ProcessGroupGloo(store, rank, size, gloo), overlap)
+    process_group = dist.ProcessGroupGloo(store, rank, size, gloo)
+    return DeviceGroup(
+        rank, size, process_group, overlap, connect_all(store, rank, size, address, message_bytes, timeout_s)
+    )
+
+
+def _sum_of_ways(x_WTD: Tensor) -> Tensor:
+    """[1, T, D], at least float32: what all ways together know."""
+    exact = torch.float64 if x_WTD.dtype == torch.float64 else torch.float32
+    return x_WTD.sum(dim=0, keepdim=True, dtype=exact)

@@ -108,7 +108,7 @@ class GraphedForward:
             size = self._cache.tokens_per_block
             return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_parts)
 
-        return self._network.logits(self._network.hidden(ids_B, (lengths_B - 1).clamp(min=0), attend))
+        return self._network(ids_B, (lengths_B - 1).clamp(min=0), attend, None)
 
     def _prompt(self, inputs_C: Tensor) -> Tensor:
         """A prompt from its first token on: ids, slots (negative behind the end), and the last token's index."""
@@ -122,8 +122,7 @@ class GraphedForward:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
         positions_T = torch.arange(size, device=inputs_C.device)
-        hidden_WTD = self._network.hidden(ids_T, positions_T, attend)
-        return self._network.logits(hidden_WTD.index_select(1, last_1))
+        return self._network(ids_T, positions_T, attend, last_1)
 
 
 class _Recording:

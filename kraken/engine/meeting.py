@@ -246,7 +246,8 @@ class Followers:
                         self._fail(self._last_words(int(key.data)))
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self._fail(
-                        "a step outlasted engine.collective_timeout_s: a device or the link between them is stuck"
+                        "a step outlasted engine.collective_timeout_s, or the recording of graphs"
+                        " engine.startup_timeout_s: a device or the link between them is stuck"
                     )
         if self.failure:
             on_failure()

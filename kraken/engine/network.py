@@ -5,7 +5,7 @@ in `kraken/model.py`; I and O are the inputs and outputs of a linear.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +14,9 @@ from torch import Tensor
 from kraken.engine.attention import PagedAttend
 from kraken.engine.collectives import DeviceGroup
 from kraken.engine.linear import Activation, Linear, make_linear
+from kraken.engine.norm import Norm
 from kraken.engine.partition import Part, Weights
-from kraken.model import LAYER_NORM_EPSILON, rotate, rotation_of
-
-
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    """LayerNorm with gains per way."""
-
-    weight_WD: Tensor
-    bias_WD: Tensor | None
-
-    def __call__(self, x_WTD: Tensor) -> Tensor:
-        size = self.weight_WD.shape[1:]
-        if len(self.weight_WD) == 1:
-            bias_D = None if self.bias_WD is None else self.bias_WD[0]
-            return F.layer_norm(x_WTD, size, self.weight_WD[0], bias_D, LAYER_NORM_EPSILON)
-        normed_WTD = F.layer_norm(x_WTD, size, eps=LAYER_NORM_EPSILON) * self.weight_WD[:, None]
-        return normed_WTD if self.bias_WD is None else normed_WTD + self.bias_WD[:, None]
+from kraken.model import rotate, rotation_of
 
 
 class Network:
@@ -45,20 +30,37 @@ class Network:
     """
 
     def __init__(self, part: Part, weights: Weights, num_ids: int, group: DeviceGroup):
-        self.part, self.config, self.num_ids, self._group = part, part.config, num_ids, group
+        self.part, self.config, self.num_ids, self.group = part, part.config, num_ids, group
         self._wte_VD = weights.pop("wte.weight")
         self._wpe_TD = weights.pop("wpe.weight", None)
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
         self._layers = [_NetworkLayer(part, weights, index, group) for index in range(self.config.num_layers)]
+        for layer, following in pairwise(self._layers):
+            layer.next_norm = following.ln_1
         self._conjunction = self._conjunction_bias_D = None
         if self.config.architecture == "kraken":
             self._conjunction = make_linear(weights.pop("conjunction.weight")[None], None)
             self._conjunction_bias_D = weights.pop("conjunction.bias", None)
         bias_D = weights.pop("ln_f.bias", None)
-        self._ln_f = _Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
+        self._ln_f = Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
         self._head = make_linear(_head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)[None], None)
 
-    def hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend) -> Tensor:
+    def __call__(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
+        """One forward pass.
+
+        Args:
+            rows_R: the tokens whose logits are read out; None reads out all.
+        Returns:
+            float32 logits [R, ids of the tokenizer]; on devices but the first, something of no use.
+        """
+        x_WTD = self._hidden(ids_T, positions_T, attend)
+        if rows_R is not None:
+            x_WTD = x_WTD.index_select(1, rows_R)
+        logits_RV = self._logits(x_WTD) if x_WTD.shape[1] else x_WTD.new_empty(0, self.num_ids, dtype=torch.float32)
+        self.group.end_pass()
+        return logits_RV
+
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend) -> Tensor:
         """The ways' states [W, T, D] after the last layer, of the ways held here."""
         x_TD = F.embedding(ids_T, self._wte_VD)
         rotation = None
@@ -68,6 +70,7 @@ class Network:
             x_TD = x_TD + F.embedding(positions_T, self._wpe_TD)
         num_ways = len(self.part.ways)
         x_WTD = x_TD.expand(num_ways, -1, -1)
+        normed_WTD = None
         for index, layer in enumerate(self._layers):
 
             def heads(q_WTNH: Tensor, k_WTNH: Tensor, v_WTNH: Tensor, index: int = index) -> Tensor:
@@ -76,18 +79,17 @@ class Network:
                 q, k, v = (x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q_WTNH, k_WTNH, v_WTNH))
                 return attend(index, q, k, v).unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
-            x_WTD = layer(x_WTD, heads)
+            x_WTD, normed_WTD = layer(x_WTD, normed_WTD, heads)
         return x_WTD
 
-    def logits(self, x_WTD: Tensor) -> Tensor:
-        """float32 logits [T, ids of the tokenizer] of states that `hidden` gave; whole on the first device only."""
+    def _logits(self, x_WTD: Tensor) -> Tensor:
         y_TD = x_WTD[0]
         if self._conjunction is not None:
-            y_TD = self._group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
+            y_TD = self.group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
             if self._conjunction_bias_D is not None:
                 y_TD = y_TD + self._conjunction_bias_D
-        logits_TV = self._group.gather_columns(self._head(self._ln_f(y_TD[None]))[0])
-        return logits_TV[:, : self.num_ids].float()
+        logits_TV = self.group.gather_columns(self._head(self._ln_f(y_TD[None]))[0])
+        return logits_TV[:, : self.num_ids].float() if self.part.rank == 0 else logits_TV
 
 
 class _NetworkLayer:
@@ -109,36 +111,39 @@ class _NetworkLayer:
             is_added_elsewhere = part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj")
             return make_linear(weight, None if is_added_elsewhere else bias, activation)
 
-        self.ln_1 = _Norm(*take("ln_1"))
-        self.ln_2 = None if config.architecture == "parallel" else _Norm(*take("ln_2"))
+        self.ln_1 = Norm(*take("ln_1"))
+        self.next_norm: Norm | None = None
+        """The next layer's first; computed with a sum where that comes before it."""
+        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"))
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         self.c_fc, self.mlp_proj = linear("mlp.c_fc", "none" if self.gated else "gelu"), linear("mlp.c_proj")
 
-    def __call__(self, x_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def __call__(
+        self, x_WTD: Tensor, normed_WTD: Tensor | None, heads: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the layer's input and its `ln_1`, where that is there already, the same for the next layer."""
         if self._sums_parts:
-            return self._with_sums(x_WTD, heads)
-        pending = None
-        if self.reads_others and self._group.size > 1:  # in flight while the ways held here attend
-            pending = self._group.start_sum(_sum_of_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD)
+            return self._with_sums(x_WTD, normed_WTD, heads)
+        pending = self._group.start_sum(x_WTD) if self.reads_others else None  # in flight during attention
         normed_WTD = self.ln_1(x_WTD)
         a_WTD = x_WTD + self._attention(normed_WTD, heads)
         if self.ln_2 is None:
-            return a_WTD + self._mlp(normed_WTD)
-        seen_WTD = a_WTD
-        if self.reads_others and len(x_WTD) > 1:
-            seen_WTD = a_WTD + (_sum_of_ways(x_WTD) - x_WTD)
-        if pending is not None and (others_1TD := pending.wait()) is not None:
-            seen_WTD = seen_WTD + others_1TD
-        return a_WTD + self._mlp(self.ln_2(seen_WTD.to(a_WTD.dtype)))
+            return a_WTD + self._mlp(normed_WTD), None
+        normed_WTD = self.ln_2(a_WTD) if pending is None else pending.norm_seen(a_WTD, x_WTD, self.ln_2)
+        return a_WTD + self._mlp(normed_WTD), None
 
-    def _with_sums(self, x_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _with_sums(
+        self, x_WTD: Tensor, normed_WTD: Tensor | None, heads: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
         """The baselines under tensor parallelism: what follows reads a sum, so each is waited for."""
-        normed_WTD = self.ln_1(x_WTD)
+        if normed_WTD is None:
+            normed_WTD = self.ln_1(x_WTD)
         attended_WTD = self._attention(normed_WTD, heads)
         if self.ln_2 is None:
-            return x_WTD + self._group.sum(attended_WTD + self._mlp(normed_WTD))
-        a_WTD = x_WTD + self._group.sum(attended_WTD)
-        return a_WTD + self._group.sum(self._mlp(self.ln_2(a_WTD)))
+            return self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed_WTD), self.next_norm)
+        a_WTD, normed_WTD = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+        assert normed_WTD is not None
+        return self._group.add_sum(a_WTD, self._mlp(normed_WTD), self.next_norm)
 
     def _attention(self, normed_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
@@ -156,9 +161,3 @@ def _head_rows(wte_VD: Tensor, rows: range, num_ids: int) -> Tensor:
     """The embedding's rows for some ids, zeros beyond the ids."""
     held_VD = wte_VD[rows.start : min(rows.stop, num_ids)]
     return held_VD if len(held_VD) == len(rows) else F.pad(held_VD, (0, 0, 0, len(rows) - len(held_VD)))
-
-
-def _sum_of_ways(x_WTD: Tensor) -> Tensor:
-    """[1, T, D], at least float32: what all ways together know."""
-    exact = torch.float64 if x_WTD.dtype == torch.float64 else torch.float32
-    return x_WTD.sum(dim=0, keepdim=True, dtype=exact)

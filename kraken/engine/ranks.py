@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.chunk import Chunk
+from kraken.engine.choose_sums import Messages, choose_sums
+from kraken.engine.chunk import Chunk, GraphSizes
 from kraken.engine.collectives import DeviceGroup, join_group
 from kraken.engine.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.meeting import Followers, Invitation, Meeting, RanksError, connect
@@ -56,22 +57,23 @@ class Source:
 class LeadRunner(Runner):
     """The leader's runner, which has the other ranks run everything too."""
 
-    def __init__(
-        self,
-        network: Network,
-        num_blocks: int,
-        tokens_per_block: int,
-        followers: Followers,
-        group: DeviceGroup,
-        timeout_s: float,
-    ):
-        super().__init__(network, num_blocks, tokens_per_block)
-        self._followers, self._group, self._timeout_s = followers, group, timeout_s
-        followers.watch(group.abort)
+    def __init__(self, network: Network, num_blocks: int, followers: Followers, config: EngineConfig):
+        super().__init__(network, num_blocks, config.tokens_per_block)
+        self._followers, self._config = followers, config
+        followers.watch(network.group.abort)
 
     @property
     def failure(self) -> str:
         return self._followers.failure
+
+    def record(self, sizes: GraphSizes) -> None:
+        """See `Runner.record`.
+
+        Raises:
+            RanksError: a rank failed, this one included, or the recording takes too long.
+        """
+        with self._together(self._config.startup_timeout_s):
+            super().record(sizes)
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """See `Runner.forward`.
@@ -79,17 +81,23 @@ class LeadRunner(Runner):
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
         """
+        with self._together(self._config.collective_timeout_s):
+            self._followers.tell(Kind.STEP, pack_step(chunks))
+            return super().forward(chunks)
+
+    @contextlib.contextmanager
+    def _together(self, timeout_s: float) -> Iterator[None]:
+        """What all ranks compute at the same time."""
+        device = self.network.device
         try:
             self._require_sound()
-            self._followers.tell(Kind.STEP, pack_step(chunks))
-            if self.network.device.type == "cuda":  # NCCL waits for ever, on the device
-                self._followers.deadline = time.monotonic() + self._timeout_s
-            logits_RV = super().forward(chunks)
-            if self.network.device.type == "cuda":
-                torch.cuda.current_stream(self.network.device).synchronize()
+            if device.type == "cuda":  # a device waits for another for ever
+                self._followers.deadline = time.monotonic() + timeout_s
+            yield
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
                 self._followers.deadline = None
                 self._require_sound()
-            return logits_RV
         except RanksError:
             raise
         except Exception as error:
@@ -98,6 +106,7 @@ class LeadRunner(Runner):
     def close(self) -> None:
         """End the other ranks."""
         self._followers.stop()
+        self.network.group.close()
 
     def _require_sound(self) -> None:
         if self.failure:
@@ -109,20 +118,23 @@ class Lead:
     """Everything but the cache of an engine on several devices, whose size depends on what memory is left now."""
 
     network: Network
-    group: DeviceGroup
     followers: Followers
 
-    def open(self, num_blocks: int, config: EngineConfig) -> LeadRunner:
-        """Make every rank's cache.
+    def open(self, num_blocks: int, config: EngineConfig, graph_sizes: GraphSizes | None) -> LeadRunner:
+        """Make every rank's cache, and on CUDA record their graphs.
 
         Raises:
-            RanksError: one of them lacks the memory.
+            RanksError: one of them lacks the memory, or failed.
         """
+        sizes = None if graph_sizes is None else dataclasses.asdict(graph_sizes)
+        cache = {"num_blocks": num_blocks, "tokens_per_block": config.tokens_per_block}
         try:
-            self.followers.tell_json({"num_blocks": num_blocks, "tokens_per_block": config.tokens_per_block})
-            timeout_s = config.collective_timeout_s
+            self.followers.tell_json(cache | {"graph_sizes": sizes})
             self.followers.wait_until_done(config.startup_timeout_s)
-            return LeadRunner(self.network, num_blocks, config.tokens_per_block, self.followers, self.group, timeout_s)
+            runner = LeadRunner(self.network, num_blocks, self.followers, config)
+            if graph_sizes is not None:
+                runner.record(graph_sizes)
+            return runner
         except BaseException:
             self.followers.end()
             raise
@@ -148,6 +160,8 @@ def lead(
     part = Part(source.config, 0, size)
     device = device_of(0, size, device.type, are_all_here=meeting is None)
     num_threads = threads_of_a_rank(config)
+    if config.sums != "auto" and device.type == "cpu":
+        raise ConfigError(f"engine.sums={config.sums} is for CUDA, and this engine runs on a CPU; leave it out")
     if meeting is None:
         meeting = Meeting(size)
         meeting.launch(num_threads)
@@ -174,6 +188,9 @@ def lead(
             "num_threads": num_threads,
             "timeout_s": config.collective_timeout_s,
             "overlap": config.overlap,
+            "sums": config.sums,
+            "max_step_tokens": config.max_step_tokens,
+            "cuda_graphs": config.cuda_graphs,
         }
         followers.tell_json(terms)
         group = _join(store, part, meeting.host, device, terms)
@@ -184,12 +201,15 @@ def lead(
                     group.send(weight, rank)
         network = Network(part, weights, num_ids, group)
         followers.wait_until_done(config.startup_timeout_s)
+        if device.type == "cuda":
+            _choose_sums(store, network, terms)
+            followers.wait_until_done(config.startup_timeout_s)
     except BaseException as error:
         if isinstance(error, RuntimeError) and not isinstance(error, RanksError):
             raise RanksError(_why(followers, error)) from error
         followers.end()
         raise
-    return Lead(network, group, followers)
+    return Lead(network, followers)
 
 
 def follow(invitation: Invitation) -> None:
@@ -200,11 +220,22 @@ def follow(invitation: Invitation) -> None:
         Exception: whatever failed here; the leader has been told.
     """
     connection = connect(invitation)
+    group = DeviceGroup()
     try:
-        runner = _prepare(connection, invitation.rank)
+        network, store, terms = _prepare(connection, invitation.rank)
+        group = network.group
+        if network.device.type == "cuda":
+            _choose_sums(store, network, terms)
+            connection.send_json({"done": True})
+        cache = connection.receive_json()
+        runner = Runner(network, cache["num_blocks"], cache["tokens_per_block"])
+        connection.send_json({"done": True})
+        if cache["graph_sizes"] is not None:
+            runner.record(GraphSizes(**cache["graph_sizes"]))
         while (frame := connection.receive())[0] is Kind.STEP:
             runner.forward(unpack_step(frame[1]))
     except ConnectionLost:
+        group.abort()  # its device may wait for the leader's
         raise
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -214,8 +245,8 @@ def follow(invitation: Invitation) -> None:
         connection.close()
 
 
-def _prepare(connection: Connection, rank: int) -> Runner:
-    """Weights and cache, as the leader says."""
+def _prepare(connection: Connection, rank: int) -> tuple[Network, Store, dict[str, Any]]:
+    """The group and the weights, as the leader says."""
     terms = connection.receive_json()
     torch.set_num_threads(terms["num_threads"])
     part = Part(ModelConfig(**terms["model"]), rank, terms["size"])
@@ -235,15 +266,28 @@ def _prepare(connection: Connection, rank: int) -> Runner:
         weights = random_weights(part, dtype, device)
     network = Network(part, weights, terms["num_ids"], group)
     connection.send_json({"done": True})
-    cache = connection.receive_json()
-    runner = Runner(network, cache["num_blocks"], cache["tokens_per_block"])
-    connection.send_json({"done": True})
-    return runner
+    return network, store, terms
 
 
 def _join(store: Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
     leaves_room = part.config.architecture == "kraken" and terms["overlap"] == "overlapped"
-    return join_group(store, part.rank, part.size, address, device, terms["timeout_s"], terms["overlap"], leaves_room)
+    message_bytes = terms["max_step_tokens"] * part.config.width * getattr(torch, terms["dtype"]).itemsize
+    timeout_s, overlap = terms["timeout_s"], terms["overlap"]
+    return join_group(store, part.rank, part.size, address, device, timeout_s, overlap, leaves_room, message_bytes)
+
+
+def _choose_sums(store: Store, network: Network, terms: dict[str, Any]) -> None:
+    """On CUDA, at the same time on every rank; see `choose_sums`."""
+    part = network.part
+    messages = Messages(
+        num_ways=len(part.ways),
+        width=part.config.width,
+        max_tokens=terms["max_step_tokens"],
+        num_columns=len(part.head_rows(terms["num_ids"])),
+        dtype=network.dtype,
+        is_kraken=part.config.architecture == "kraken",
+    )
+    choose_sums(network.group, store, network.device, messages, terms["sums"], terms["cuda_graphs"], terms["timeout_s"])
 
 
 def _why(followers: Followers, error: Exception) -> str:

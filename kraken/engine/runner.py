@@ -15,13 +15,9 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Owns the weights and the cache of one device.
+    """Owns the weights and the cache of one device."""
 
-    Args:
-        graph_sizes: on CUDA, the steps to record as graphs; None records none.
-    """
-
-    def __init__(self, network: Network, num_blocks: int, tokens_per_block: int, graph_sizes: GraphSizes | None = None):
+    def __init__(self, network: Network, num_blocks: int, tokens_per_block: int):
         part, config = network.part, network.config
         self.network = network
         self.num_ids = network.num_ids
@@ -35,10 +31,13 @@ class Runner:
             network.device,
         )
         self._graphs: GraphedForward | None = None
-        if graph_sizes is not None and network.device.type == "cuda":
+
+    def record(self, sizes: GraphSizes) -> None:
+        """On CUDA, record these steps as graphs; with several ranks, at the same time on all of them."""
+        if self.network.device.type == "cuda":
             from kraken.engine import graphs  # which imports Triton, and only CUDA has that
 
-            self._graphs = graphs.GraphedForward(network, self.cache, graph_sizes)
+            self._graphs = graphs.GraphedForward(self.network, self.cache, sizes)
 
     @property
     def failure(self) -> str:
@@ -68,9 +67,5 @@ class Runner:
             rows += range(len(ids) - chunk.num_logits, len(ids))
         pieces = [Piece(chunk.start, len(chunk.token_ids), chunk.blocks) for chunk in chunks]
         ids_T, positions_T = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
-        hidden_WTD = self.network.hidden(ids_T, positions_T, self.cache.attend(pieces))
-        if len(rows) < len(ids):
-            hidden_WTD = hidden_WTD[:, torch.tensor(rows, dtype=torch.int64, device=device)]
-        if not rows:
-            return torch.empty(0, self.num_ids, device=device)
-        return self.network.logits(hidden_WTD)
+        rows_R = None if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64, device=device)
+        return self.network(ids_T, positions_T, self.cache.attend(pieces), rows_R)

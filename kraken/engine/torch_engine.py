@@ -175,19 +175,22 @@ class TorchEngine:
         meeting: Meeting | None,
     ) -> "TorchEngine":
         torch.set_num_threads(threads_of_a_rank(config))
+        graph_sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
         if config.num_devices == 1:
             part = Part(source.config)
             network = Network(part, source.weights(part, dtype, device), info.num_ids, DeviceGroup())
             num_blocks = _num_blocks(network, config)
-            sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
-            return cls(Runner(network, num_blocks, config.tokens_per_block, sizes), info, config, num_blocks)
+            runner = Runner(network, num_blocks, config.tokens_per_block)
+            if graph_sizes is not None:
+                runner.record(graph_sizes)
+            return cls(runner, info, config, num_blocks)
         led = lead(source, info.num_ids, config, device, dtype, meeting)
         try:
             num_blocks = _num_blocks(led.network, config)
         except ConfigError:
             led.followers.end()
             raise
-        return cls(led.open(num_blocks, config), info, config, num_blocks)
+        return cls(led.open(num_blocks, config, graph_sizes), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:

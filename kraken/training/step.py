@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kraken.alignment import Alignment
 from kraken.config import ModelConfig, TrainConfig
-from kraken.model import Alignment, Kraken
+from kraken.model import Kraken
 from kraken.plan import training_flops_per_token
 from kraken.precision import Precision, choose_precision
 from kraken.training.graph import GraphedBackward
@@ -75,7 +76,7 @@ class TrainingStep:
         self.model.align(choose_alignment(mesh.device, self.precision))
         if config.recompute_activations:
             self.model.recompute_activations()
-        self.optimizer = Optimizer(config, self.model)
+        self.optimizer = Optimizer(config, self.model, self.precision.compute)
         self._averaged: nn.Module = self._loss
         self._graphed: GraphedBackward | None = None
         self.progress = torch.tensor([torch.nan, 0.0], device=mesh.device, dtype=torch.float64)

@@ -1,0 +1,285 @@
+"""How the CUDA devices of an engine add up: by NCCL, or over peer memory where that works and is faster.
+
+Every rank takes the same decision, from what all have said over the store. For each of a few numbers of tokens the
+sums of a layer are timed with each method, in a CUDA graph where the engine uses them; the slowest rank's time counts.
+Where sums are in flight during attention, products of about its size are computed meanwhile, so that what is hidden
+behind them does not count.
+"""
+
+import functools
+import importlib.util
+import json
+import logging
+import socket
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch._C._distributed_c10d import Store
+
+from kraken.config import Sums
+from kraken.engine.collectives import DeviceGroup, Method
+from kraken.engine.meeting import RanksError
+from kraken.engine.norm import Norm
+from kraken.engine.peer_memory import share_memory
+from kraken.engine.peer_sums import PeerSums, num_memory_bytes, num_slot_bytes
+
+log = logging.getLogger(__name__)
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+NUM_SUMS = 8
+"""Timed together."""
+NUM_TIMES = 3
+"""Of which the shortest counts."""
+POLL_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Messages:
+    """What an engine adds up."""
+
+    num_ways: int
+    """Ways held by each device."""
+    width: int
+    max_tokens: int
+    num_columns: int
+    """Columns of the logits that each device computes."""
+    dtype: torch.dtype
+    is_kraken: bool
+
+
+def choose_sums(
+    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, wanted: Sums, is_graphed: bool,
+    timeout_s: float,
+) -> None:  # fmt: skip
+    """Have the group compute its sums in the way that is wanted, or in the fastest; at the same time on every rank.
+
+    Args:
+        store: of the ranks alone.
+        is_graphed: whether most sums will be in CUDA graphs.
+        timeout_s: after which a rank counts as stuck.
+    Raises:
+        RanksError: peer memory is wanted and cannot be had.
+        RuntimeError: a rank is stuck.
+    """
+    if device.type != "cuda" or wanted == "nccl":
+        return
+    ranks = _Ranks(group, store)
+    peers, problem = _open_peers(ranks, device, messages, wanted, timeout_s)
+    if peers is None:
+        if wanted == "peers":
+            raise RanksError(f"engine.sums=peers does not work here: {problem}; choose auto or nccl")
+        if group.rank == 0:
+            log.info("sums over %d devices: NCCL, since peer memory cannot be used: %s", group.size, problem)
+        return
+    methods = _candidates(group, messages, wanted)
+    sizes = sizes_up_to(messages.max_tokens)
+    if len(methods) == 1:
+        group.use_peers(peers, lambda num_tokens: methods[0])
+        if group.rank == 0:
+            log.info("sums over %d devices: peer memory", group.size)
+        return
+    times = {
+        method: [_seconds(group, peers, method, device, messages, size, is_graphed, timeout_s) for size in sizes]
+        for method in methods
+    }
+    slowest = {
+        method: [max(values) for values in zip(*(said[method] for said in ranks.exchange("times", times)), strict=True)]
+        for method in methods
+    }
+    chosen = [min(methods, key=lambda method: slowest[method][index]) for index in range(len(sizes))]
+    group.use_peers(peers, functools.partial(method_of, sizes, chosen))
+    if group.rank == 0:
+        log.info("sums over %d devices: %s", group.size, describe(sizes, chosen, slowest))
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """Powers of two until one is at least `most`, which takes its place."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
+def method_of(sizes: list[int], methods: list[Method], num_tokens: int) -> Method:
+    """That of the next larger number of tokens that was timed."""
+    return methods[min(bisect_left(sizes, num_tokens), len(methods) - 1)]
+
+
+def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[float]]) -> str:
+    """One line: what is used for how many tokens, and what each method took at the ends."""
+    ranges = []
+    for index, (size, method) in enumerate(zip(sizes, chosen, strict=True)):
+        if index + 1 == len(sizes) or chosen[index + 1] != method:
+            ranges.append(f"{_name(method)} up to {size} tokens")
+    ends = [
+        f"{size} tokens " + ", ".join(f"{_name(method)} {values[index] * 1e6:.1f}" for method, values in times.items())
+        for index, size in ((0, sizes[0]), (-1, sizes[-1]))
+    ]
+    return f"{', '.join(ranges)} (microseconds of a sum and what is beside it: {'; '.join(ends)})"
+
+
+def _name(method: Method) -> str:
+    return "NCCL" if method == "library" else f"peer memory ({method})"
+
+
+def _candidates(group: DeviceGroup, messages: Messages, wanted: Sums) -> list[Method]:
+    if not group.sums:  # only logits are gathered
+        return ["direct"]
+    methods: list[Method] = ["library", "direct"] if wanted == "auto" else ["direct"]
+    return [*methods, "copied"] if messages.is_kraken and group.overlap == "overlapped" else methods
+
+
+class _Ranks:
+    """What every rank says to all others."""
+
+    def __init__(self, group: DeviceGroup, store: Store):
+        self.rank, self.size, self.store = group.rank, group.size, store
+
+    def exchange(self, what: str, value: Any) -> list[Any]:
+        """Every rank's value, in their order; nobody goes on before all have spoken."""
+        self.store.set(f"sums/{what}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"sums/{what}/{rank}")) for rank in range(self.size)]
+
+
+def _open_peers(
+    ranks: _Ranks, device: torch.device, messages: Messages, wanted: Sums, timeout_s: float
+) -> tuple[PeerSums | None, str]:
+    """Peer memory, or why there is none."""
+    here = {
+        "problem": _problem(messages.dtype),
+        "host": [socket.gethostname(), BOOT_ID.read_text() if BOOT_ID.exists() else ""],
+        "gpu": str(torch.cuda.get_device_properties(device).uuid),
+    }
+    said = ranks.exchange("places", here)
+    for rank, there in enumerate(said):
+        if there["problem"]:
+            return None, f"rank {rank}: {there['problem']}"
+    if any(there["host"] != here["host"] for there in said):
+        return None, "the devices are on different hosts"
+    if wanted == "auto" and len({there["gpu"] for there in said}) < ranks.size:
+        return None, "several ranks share a GPU"
+    from kraken.engine.sum_kernel import Signals  # which imports Triton
+
+    peers, problem = None, ""
+    try:
+        slot_bytes = num_slot_bytes(messages.max_tokens, messages.width, messages.num_columns, messages.dtype)
+        num_bytes = num_memory_bytes(slot_bytes)
+        name = f"kraken-{id(ranks.store)}"
+        memory = share_memory(ranks.store, ranks.rank, ranks.size, device, num_bytes, name)
+        peers = PeerSums(memory, ranks.rank, slot_bytes, messages.dtype, Signals)
+    except Exception as error:  # of many kinds: drivers, links and containers differ
+        problem = f"{type(error).__name__}: {error}"
+    problems = ranks.exchange("opened", problem)
+    if peers is not None and not any(problems):  # nobody waits for a rank that is not there
+        try:
+            _require_sums(peers, ranks, device, messages, timeout_s)
+        except Exception as error:
+            peers.release()
+            problem = f"{type(error).__name__}: {error}"
+        problems = ranks.exchange("tried", problem)
+    for rank, problem in enumerate(problems):
+        if problem:
+            return None, f"rank {rank}: {problem.splitlines()[0]}"
+    return peers, ""
+
+
+def _problem(dtype: torch.dtype) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"sums of {dtype} are left to NCCL"
+    return ""
+
+
+def _require_sums(peers: PeerSums, ranks: _Ranks, device: torch.device, messages: Messages, timeout_s: float) -> None:
+    """Raises: RuntimeError: signals do not arrive, or not what was sent."""
+    for turn in range(4):  # both slots, twice
+        own = torch.full((1, messages.width), float(ranks.rank + turn), dtype=messages.dtype, device=device)
+        total = peers.sum(own)
+        finish(device, timeout_s)
+        expected = sum(rank + turn for rank in range(ranks.size))
+        if not bool((total == expected).all()):
+            raise RuntimeError(f"a sum over peer memory gave {total[0, 0].item()} and not {expected}")
+    peers.end_pass()
+    finish(device, timeout_s)
+
+
+def _seconds(
+    group: DeviceGroup, peers: PeerSums, method: Method, device: torch.device, messages: Messages, num_tokens: int,
+    is_graphed: bool, timeout_s: float,
+) -> float:  # fmt: skip
+    """Of one sum with a method, as a layer has it."""
+    group.use_peers(peers, lambda num_tokens: method)
+    D, dtype = messages.width, messages.dtype
+    x_WTD = torch.randn(messages.num_ways, num_tokens, D, dtype=dtype, device=device)
+    a_WTD = torch.randn_like(x_WTD)
+    norm = Norm(torch.ones(messages.num_ways, D, dtype=dtype, device=device), None)
+    weight_DD = torch.randn(D, D, dtype=dtype, device=device)
+
+    def layer() -> None:
+        if not messages.is_kraken:
+            group.add_sum(a_WTD, x_WTD.clone(), norm)  # the library's sum overwrites it
+            return
+        pending = group.start_sum(x_WTD)
+        if group.overlap == "overlapped":
+            for _ in range(4 * messages.num_ways):  # queries, keys, values, and what follows attention
+                F.linear(x_WTD[0], weight_DD)
+        pending.norm_seen(a_WTD, x_WTD, norm)
+
+    def layers() -> None:
+        for _ in range(NUM_SUMS):
+            layer()
+        group.end_pass()
+
+    try:
+        with torch.inference_mode():
+            run = _graph_of(layers, device, timeout_s) if is_graphed else layers
+            return min(_time_of(run, device, timeout_s) for _ in range(NUM_TIMES)) / NUM_SUMS
+    except RuntimeError:
+        group.abort()
+        raise
+
+
+def _graph_of(work: Callable[[], None], device: torch.device, timeout_s: float) -> Callable[[], None]:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    finish(device, timeout_s)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    graph.replay()
+    return graph.replay
+
+
+def _time_of(work: Callable[[], object], device: torch.device, timeout_s: float) -> float:
+    finish(device, timeout_s)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    finish(device, timeout_s)
+    return start.elapsed_time(end) * 1e-3
+
+
+def finish(device: torch.device, timeout_s: float) -> None:
+    """Wait for what the current stream has been told.
+
+    Raises:
+        RuntimeError: it took longer, because another rank is stuck.
+    """
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    ends_at = time.monotonic() + timeout_s
+    while not event.query():
+        if time.monotonic() > ends_at:
+            raise RuntimeError(f"the devices did not answer each other within {timeout_s:.0f} s")
+        time.sleep(POLL_S)

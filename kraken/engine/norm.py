@@ -1,0 +1,24 @@
+"""LayerNorm of an engine. Shape letters as in `kraken/model.py`."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken.residual_norm import LAYER_NORM_EPSILON
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """LayerNorm with gains per way."""
+
+    weight_WD: Tensor
+    bias_WD: Tensor | None
+
+    def __call__(self, x_WTD: Tensor) -> Tensor:
+        size = self.weight_WD.shape[1:]
+        if len(self.weight_WD) == 1:
+            bias_D = None if self.bias_WD is None else self.bias_WD[0]
+            return F.layer_norm(x_WTD, size, self.weight_WD[0], bias_D, LAYER_NORM_EPSILON)
+        normed_WTD = F.layer_norm(x_WTD, size, eps=LAYER_NORM_EPSILON) * self.weight_WD[:, None]
+        return normed_WTD if self.bias_WD is None else normed_WTD + self.bias_WD[:, None]

@@ -1,0 +1,226 @@
+"""An engine on several GPUs gives what one gives. Where there is one GPU, all ranks are on it, and NCCL is left out.
+
+The weights are small, and in an exchange folder, since only NCCL sends them.
+"""
+
+import asyncio
+import dataclasses
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kraken.config import EngineConfig, ModelConfig
+from kraken.convert import WEIGHTS_NAME, to_exchange
+from kraken.engine import choose_sums
+from kraken.engine.meeting import Meeting, RanksError
+from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
+from kraken.engine.ranks import Source
+from kraken.engine.torch_engine import TorchEngine
+from kraken.evaluate import collect
+from kraken.model import Kraken
+
+pytestmark = pytest.mark.gpu
+
+NUM_IDS, CONTEXT = 120, 48
+INFO = EngineInfo(name="torch", context_length=CONTEXT, num_ids=NUM_IDS, eot_id=0, tokenizer_fingerprint="none")
+BASELINE: dict[str, Any] = {"num_heads": 4, "num_ways": 1, "ffn_multiple": 4}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "kraken_2way": {"num_heads": 4, "num_ways": 2},
+    "kraken_4way": {"width": 32, "num_heads": 8, "num_ways": 4, "bias": True},
+    "kraken_modern": {"num_heads": 4, "num_ways": 2, "positions": "rope", "activation": "swiglu", "num_layers": 2},
+    "standard": BASELINE | {"architecture": "standard"},
+    "parallel": BASELINE | {"architecture": "parallel", "bias": True},
+}
+HAS_TWO = torch.cuda.device_count() > 1
+SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
+COPIED = "from kraken.engine import choose_sums, ranks; choose_sums._candidates = lambda *_: ['copied']; ranks.main()"
+"""A follower that takes the method that is seldom the faster one for small messages."""
+
+
+def make_source(variant: str, folder: Path) -> Source:
+    """Random weights, large enough that logits differ and biases matter."""
+    torch.manual_seed(1)
+    shape = {"num_layers": 3, "width": 24, "context_length": CONTEXT, "vocab_size": 128} | VARIANTS[variant]
+    model = Kraken(ModelConfig(**shape))
+    model.init_weights(seed=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0) if parameter.dim() > 1 and parameter.std() > 0 else parameter.normal_(1.0, 0.2)
+    save_file(to_exchange(model), folder / WEIGHTS_NAME)
+    return Source(config=model.config, folder=folder)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return make_source(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def requests(count: int) -> list[Request]:
+    """Greedy; short and long, some with a common beginning, some scored."""
+    numbers = random.Random(count)
+    common = [numbers.randrange(NUM_IDS) for _ in range(13)]
+    made = []
+    for index in range(count):
+        own = [numbers.randrange(NUM_IDS) for _ in range(numbers.randrange(1, 18))]
+        made.append(
+            Request(
+                id=f"r{index}",
+                prompt_ids=tuple(common + own if index % 3 == 0 else own),
+                sampling=SamplingParams(max_tokens=numbers.randrange(1, 12), temperature=0.0),
+                num_logprobs=2,
+                prompt_logprobs=index % 4 == 1,
+            )
+        )
+    return made
+
+
+def run(source: Source, made: list[Request], sums: str = "auto", **config: Any) -> list[list[Output]]:
+    """All requests at once, then the first of them alone."""
+    settings = {"device": "cuda", "dtype": "float32", "tokens_per_block": 4, "max_batch_size": 4, "max_step_tokens": 24}
+    num_devices = config.get("num_devices", 1)
+    wanted: Any = "peers" if sums == "copied" else sums
+
+    async def main() -> list[list[Output]]:
+        engine_config = EngineConfig(**(settings | config), sums=wanted)
+        meeting = None
+        if num_devices > 1:  # invited, so that they may share a GPU
+            meeting = Meeting(num_devices)
+            prefix = [sys.executable, "-c", COPIED] if sums == "copied" else []
+            meeting.launch(1, dict.fromkeys(range(1, num_devices), prefix))
+        device = torch.device("cuda")
+        engine = TorchEngine._open(source, INFO, engine_config, device, torch.float32, meeting)
+        try:
+            results = await asyncio.gather(*(collect(engine, request) for request in made))
+            results.append(await collect(engine, dataclasses.replace(made[0], id="alone")))
+            assert engine.stats().num_free_blocks == engine.stats().num_blocks
+            return results
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def alone(source: Source) -> list[list[Output]]:
+    return run(source, requests(8), cuda_graphs=False)
+
+
+def assert_equal(found: list[list[Output]], expected: list[list[Output]]) -> None:
+    assert len(found) == len(expected)
+    for outputs, others in zip(found, expected, strict=True):
+        assert [type(output) for output in outputs] == [type(other) for other in others]
+        for output, other in zip(outputs, others, strict=True):
+            if isinstance(output, TokenOutput) and isinstance(other, TokenOutput):
+                assert output.token_id == other.token_id
+                assert output.logprobs is not None and other.logprobs is not None
+                assert output.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-4)
+            elif isinstance(output, PromptOutput) and isinstance(other, PromptOutput):
+                for score, reference in zip(output.logprobs, other.logprobs, strict=True):
+                    assert (score is None) == (reference is None)
+                    if score is not None and reference is not None:
+                        assert score.logprob == pytest.approx(reference.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+@pytest.mark.parametrize("overlap", ["overlapped", "blocking"])
+@pytest.mark.parametrize("sums", SUMS)
+def test_two_ranks_equal_one(
+    source: Source,
+    alone: list[list[Output]],
+    sums: str,
+    overlap: str,
+    cuda_graphs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if overlap == "blocking" and source.config.architecture != "kraken":
+        pytest.skip("the baselines wait in either mode")
+    if sums == "copied":
+        if source.config.architecture != "kraken" or overlap == "blocking":
+            pytest.skip("only sums in flight during attention are copied")
+        monkeypatch.setattr(choose_sums, "_candidates", lambda *_: ["copied"])
+    found = run(source, requests(8), sums, num_devices=2, overlap=overlap, cuda_graphs=cuda_graphs)
+    assert_equal(found, alone)
+
+
+def test_four_ranks_equal_one(source: Source, alone: list[list[Output]]) -> None:
+    if source.config.num_ways == 2:
+        pytest.skip("two ways")
+    assert_equal(run(source, requests(8), "peers", num_devices=4), alone)
+
+
+class TestFailure:
+    """Of one rank of two, which the other would wait for on its device."""
+
+    CONFIG = EngineConfig(
+        device="cuda", dtype="float32", num_devices=2, sums="peers", max_batch_size=4, max_step_tokens=24
+    )
+
+    def open(self, folder: Path, meeting: Meeting, **config: Any) -> TorchEngine:
+        source = make_source("kraken_2way", folder)
+        engine_config = dataclasses.replace(self.CONFIG, **config)
+        return TorchEngine._open(source, INFO, engine_config, torch.device("cuda"), torch.float32, meeting)
+
+    @pytest.mark.skipif(HAS_TWO, reason="for one GPU")
+    def test_nccl_refuses_ranks_that_share_a_gpu(self, tmp_path: Path) -> None:
+        meeting = Meeting(2)
+        meeting.launch(1)
+        with pytest.raises(RanksError):
+            self.open(tmp_path, meeting, sums="auto", startup_timeout_s=120.0)
+
+    def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
+        failing = (
+            "from kraken.engine import ranks, runner\n"
+            "def record(self, sizes): raise ValueError('no graph today')\n"
+            "runner.Runner.record = record; ranks.main()"
+        )
+        meeting = Meeting(2)
+        meeting.launch(1, {1: [sys.executable, "-c", failing]})
+        with pytest.raises(RanksError, match=r"rank 1 failed: ValueError: no graph today"):
+            self.open(tmp_path, meeting)
+        torch.cuda.synchronize()  # nothing waits any more
+
+    def test_a_killed_rank_is_told(self, tmp_path: Path) -> None:
+        meeting = Meeting(2)
+        meeting.launch(1)
+
+        async def main() -> None:
+            engine = self.open(tmp_path, meeting)
+            try:
+                meeting._processes[1].kill()
+                sampling = SamplingParams(max_tokens=30, temperature=0.0)
+                with pytest.raises(EngineError, match="rank 1 was ended by SIGKILL"):
+                    await collect(engine, Request(id="r", prompt_ids=(1, 2, 3), sampling=sampling))
+                assert not engine.stats().healthy
+            finally:
+                await engine.close()
+
+        asyncio.run(main())
+        torch.cuda.synchronize()
+
+    def test_a_stuck_rank_is_waited_for_no_longer_than_asked(self, tmp_path: Path) -> None:
+        meeting = Meeting(2)
+        meeting.launch(1)
+
+        async def main() -> None:
+            engine = self.open(tmp_path, meeting, collective_timeout_s=20.0)
+            try:
+                os.kill(meeting._processes[1].pid, signal.SIGSTOP)
+                sampling = SamplingParams(max_tokens=3, temperature=0.0)
+                with pytest.raises(EngineError, match="a step outlasted engine.collective_timeout_s"):
+                    await collect(engine, Request(id="r", prompt_ids=(1, 2, 3), sampling=sampling))
+            finally:
+                await engine.close()
+
+        asyncio.run(main())
+        torch.cuda.synchronize()
+
+
+def test_graphs_of_one_gpu_equal_it_without(source: Source, alone: list[list[Output]]) -> None:
+    assert_equal(run(source, requests(8), cuda_graphs=True), alone)

@@ -1,0 +1,313 @@
+"""Sums over peer memory: no slot is written while it is read, and passes equal those of one device.
+
+Ranks are threads here, and wait on a CPU; `tests/test_sum_kernel.py` has the kernels, `tests/test_engine_gpus.py` GPUs.
+"""
+
+import contextlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_engine_devices import DIVISIBLE, make_model
+from torch import Tensor
+from torch.distributed import HashStore
+
+from kraken.config import ConfigError, EngineConfig
+from kraken.engine import choose_sums
+from kraken.engine.chunk import Chunk
+from kraken.engine.collectives import DeviceGroup
+from kraken.engine.meeting import RanksError
+from kraken.engine.network import Network
+from kraken.engine.norm import Norm
+from kraken.engine.partition import Part, weights_of
+from kraken.engine.peer_memory import PeerMemory
+from kraken.engine.peer_sums import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.runner import Runner
+from kraken.model import Kraken
+
+NUM_IDS = 120
+
+
+class PlainSignals:
+    """What the kernels do, in plain operations on memory that threads share."""
+
+    def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
+        self.rank, self.flags_P, self.flags_of_others, self.round = rank, flags_P, flags_of_others, 0
+
+    def publish(self, x_WRC: Tensor, slot: Tensor) -> None:
+        self._await(self.round)
+        slot[: x_WRC[0].numel()] = x_WRC.sum(0).flatten()
+        self.skip()
+
+    def skip(self) -> None:
+        self.round += 1
+        for flag in self.flags_of_others:
+            flag.fill_(self.round)
+
+    def wait(self) -> None:
+        self._await(self.round)
+
+    def add_parts(
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
+    ) -> Tensor | None:
+        self.wait()
+        total_TD = sum(part[: out_TD.numel()].view(out_TD.shape) for part in parts)
+        out_TD.copy_(total_TD if x_TD is None else x_TD + total_TD)
+        return None if norm is None else norm(out_TD)
+
+    def norm_seen(
+        self, a_WTD: Tensor, x_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+    ) -> Tensor:
+        if is_waiting:
+            self.wait()
+        others = sum(part.flatten()[: a_WTD[0].numel()].view(a_WTD[0].shape) for part in parts)
+        return norm(a_WTD + x_WTD.sum(0) - x_WTD + others)
+
+    def _await(self, round_: int) -> None:
+        ends_at = time.monotonic() + 30
+        while any(int(flag) < round_ for peer, flag in enumerate(self.flags_P) if peer != self.rank):
+            assert time.monotonic() < ends_at, "a rank does not come"
+            time.sleep(0)
+
+
+@pytest.fixture
+def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has none."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+
+
+def make_peers(num_ranks: int, slot_bytes: int) -> list[PeerSums]:
+    """Of ranks in one process."""
+    memory = PeerMemory([torch.zeros(num_memory_bytes(slot_bytes), dtype=torch.uint8) for _ in range(num_ranks)])
+    return [PeerSums(memory, rank, slot_bytes, torch.float32, PlainSignals) for rank in range(num_ranks)]
+
+
+def on_all_ranks(work: list[Callable[[], Any]]) -> list[Any]:
+    """Run each in a thread of its own."""
+    results: list[Any] = [None] * len(work)
+
+    def run(rank: int) -> None:
+        with torch.inference_mode():
+            results[rank] = work[rank]()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def make_runners(model: Kraken, num_ranks: int, overlap: Any) -> list[Runner]:
+    config = model.config
+    columns = -(-NUM_IDS // num_ranks)
+    peers = make_peers(num_ranks, num_slot_bytes(24, config.width, columns, torch.float32))
+    runners = []
+    for rank in range(num_ranks):
+        part = Part(config, rank, num_ranks)
+        group = DeviceGroup(rank, num_ranks, None, overlap)
+        group.use_peers(peers[rank], lambda num_tokens: "direct")
+        weights = {name: weight.clone() for name, weight in weights_of(model, part).items()}
+        runners.append(Runner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
+    return runners
+
+
+@pytest.mark.parametrize("overlap", ["overlapped", "blocking", "none"])
+@pytest.mark.parametrize("variant", DIVISIBLE)
+def test_passes_equal_those_of_one_device(variant: str, overlap: str, no_streams: None) -> None:
+    """Prompts in pieces, with and without logits, and tokens one by one: an odd or even number of sums in each pass."""
+    model = make_model(variant)
+    ids = torch.randint(NUM_IDS, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    blocks = list(range(8))
+    steps = [
+        [Chunk(ids[:7], 0, blocks, 0)],
+        [Chunk(ids[7:20], 7, blocks, 3), Chunk(ids[20:25], 0, blocks[::-1], 5)],
+        [Chunk(ids[25:26], 20, blocks, 1), Chunk(ids[26:27], 5, blocks[::-1], 1)],
+        [Chunk(ids[27:28], 21, blocks, 1)],
+    ]
+    weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
+    alone = Runner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
+    for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
+        runners = make_runners(model, num_ranks, overlap)
+        found = on_all_ranks([lambda runner=runner: [runner.forward(step) for step in steps] for runner in runners])  # type: ignore[misc]
+        assert all(passes is not None for passes in found)
+        assert all(runner.network.group._peers._turn == 0 for runner in runners)  # type: ignore[union-attr]
+        for logits_RV, step in zip(found[0], steps, strict=True):
+            assert logits_RV.shape == (sum(chunk.num_logits for chunk in step), NUM_IDS)
+            if overlap != "none":
+                torch.testing.assert_close(logits_RV, alone.forward(step), rtol=0, atol=2e-3)
+
+
+def test_columns_are_gathered_also_where_a_slot_is_small(no_streams: None) -> None:
+    peers = make_peers(2, slot_bytes=4096)
+    x_RRC = torch.randn(2, 5, 300)
+    for num_rows in (1, 3, 5):  # 3 rows fit into a slot, 5 do not
+
+        def gather(rank: int, num_rows: int = num_rows) -> Tensor:
+            gathered = peers[rank].gather_columns(x_RRC[rank, :num_rows])
+            peers[rank].end_pass()
+            return gathered
+
+        found = on_all_ranks([lambda: gather(0), lambda: gather(1)])
+        assert torch.equal(found[0], torch.cat([x_RRC[0, :num_rows], x_RRC[1, :num_rows]], dim=1))
+        assert torch.equal(found[1], x_RRC[1, :num_rows])
+
+
+def test_whoever_waits_is_released(no_streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a rank that is gone."""
+    peers = make_peers(2, slot_bytes=4096)
+    monkeypatch.setattr(peers[1], "_releases", SimpleNamespace(device=None))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda chosen: contextlib.nullcontext())
+    waits = threading.Thread(target=lambda: peers[0].sum(torch.ones(1, 8)))
+    waits.start()
+    peers[1].release()
+    waits.join(10)
+    assert not waits.is_alive() and all(bool((flags_P == FOREVER).any()) for flags_P in peers[0]._flags)
+
+
+class SimulatedRank:
+    """One rank of the protocol in `kraken/engine/peer_sums.py`, an atomic action at a time."""
+
+    def __init__(self, rank: int, world: "SimulatedWorld"):
+        self.rank, self.world, self.round = rank, world, 0
+
+    def can_write(self) -> bool:
+        return all(published >= self.round for published in self.world.published)
+
+    def steps(self, num_passes: int) -> Iterator[str]:
+        """What is done in stream order; each `yield` is where the others may go on, with what is waited for."""
+        choices = random.Random(7)  # the same on every rank: all compute the same passes
+        for _ in range(num_passes):
+            slot = 0
+            for _ in range(choices.randrange(4)):
+                everybody_reads = choices.random() < 0.6  # else only rank 0, as when columns are gathered
+                while not self.can_write():
+                    yield "write"
+                self.world.write(self.rank, slot, self.round + 1)
+                yield "publish"
+                self.round += 1
+                self.world.published[self.rank] = self.round
+                if everybody_reads or self.rank == 0:
+                    while min(self.world.published) < self.round:
+                        yield "read"
+                    for peer in range(len(self.world.published)):
+                        self.world.read(peer, slot, self.round)
+                        yield "reading"
+                        self.world.read(peer, slot, self.round)
+                slot = 1 - slot
+            if slot:
+                self.round += 1
+                self.world.published[self.rank] = self.round
+
+
+class SimulatedWorld:
+    def __init__(self, num_ranks: int):
+        self.published = [0] * num_ranks
+        self.slots = [[0, 0] for _ in range(num_ranks)]
+
+    def write(self, rank: int, slot: int, value: int) -> None:
+        self.slots[rank][slot] = value
+
+    def read(self, rank: int, slot: int, value: int) -> None:
+        assert self.slots[rank][slot] == value, "a slot was written before everybody had read it"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_no_slot_is_written_while_it_is_read(num_ranks: int) -> None:
+    """Any order in which the ranks go on, of passes with any number of sums."""
+    for seed in range(60):
+        world, numbers = SimulatedWorld(num_ranks), random.Random(seed)
+        running = [SimulatedRank(rank, world).steps(40) for rank in range(num_ranks)]
+        favourite = numbers.randrange(num_ranks)  # who runs as far ahead as it can
+        for _ in range(100_000):
+            if not running:
+                break
+            chosen = (
+                favourite if numbers.random() < 0.7 and favourite < len(running) else numbers.randrange(len(running))
+            )
+            if next(running[chosen], None) is None:
+                del running[chosen]
+        assert not running, "the ranks wait for each other"
+
+
+class TestChoice:
+    def test_what_cannot_work_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"engine.sums=peers is for CUDA.*device=cpu"):
+            EngineConfig(sums="peers", device="cpu", num_devices=2)
+        with pytest.raises(ConfigError, match=r"engine.sums=nccl has no effect.*num_devices=1"):
+            EngineConfig(sums="nccl")
+        assert EngineConfig(sums="peers", num_devices=2).sums == "peers"
+
+    def test_sizes_and_what_is_used_between_them(self) -> None:
+        assert choose_sums.sizes_up_to(1) == [1] and choose_sums.sizes_up_to(24) == [1, 2, 4, 8, 16, 24]
+        sizes, methods = [1, 2, 4, 6], ["direct", "direct", "library", "copied"]
+        found = [choose_sums.method_of(sizes, methods, count) for count in (1, 2, 3, 4, 5, 6, 7)]  # type: ignore[arg-type]
+        assert found == ["direct", "direct", "library", "library", "copied", "copied", "copied"]
+
+    def test_what_was_chosen_is_one_line(self) -> None:
+        times: Any = {"library": [2e-5, 3e-5], "direct": [1e-5, 4e-5]}
+        assert choose_sums.describe([1, 512], ["direct", "library"], times) == (
+            "peer memory (direct) up to 1 tokens, NCCL up to 512 tokens (microseconds of a sum and what is beside it: "
+            "1 tokens NCCL 20.0, peer memory (direct) 10.0; 512 tokens NCCL 30.0, peer memory (direct) 40.0)"
+        )
+
+    @pytest.mark.parametrize("wanted", ["auto", "peers"])
+    def test_devices_of_two_hosts_use_nccl(
+        self, wanted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Both ranks decide alike, from what both say."""
+        properties = SimpleNamespace(uuid="gpu")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(choose_sums, "_problem", lambda dtype: "")
+        store = HashStore()
+        store.set_timeout(timedelta(seconds=20))
+        there = {"problem": "", "host": ["elsewhere", ""], "gpu": "another"}
+        store.set("sums/places/1", json.dumps(there))
+        messages = choose_sums.Messages(
+            num_ways=1, width=8, max_tokens=4, num_columns=8, dtype=torch.float32, is_kraken=True
+        )
+        group, device = DeviceGroup(0, 2), torch.device("cuda", 0)
+        caplog.set_level("INFO")
+        if wanted == "peers":
+            with pytest.raises(RanksError, match=r"engine.sums=peers does not work here: the devices are on different"):
+                choose_sums.choose_sums(group, store, device, messages, wanted, True, 1.0)
+        else:
+            choose_sums.choose_sums(group, store, device, messages, wanted, True, 1.0)
+            assert "NCCL, since peer memory cannot be used: the devices are on different hosts" in caplog.text
+
+
+def test_meetings_are_counted_from_the_first() -> None:
+    """A leader that has met other followers before, and one that has met nobody, use the same keys."""
+    from kraken.engine.peer_memory import _Renumbered
+
+    shared = HashStore()
+    leader, follower = _Renumbered(shared), _Renumbered(shared)
+    leader.set("Memory/12/0", b"\x00\xff")
+    thread = threading.Thread(target=follower.set, args=("Memory/0/1", b"b"))
+    thread.start()
+    leader.wait(["Memory/12/1"])
+    thread.join()
+    assert leader.get("Memory/12/1") == b"b" and follower.get("Memory/0/0") == b"\x00\xff"
+    leader.set("Memory/13/0", b"c")
+    assert follower.get("Memory/1/0") == b"c"
+
+
+def test_the_next_norm_may_come_with_a_sum() -> None:
+    """What a group without peer memory gives is the plain thing."""
+    torch.manual_seed(0)
+    x_1TD, part_1TD = torch.randn(2, 1, 3, 8)
+    norm = Norm(torch.randn(1, 8), None)
+    total_1TD, normed_1TD = DeviceGroup().add_sum(x_1TD, part_1TD, norm)
+    assert torch.equal(total_1TD, x_1TD + part_1TD)
+    assert normed_1TD is not None
+    torch.testing.assert_close(normed_1TD, F.layer_norm(total_1TD, (8,), norm.weight_WD[0]))

@@ -1,0 +1,108 @@
+"""The Triton kernels of sums over peer memory against plain sums and norms.
+
+All ranks are in one thread, and every rank publishes before any of them waits. Without CUDA by Triton's interpreter,
+where that is installed.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kraken.engine.norm import Norm
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = pytest.mark.parametrize("num_ranks", [2, 4])
+
+
+def make_ranks(num_ranks: int) -> list[Any]:
+    """Every rank's signals, all in this process."""
+    from kraken.engine.sum_kernel import Signals
+
+    flags = [torch.zeros(num_ranks, dtype=torch.int64, device=DEVICE) for _ in range(num_ranks)]
+    return [
+        Signals(rank, flags[rank], tuple(flags[peer][rank : rank + 1] for peer in range(num_ranks) if peer != rank))
+        for rank in range(num_ranks)
+    ]
+
+
+def slots(num_ranks: int, num_values: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return tuple(torch.full((num_values,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(num_ranks))
+
+
+def make_norm(num_ways: int, width: int, has_bias: bool) -> Norm:
+    gain, bias = (torch.randn(num_ways, width, device=DEVICE) for _ in range(2))
+    return Norm(gain, bias if has_bias else None)
+
+
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    T, D = 3, 24
+    ranks = make_ranks(num_ranks)
+    norm = make_norm(1, D, True)
+    norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype))
+    x_TD = torch.randn(T, D, device=DEVICE).to(dtype)
+    both = slots(num_ranks, T * D + 5, dtype), slots(num_ranks, T * D + 5, dtype)
+    for turn in range(5):
+        parts = torch.randn(num_ranks, T, D, device=DEVICE).to(dtype)
+        for rank, signals in enumerate(ranks):
+            signals.publish(parts[rank][None], both[turn % 2][rank])
+        found = []
+        for signals in ranks:
+            out_TD = torch.empty_like(x_TD)
+            normed_TD = signals.add_parts(x_TD, both[turn % 2], out_TD, norm)
+            expected = (x_TD.double() + parts.double().sum(0)).to(dtype)
+            torch.testing.assert_close(out_TD, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+            torch.testing.assert_close(normed_TD, norm(out_TD), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+            found.append(out_TD)
+        assert all(torch.equal(out_TD, found[0]) for out_TD in found)
+        total_TD = torch.empty_like(x_TD)
+        assert ranks[0].add_parts(None, both[turn % 2], total_TD, None) is None
+        torch.testing.assert_close(total_TD, parts.double().sum(0).to(dtype), rtol=0, atol=0.05)
+
+
+@SIZES
+@pytest.mark.parametrize("num_ways", [1, 3])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_each_way_sees_the_others(num_ranks: int, num_ways: int, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    T, D = 4, 40
+    ranks, held, norm = make_ranks(num_ranks), slots(num_ranks, T * D), make_norm(num_ways, D, has_bias)
+    x_RWTD, a_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(2))
+    for rank, signals in enumerate(ranks):
+        signals.publish(x_RWTD[rank], held[rank])
+    for rank, signals in enumerate(ranks):
+        others = held[:rank] + held[rank + 1 :]
+        seen_WTD = a_RWTD[rank] + x_RWTD.sum((0, 1)) - x_RWTD[rank]
+        found_WTD = signals.norm_seen(a_RWTD[rank], x_RWTD[rank], others, norm, is_waiting=True)
+        torch.testing.assert_close(found_WTD, norm(seen_WTD), rtol=0, atol=2e-5)
+        copied = (sum(others)[: T * D],)  # type: ignore[index]
+        found_WTD = signals.norm_seen(a_RWTD[rank], x_RWTD[rank], copied, norm, is_waiting=False)
+        torch.testing.assert_close(found_WTD, norm(seen_WTD), rtol=0, atol=2e-5)
+
+
+def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kraken.engine import sum_kernel
+
+    monkeypatch.setattr(sum_kernel, "MAX_COLUMNS", 16)
+    ranks, held = make_ranks(2), slots(2, 200)
+    x_RTD = torch.randn(2, 3, 60, device=DEVICE)
+    for _ in range(3):  # the count of programs that are done begins anew
+        for rank in range(2):
+            ranks[rank].publish(x_RTD[rank][None], held[rank])
+        ranks[0].wait()
+        ranks[1].skip()
+        ranks[0].skip()
+        ranks[0].wait()
+    for rank in range(2):
+        assert torch.equal(held[rank][:180], x_RTD[rank].flatten())
+        assert ranks[rank]._state.tolist() == [6, 0]
