@@ -163,8 +163,8 @@ def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
     return num_sums * prompt_tokens * shape.width * 4
 
 
-def median_ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_rounds: int) -> dict[str, float]:
-    """Name -> median TTFT in seconds; who begins changes from round to round."""
+def ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_rounds: int) -> dict[str, list[float]]:
+    """Name -> TTFT in seconds of every round; who begins changes from round to round."""
     times: dict[str, list[float]] = {each.name: [] for each in contestants}
     for each in contestants:
         each.seconds(prompt_tokens)
@@ -172,7 +172,12 @@ def median_ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_roun
         start = turn % len(contestants)
         for each in [*contestants[start:], *contestants[:start]]:
             times[each.name].append(each.seconds(prompt_tokens)[0])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_difference(later: Sequence[float], earlier: Sequence[float]) -> float:
+    """Of two contestants' times round by round, so that what slows a whole round down is in both."""
+    return statistics.median(a - b for a, b in zip(later, earlier, strict=True))
 
 
 def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
@@ -188,7 +193,7 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
             f"{sent_bytes(shape, args.prompt_tokens):,}"
         )
     try:
-        none_s = median_ttfts(contestants, args.prompt_tokens, 3)["standard none"]
+        none_s = statistics.median(ttfts(contestants, args.prompt_tokens, 3)["standard none"])
         say(f"standard without sums: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
         say(
             f"{'link MB/s':>10} {'share':>6} {'standard':>9} {'Kraken':>9} {'blocking':>9} {'none':>9} {'speed-up':>9} "
@@ -226,13 +231,15 @@ def measure_point(
     bytes_per_s = sent_bytes(models["standard"], args.prompt_tokens) / (none_s * share / (1 - share))
     link.limit(bytes_per_s)
     attention_s.clear()
-    ttft_s = median_ttfts(contestants, args.prompt_tokens, args.rounds)
-    waited_s = ttft_s["kraken blocking"] - ttft_s["kraken none"]
+    rounds_s = ttfts(contestants, args.prompt_tokens, args.rounds)
+    ttft_s = {name: statistics.median(values) for name, values in rounds_s.items()}
+    waited_s = median_difference(rounds_s["kraken blocking"], rounds_s["kraken none"])
+    exposed_s = median_difference(rounds_s["kraken"], rounds_s["kraken none"])
     point = {
         "link_mb_per_s": round(bytes_per_s / 1e6, 3),
         "share": round(1 - ttft_s["standard none"] / ttft_s["standard"], 4),
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
-        "exposed_communication": round((ttft_s["kraken"] - ttft_s["kraken none"]) / waited_s, 4),
+        "exposed_communication": round(exposed_s / waited_s, 4),
         "attention_ms": round(statistics.median(attention_s) * 1e3, 3),
         "sum_ms": round(waited_s / max(1, models["kraken"].num_layers - 1) * 1e3, 3),
         "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
@@ -277,7 +284,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536, help="of the standard model, a multiple of 64")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)  # the namespaces, and the other one's core
     args = parser.parse_args()
