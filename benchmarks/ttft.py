@@ -44,8 +44,8 @@ import torch.distributed as dist
 from benchmarks.engine import bandwidth, matrix_rate
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.collectives import join_group
-from kraken.engine.meeting import Meeting
+from kraken.engine.devices.collectives import join_group
+from kraken.engine.devices.meeting import Meeting
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.engine.runner import Runner
 from kraken.engine.torch_engine import TorchEngine

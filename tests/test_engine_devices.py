@@ -20,9 +20,9 @@ from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.choose import Choice, open_engine
 from kraken.engine.chunk import Chunk
-from kraken.engine.control import pack_step, unpack_step
-from kraken.engine.meeting import Meeting
-from kraken.engine.partition import Part, read_weights, shapes_of, weights_of
+from kraken.engine.devices.control import pack_step, unpack_step
+from kraken.engine.devices.meeting import Meeting
+from kraken.engine.devices.partition import Part, read_weights, shapes_of, weights_of
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
@@ -281,9 +281,7 @@ class TestFailure:
         model, made = make_model("standard"), requests(4)
         expected = run(model, together(made))
         meeting = Meeting(2)
-        code = (
-            "import sys; from kraken.engine.ranks import follow, Invitation; follow(Invitation.from_json(sys.argv[1]))"
-        )
+        code = "import sys; from kraken.engine.devices.ranks import follow, Invitation; follow(Invitation.from_json(sys.argv[1]))"
         guest = subprocess.Popen([sys.executable, "-c", code, meeting.invitation(1).to_json()])
         config = EngineConfig(device="cpu", num_devices=2, num_threads=2, dtype="float32")
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from kraken.config import EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine import choose_sums
-from kraken.engine.meeting import Meeting, RanksError
+from kraken.engine.devices import choose_sums
+from kraken.engine.devices.meeting import Meeting, RanksError
+from kraken.engine.devices.ranks import Source
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
-from kraken.engine.ranks import Source
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HAS_TWO = torch.cuda.device_count() > 1
 SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
-COPIED = "from kraken.engine import choose_sums, ranks; choose_sums._candidates = lambda *_: ['copied']; ranks.main()"
+COPIED = "from kraken.engine.devices import choose_sums, ranks; choose_sums._candidates = lambda *_: ['copied']; ranks.main()"
 """A follower that takes the method that is seldom the faster one for small messages."""
 
 
@@ -176,7 +176,8 @@ class TestFailure:
 
     def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
         failing = (
-            "from kraken.engine import ranks, runner\n"
+            "from kraken.engine import runner\n"
+            "from kraken.engine.devices import ranks\n"
             "def record(self, sizes): raise ValueError('no graph today')\n"
             "runner.Runner.record = record; ranks.main()"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from kraken.engine.exchange import Exchange, connect_all
+from kraken.engine.devices.exchange import Exchange, connect_all
 
 
 @contextmanager

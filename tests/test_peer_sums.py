@@ -21,15 +21,15 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine import choose_sums
 from kraken.engine.chunk import Chunk
-from kraken.engine.collectives import DeviceGroup
-from kraken.engine.meeting import RanksError
+from kraken.engine.devices import choose_sums
+from kraken.engine.devices.collectives import DeviceGroup
+from kraken.engine.devices.meeting import RanksError
+from kraken.engine.devices.partition import Part, weights_of
+from kraken.engine.devices.peer_memory import PeerMemory
+from kraken.engine.devices.peer_sums import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
 from kraken.engine.network import Network
 from kraken.engine.norm import Norm
-from kraken.engine.partition import Part, weights_of
-from kraken.engine.peer_memory import PeerMemory
-from kraken.engine.peer_sums import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
 from kraken.engine.runner import Runner
 from kraken.model import Kraken
 
@@ -176,7 +176,7 @@ def test_whoever_waits_is_released(no_streams: None, monkeypatch: pytest.MonkeyP
 
 
 class SimulatedRank:
-    """One rank of the protocol in `kraken/engine/peer_sums.py`, an atomic action at a time."""
+    """One rank of the protocol in `kraken/engine/devices/peer_sums.py`, an atomic action at a time."""
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
@@ -288,7 +288,7 @@ class TestChoice:
 
 def test_meetings_are_counted_from_the_first() -> None:
     """A leader that has met other followers before, and one that has met nobody, use the same keys."""
-    from kraken.engine.peer_memory import _Renumbered
+    from kraken.engine.devices.peer_memory import _Renumbered
 
     shared = HashStore()
     leader, follower = _Renumbered(shared), _Renumbered(shared)

@@ -24,7 +24,7 @@ SIZES = pytest.mark.parametrize("num_ranks", [2, 4])
 
 def make_ranks(num_ranks: int) -> list[Any]:
     """Every rank's signals, all in this process."""
-    from kraken.engine.sum_kernel import Signals
+    from kraken.engine.devices.sum_kernel import Signals
 
     flags = [torch.zeros(num_ranks, dtype=torch.int64, device=DEVICE) for _ in range(num_ranks)]
     return [
@@ -91,7 +91,7 @@ def test_each_way_sees_the_others(num_ranks: int, num_ways: int, has_bias: bool)
 
 
 def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine import sum_kernel
+    from kraken.engine.devices import sum_kernel
 
     monkeypatch.setattr(sum_kernel, "MAX_COLUMNS", 16)
     ranks, held = make_ranks(2), slots(2, 200)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.attention import PagedAttend
-from kraken.engine.collectives import DeviceGroup
+from kraken.engine.devices.collectives import DeviceGroup
+from kraken.engine.devices.partition import Part, Weights
 from kraken.engine.linear import Activation, Linear, make_linear
 from kraken.engine.norm import Norm
-from kraken.engine.partition import Part, Weights
 from kraken.model import rotate, rotation_of
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
 from kraken.engine.chunk import Chunk, GraphSizes
-from kraken.engine.collectives import DeviceGroup
+from kraken.engine.devices.collectives import DeviceGroup
+from kraken.engine.devices.meeting import Meeting, RanksError
+from kraken.engine.devices.partition import Part
+from kraken.engine.devices.ranks import Source, lead, threads_of_a_rank
 from kraken.engine.kv_cache import BlockPool
-from kraken.engine.meeting import Meeting, RanksError
 from kraken.engine.network import Network
-from kraken.engine.partition import Part
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -37,7 +38,6 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
-from kraken.engine.ranks import Source, lead, threads_of_a_rank
 from kraken.engine.runner import Runner
 from kraken.engine.sampling import Draw, sample, token_logprobs
 from kraken.engine.scheduler import Scheduled, Scheduler, Sequence

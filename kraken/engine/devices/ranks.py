@@ -4,7 +4,7 @@ Every rank holds its part of the weights, and of the cache the keys and values o
 everywhere. For every step the leader tells the others its chunks, all run the same forward pass, and the leader gets
 the logits.
 
-`python -m kraken.engine.ranks` is a follower that the leader starts; one that exists already calls `follow`.
+`python -m kraken.engine.devices.ranks` is a follower that the leader starts; one that exists already calls `follow`.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.choose_sums import Messages, choose_sums
 from kraken.engine.chunk import Chunk, GraphSizes
-from kraken.engine.collectives import DeviceGroup, join_group
-from kraken.engine.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
-from kraken.engine.meeting import Followers, Invitation, Meeting, RanksError, connect
+from kraken.engine.devices.choose_sums import Messages, choose_sums
+from kraken.engine.devices.collectives import DeviceGroup, join_group
+from kraken.engine.devices.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.devices.meeting import Followers, Invitation, Meeting, RanksError, connect
+from kraken.engine.devices.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
 from kraken.engine.network import Network
-from kraken.engine.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
 from kraken.engine.runner import Runner
 from kraken.model import Kraken
 

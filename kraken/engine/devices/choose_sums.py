@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch._C._distributed_c10d import Store
 
 from kraken.config import Sums
-from kraken.engine.collectives import DeviceGroup, Method
-from kraken.engine.meeting import RanksError
+from kraken.engine.devices.collectives import DeviceGroup, Method
+from kraken.engine.devices.meeting import RanksError
+from kraken.engine.devices.peer_memory import share_memory
+from kraken.engine.devices.peer_sums import PeerSums, num_memory_bytes, num_slot_bytes
 from kraken.engine.norm import Norm
-from kraken.engine.peer_memory import share_memory
-from kraken.engine.peer_sums import PeerSums, num_memory_bytes, num_slot_bytes
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def _open_peers(
         return None, "the devices are on different hosts"
     if wanted == "auto" and len({there["gpu"] for there in said}) < ranks.size:
         return None, "several ranks share a GPU"
-    from kraken.engine.sum_kernel import Signals  # which imports Triton
+    from kraken.engine.devices.sum_kernel import Signals  # which imports Triton
 
     peers, problem = None, ""
     try:

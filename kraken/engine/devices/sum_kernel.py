@@ -2,8 +2,8 @@
 
 Rounds are counted on the device, so that a kernel in a CUDA graph knows which one it is in. A rank's *state* is the
 number of its last round and a count of the programs that are done; its *flags* hold, for every rank, the last round
-that this rank has published, and are written by the others. `kraken/engine/peer_sums.py` says why a slot is never
-written while somebody reads it.
+that this rank has published, and are written by the others. `kraken/engine/devices/peer_sums.py` says why a slot is
+never written while somebody reads it.
 
 A wait is a loop, in every program that needs it. It cannot block what it waits for: that runs on another device, or, in
 tests, in another process on the same one, which takes turns with this process.

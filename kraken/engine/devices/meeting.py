@@ -1,8 +1,8 @@
 """How the processes of one engine find each other, and how the leader notices that one of them has ended.
 
 The leader, which is rank 0, opens a `Meeting` and invites the other ranks; they are started by it on this host, or
-exist already, as Ray actors do, and call `kraken.engine.ranks.follow` with their invitation. An invitation holds a
-key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is named.
+exist already, as Ray actors do, and call `kraken.engine.devices.ranks.follow` with their invitation. An invitation
+holds a key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is named.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kraken.engine.control import Connection, ConnectionLost, Kind
+from kraken.engine.devices.control import Connection, ConnectionLost, Kind
 from kraken.engine.protocol import EngineError
 
 STOP_TIMEOUT_S = 5.0
@@ -83,7 +83,7 @@ class Meeting:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(num_threads)}
         for rank in range(1, self.num_devices):
-            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", "kraken.engine.ranks"]
+            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", "kraken.engine.devices.ranks"]
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, bufsize=0
             )
