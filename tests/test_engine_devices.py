@@ -281,7 +281,10 @@ class TestFailure:
         model, made = make_model("standard"), requests(4)
         expected = run(model, together(made))
         meeting = Meeting(2)
-        code = "import sys; from kraken.engine.devices.ranks import follow, Invitation; follow(Invitation.from_json(sys.argv[1]))"
+        code = (
+            "import sys; from kraken.engine.devices.ranks import follow, Invitation; "
+            "follow(Invitation.from_json(sys.argv[1]))"
+        )
         guest = subprocess.Popen([sys.executable, "-c", code, meeting.invitation(1).to_json()])
         config = EngineConfig(device="cpu", num_devices=2, num_threads=2, dtype="float32")
 

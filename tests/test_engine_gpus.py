@@ -40,7 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 HAS_TWO = torch.cuda.device_count() > 1
 SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
-COPIED = "from kraken.engine.devices import choose_sums, ranks; choose_sums._candidates = lambda *_: ['copied']; ranks.main()"
+COPIED = (
+    "from kraken.engine.devices import choose_sums, ranks\n"
+    "choose_sums._candidates = lambda *_: ['copied']\n"
+    "ranks.main()"
+)
 """A follower that takes the method that is seldom the faster one for small messages."""
 
 

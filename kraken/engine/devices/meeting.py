@@ -2,7 +2,8 @@
 
 The leader, which is rank 0, opens a `Meeting` and invites the other ranks; they are started by it on this host, or
 exist already, as Ray actors do, and call `kraken.engine.devices.ranks.follow` with their invitation. An invitation
-holds a key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is named.
+holds a key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is
+named.
 """
 
 import contextlib
