@@ -344,7 +344,7 @@ class EngineConfig:
     """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
     num_devices: int = 1
     """Devices that share the model, a process each, which the engine starts: Kraken's ways are divided among them, and
-    so are the heads and FFN columns of the baselines. Over gloo on a CPU; on CUDA see `sums`."""
+    so are the heads and FFN columns of the baselines. Over TCP and gloo on a CPU; on CUDA see `sums`."""
     overlap: Literal["overlapped", "blocking", "none"] = "overlapped"
     """Kraken's sums over several devices: in flight while attention computes, or waited for at once. `none` leaves out
     every sum, so that the tokens are WRONG: it is what benchmarks compare with."""

@@ -26,7 +26,7 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def sum_across_ways(x_WBTD: Tensor) -> Tensor:
-    """The sum over the ways held here, [1, B, T, D], at least float32."""
+    """The sum over the ways held here, [1, B, T, D], at least float32. Any dimensions may stand between W and D."""
     return x_WBTD.sum(dim=0, keepdim=True, dtype=None if x_WBTD.dtype == torch.float64 else torch.float32)
 
 

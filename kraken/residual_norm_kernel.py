@@ -29,7 +29,7 @@ def forward(
     """Fill a (unless there is no addend), n and inverse_std.
 
     Args:
-        x, a: [W, B, T, D], of any strides, `total` [1, B, T, D]; all others contiguous.
+        x, a, addend, total: of any strides; n and inverse_std contiguous.
     """
     W, B, T, D = x.shape
     x = _with_unit_stride(x)

@@ -21,6 +21,7 @@ from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ConfigError, RunConfig
+from kraken.environment import environment
 from pipelines import local_cluster
 from pipelines.local_cluster import ClusterError
 
@@ -49,7 +50,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             _require_answer(address)
             _init(f"RAY_ADDRESS={address}")
         elif head := local_cluster.find(config.storage):
-            stack.enter_context(_environment(head.client_environment()))
+            stack.enter_context(environment(head.client_environment()))
             _stay_on_loopback()
             _init(f"the local cluster of storage={config.storage}", address=head.address)
         else:
@@ -58,7 +59,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             stack.callback(local_cluster.end_below, temp_dir)
             token = local_cluster.write_token(temp_dir / "token")
             variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-            stack.enter_context(_environment({**local_cluster.RAY_SETTINGS, **variables}))
+            stack.enter_context(environment({**local_cluster.RAY_SETTINGS, **variables}))
             _stay_on_loopback()
             _init(
                 "an embedded cluster",
@@ -116,21 +117,6 @@ def _stay_on_loopback() -> None:
     raylet: Any = ray._raylet  # compiled, without types
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the duration."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from kraken.engine.devices.exchange import Exchange, connect_all
+from kraken.engine.devices.exchange import MAX_MESSAGE_BYTES, Exchange, connect_all
 
 
 @contextmanager
@@ -84,6 +84,11 @@ def test_both_ends_agree_on_the_capacity() -> None:
         capacities = {exchange.capacity for exchange in exchanges}
     assert len(capacities) == 1
     assert 0 < capacities.pop() <= 1 << 20
+
+
+def test_buffers_have_an_end() -> None:
+    with ranks(2, 1 << 40) as exchanges:
+        assert all(0 < exchange.capacity <= MAX_MESSAGE_BYTES for exchange in exchanges)
 
 
 def test_a_rank_that_is_gone_is_named() -> None:

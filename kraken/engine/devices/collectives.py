@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import Store
 
 from kraken.engine.devices.exchange import Exchange, connect_all
 from kraken.engine.norm import Norm
+from kraken.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:  # which imports this module
     from kraken.engine.devices.peer_sums import PeerSum, PeerSums
@@ -67,7 +68,7 @@ class PendingSum:
         """Wait, and give each way's norm of its a and all other ways' x: those held here, and those of other ranks."""
         seen_WTD = a_WTD
         if len(x_WTD) > 1:
-            seen_WTD = a_WTD + (_sum_of_ways(x_WTD) - x_WTD)
+            seen_WTD = a_WTD + (sum_across_ways(x_WTD) - x_WTD)
         if (others_1TD := self.wait()) is not None:
             seen_WTD = seen_WTD + others_1TD
         return norm(seen_WTD.to(a_WTD.dtype))
@@ -117,7 +118,7 @@ class DeviceGroup:
         overlapped = self.overlap == "overlapped"
         if self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
             return self._peers.start(x_WTD, method, is_waited_for=not overlapped)
-        own = _sum_of_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
+        own = sum_across_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
         pending = PendingSum(own)
         if self._exchanges(own):
             self._start_exchange(pending)
@@ -263,9 +264,3 @@ def join_group(
     return DeviceGroup(
         rank, size, process_group, overlap, connect_all(store, rank, size, address, message_bytes, timeout_s)
     )
-
-
-def _sum_of_ways(x_WTD: Tensor) -> Tensor:
-    """[1, T, D], at least float32: what all ways together know."""
-    exact = torch.float64 if x_WTD.dtype == torch.float64 else torch.float32
-    return x_WTD.sum(dim=0, keepdim=True, dtype=exact)

@@ -27,6 +27,8 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 """Linux's, of which Python has no names: beyond net.core.wmem_max and rmem_max, for who may administer the network."""
 BUFFERS_PER_MESSAGE = 4
 """The kernel doubles what is asked for, for its own records, and a receiver's window is half of what it then has."""
+MAX_MESSAGE_BYTES = 2**26
+"""Kernel memory has an end: two buffers of twice this at most for every other rank."""
 TOKEN_BYTES = 32
 NUMBER_BYTES = 8
 
@@ -125,10 +127,11 @@ def connect_all(store: Store, rank: int, size: int, address: str, message_bytes:
     Args:
         store: shared by the ranks, and by nobody else: what is in it lets them know each other.
         address: of this host, as the others reach it.
-        message_bytes: what the buffers should hold; less where the system allows no more.
+        message_bytes: what the buffers should hold; less where that is too much, or the system allows no more.
     Raises:
         RuntimeError: a rank cannot be reached, or does not come.
     """
+    message_bytes = min(message_bytes, MAX_MESSAGE_BYTES)
     deadline = time.monotonic() + timeout_s
     connections: dict[int, socket.socket] = {}
     try:

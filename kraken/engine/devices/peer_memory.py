@@ -4,9 +4,7 @@ Torch's own signals and barriers are not used: they want a process group that is
 some of them use NVLink's multicast, which this engine never does.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,8 @@ from torch._C._distributed_c10d import (
     _SymmetricMemory,
     _unregister_process_group,
 )
+
+from kraken.environment import environment
 
 ENVIRONMENT = {
     # devices are told apart by index, and processes that see one GPU each all call it 0
@@ -55,7 +55,7 @@ def share_memory(store: Store, rank: int, size: int, device: torch.device, num_b
     # a meeting finds its store by a name that the whole process knows, for as long as it takes
     _register_process_group(name, group)  # type: ignore[arg-type]
     try:
-        with _environment(ENVIRONMENT):
+        with environment(ENVIRONMENT):
             handle = _SymmetricMemory.rendezvous(own, name)
     finally:
         _unregister_process_group(name)  # type: ignore[arg-type]
@@ -88,17 +88,3 @@ class _Renumbered(Store):
         if self._first is None:
             self._first = int(number)
         return f"{prefix}/{int(number) - self._first}/{rank}"
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
