@@ -42,10 +42,17 @@ class PlainSignals:
     def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
         self.rank, self.flags_P, self.flags_of_others, self.round = rank, flags_P, flags_of_others, 0
 
-    def publish(self, x_WRC: Tensor, slot: Tensor) -> None:
+    def publish(self, x_RC: Tensor, slot: Tensor) -> None:
         self._await(self.round)
-        slot[: x_WRC[0].numel()] = x_WRC.sum(0).flatten()
+        slot[: x_RC.numel()] = x_RC.flatten()
         self.skip()
+
+    def advance(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        out_WTD = x_WTD + addend_WTD
+        self.publish(out_WTD.sum(0), slot)
+        return out_WTD, None if norm is None else norm(out_WTD)
 
     def skip(self) -> None:
         self.round += 1
@@ -63,13 +70,13 @@ class PlainSignals:
         out_TD.copy_(total_TD if x_TD is None else x_TD + total_TD)
         return None if norm is None else norm(out_TD)
 
-    def norm_seen(
-        self, a_WTD: Tensor, x_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
-    ) -> Tensor:
+    def see(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+    ) -> tuple[Tensor, Tensor]:
         if is_waiting:
             self.wait()
-        others = sum(part.flatten()[: a_WTD[0].numel()].view(a_WTD[0].shape) for part in parts)
-        return norm(a_WTD + x_WTD.sum(0) - x_WTD + others)
+        others = sum(part.flatten()[: x_WTD[0].numel()].view(x_WTD[0].shape) for part in parts)
+        return x_WTD + addend_WTD, norm(addend_WTD + x_WTD.sum(0) + others)
 
     def _await(self, round_: int) -> None:
         ends_at = time.monotonic() + 30

@@ -55,7 +55,7 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
     for turn in range(5):
         parts = torch.randn(num_ranks, T, D, device=DEVICE).to(dtype)
         for rank, signals in enumerate(ranks):
-            signals.publish(parts[rank][None], both[turn % 2][rank])
+            signals.publish(parts[rank], both[turn % 2][rank])
         found = []
         for signals in ranks:
             out_TD = torch.empty_like(x_TD)
@@ -73,21 +73,31 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
 @SIZES
 @pytest.mark.parametrize("num_ways", [1, 3])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_each_way_sees_the_others(num_ranks: int, num_ways: int, has_bias: bool) -> None:
+def test_a_layer_of_ways_divided_among_ranks(num_ranks: int, num_ways: int, has_bias: bool) -> None:
     torch.manual_seed(0)
     T, D = 4, 40
-    ranks, held, norm = make_ranks(num_ranks), slots(num_ranks, T * D), make_norm(num_ways, D, has_bias)
-    x_RWTD, a_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(2))
-    for rank, signals in enumerate(ranks):
-        signals.publish(x_RWTD[rank], held[rank])
-    for rank, signals in enumerate(ranks):
-        others = held[:rank] + held[rank + 1 :]
-        seen_WTD = a_RWTD[rank] + x_RWTD.sum((0, 1)) - x_RWTD[rank]
-        found_WTD = signals.norm_seen(a_RWTD[rank], x_RWTD[rank], others, norm, is_waiting=True)
-        torch.testing.assert_close(found_WTD, norm(seen_WTD), rtol=0, atol=2e-5)
-        copied = (sum(others)[: T * D],)  # type: ignore[index]
-        found_WTD = signals.norm_seen(a_RWTD[rank], x_RWTD[rank], copied, norm, is_waiting=False)
-        torch.testing.assert_close(found_WTD, norm(seen_WTD), rtol=0, atol=2e-5)
+    ranks, norm = make_ranks(num_ranks), make_norm(num_ways, D, has_bias)
+    both = slots(num_ranks, T * D), slots(num_ranks, T * D)
+    for turn in range(3):
+        held = both[turn % 2]
+        a_RWTD, y_RWTD, z_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(3))
+        x_RWTD = []
+        for rank, signals in enumerate(ranks):
+            x_WTD, normed_WTD = signals.advance(a_RWTD[rank], y_RWTD[rank], norm if turn else None, held[rank])
+            assert torch.equal(x_WTD, a_RWTD[rank] + y_RWTD[rank])
+            if turn:
+                torch.testing.assert_close(normed_WTD, norm(x_WTD), rtol=0, atol=2e-5)
+            torch.testing.assert_close(held[rank], x_WTD.sum(0).flatten(), rtol=0, atol=1e-5)
+            x_RWTD.append(x_WTD)
+        total_TD = torch.stack(x_RWTD).sum((0, 1))
+        for rank, (signals, x_WTD) in enumerate(zip(ranks, x_RWTD, strict=True)):
+            others = held[:rank] + held[rank + 1 :]
+            expected_WTD = norm(x_WTD + z_RWTD[rank] + total_TD - x_WTD)
+            copied = (sum(others)[: T * D],)  # type: ignore[index]
+            for parts, is_waiting in ((others, True), (copied, False)):
+                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, is_waiting)
+                assert torch.equal(next_WTD, x_WTD + z_RWTD[rank])
+                torch.testing.assert_close(normed_WTD, expected_WTD, rtol=0, atol=5e-5)
 
 
 def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,11 +108,11 @@ def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) ->
     x_RTD = torch.randn(2, 3, 60, device=DEVICE)
     for _ in range(3):  # the count of programs that are done begins anew
         for rank in range(2):
-            ranks[rank].publish(x_RTD[rank][None], held[rank])
+            ranks[rank].publish(x_RTD[rank], held[rank])
         ranks[0].wait()
         ranks[1].skip()
         ranks[0].skip()
         ranks[0].wait()
     for rank in range(2):
         assert torch.equal(held[rank][:180], x_RTD[rank].flatten())
-        assert ranks[rank]._state.tolist() == [6, 0]
+        assert ranks[rank]._rounds.state.tolist() == [6, 0]

@@ -5,15 +5,18 @@ in `kraken/model.py`; I and O are the inputs and outputs of a linear.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine import residual
 from kraken.engine.attention import PagedAttend
-from kraken.engine.devices.collectives import DeviceGroup
+from kraken.engine.devices.collectives import DeviceGroup, PendingSum
 from kraken.engine.devices.partition import Part, Weights
+from kraken.engine.devices.peer_sums import PeerSum
 from kraken.engine.linear import Activation, Linear, make_linear
 from kraken.engine.norm import Norm
 from kraken.model import rotate, rotation_of
@@ -37,6 +40,7 @@ class Network:
         self._layers = [_NetworkLayer(part, weights, index, group) for index in range(self.config.num_layers)]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
+            layer.next_reads_others = self.config.architecture == "kraken"
         self._conjunction = self._conjunction_bias_D = None
         if self.config.architecture == "kraken":
             self._conjunction = make_linear(weights.pop("conjunction.weight")[None], None)
@@ -69,8 +73,7 @@ class Network:
         else:
             x_TD = x_TD + F.embedding(positions_T, self._wpe_TD)
         num_ways = len(self.part.ways)
-        x_WTD = x_TD.expand(num_ways, -1, -1)
-        normed_WTD = None
+        state = _State(x_TD.expand(num_ways, -1, -1), self._layers[0].ln_1(x_TD.expand(num_ways, -1, -1)))
         for index, layer in enumerate(self._layers):
 
             def heads(q_WTNH: Tensor, k_WTNH: Tensor, v_WTNH: Tensor, index: int = index) -> Tensor:
@@ -79,8 +82,8 @@ class Network:
                 q, k, v = (x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q_WTNH, k_WTNH, v_WTNH))
                 return attend(index, q, k, v).unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
-            x_WTD, normed_WTD = layer(x_WTD, normed_WTD, heads)
-        return x_WTD
+            state = layer(state, heads)
+        return state.x_WTD
 
     def _logits(self, x_WTD: Tensor) -> Tensor:
         y_TD = x_WTD[0]
@@ -92,12 +95,22 @@ class Network:
         return logits_TV[:, : self.num_ids].float() if self.part.rank == 0 else logits_TV
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a layer begins with."""
+
+    x_WTD: Tensor
+    normed_WTD: Tensor | None
+    """Its `ln_1`; None after the last layer."""
+    pending: PendingSum | PeerSum | None = None
+    """The sum over all ways of x, in flight, where the layer reads it."""
+
+
 class _NetworkLayer:
     """One layer of the ways held here; the equations are at the top of `kraken/model.py`."""
 
     def __init__(self, part: Part, weights: Weights, index: int, group: DeviceGroup):
         config = part.config
-        self.reads_others = config.architecture == "kraken" and index > 0
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
         self._group = group
@@ -113,37 +126,34 @@ class _NetworkLayer:
 
         self.ln_1 = Norm(*take("ln_1"))
         self.next_norm: Norm | None = None
-        """The next layer's first; computed with a sum where that comes before it."""
+        """The next layer's first, computed with what comes before it."""
+        self.next_reads_others = False
+        """Whether the next layer reads the other ways; the first never does, since all ways begin alike."""
         self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"))
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         self.c_fc, self.mlp_proj = linear("mlp.c_fc", "none" if self.gated else "gelu"), linear("mlp.c_proj")
 
-    def __call__(
-        self, x_WTD: Tensor, normed_WTD: Tensor | None, heads: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of the layer's input and its `ln_1`, where that is there already, the same for the next layer."""
-        if self._sums_parts:
-            return self._with_sums(x_WTD, normed_WTD, heads)
-        pending = self._group.start_sum(x_WTD) if self.reads_others else None  # in flight during attention
-        normed_WTD = self.ln_1(x_WTD)
-        a_WTD = x_WTD + self._attention(normed_WTD, heads)
-        if self.ln_2 is None:
-            return a_WTD + self._mlp(normed_WTD), None
-        normed_WTD = self.ln_2(a_WTD) if pending is None else pending.norm_seen(a_WTD, x_WTD, self.ln_2)
-        return a_WTD + self._mlp(normed_WTD), None
-
-    def _with_sums(
-        self, x_WTD: Tensor, normed_WTD: Tensor | None, heads: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The baselines under tensor parallelism: what follows reads a sum, so each is waited for."""
-        if normed_WTD is None:
-            normed_WTD = self.ln_1(x_WTD)
+    def __call__(self, state: _State, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> _State:
+        """What the next layer begins with, of what this one does."""
+        x_WTD, normed_WTD = state.x_WTD, state.normed_WTD
+        assert normed_WTD is not None
         attended_WTD = self._attention(normed_WTD, heads)
         if self.ln_2 is None:
-            return self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed_WTD), self.next_norm)
-        a_WTD, normed_WTD = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+            addend_WTD = attended_WTD + self._mlp(normed_WTD)
+            if self._sums_parts:
+                return _State(*self._group.add_sum(x_WTD, addend_WTD, self.next_norm))
+            return _State(*residual.advance(x_WTD, addend_WTD, self.next_norm))
+        if self._sums_parts:  # tensor parallelism: what follows reads a sum, so each is waited for
+            a_WTD, normed_WTD = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+            assert normed_WTD is not None
+            return _State(*self._group.add_sum(a_WTD, self._mlp(normed_WTD), self.next_norm))
+        if state.pending is None:
+            a_WTD, normed_WTD = residual.advance(x_WTD, attended_WTD, self.ln_2)
+        else:  # the sum was in flight during attention
+            a_WTD, normed_WTD = state.pending.see(x_WTD, attended_WTD, self.ln_2)
         assert normed_WTD is not None
-        return self._group.add_sum(a_WTD, self._mlp(normed_WTD), self.next_norm)
+        is_summed = self.next_reads_others
+        return _State(*self._group.advance(a_WTD, self._mlp(normed_WTD), self.next_norm, is_summed))
 
     def _attention(self, normed_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)

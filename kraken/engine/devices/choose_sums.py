@@ -226,11 +226,12 @@ def _seconds(
         if not messages.is_kraken:
             group.add_sum(a_WTD, x_WTD.clone(), norm)  # the library's sum overwrites it
             return
-        pending = group.start_sum(x_WTD)
+        _, _, pending = group.advance(a_WTD, x_WTD, norm, is_summed=True)
+        assert pending is not None
         if group.overlap == "overlapped":
             for _ in range(4 * messages.num_ways):  # queries, keys, values, and what follows attention
                 F.linear(x_WTD[0], weight_DD)
-        pending.norm_seen(a_WTD, x_WTD, norm)
+        pending.see(a_WTD, x_WTD, norm)
 
     def layers() -> None:
         for _ in range(NUM_SUMS):

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from kraken.engine import residual
 from kraken.engine.devices.exchange import Exchange, connect_all
 from kraken.engine.norm import Norm
 from kraken.residual_norm import sum_across_ways
@@ -41,37 +42,29 @@ SUM_TAG, GATHER_TAG, WEIGHT_TAG = range(3)
 
 @dataclass(slots=True)
 class PendingSum:
-    """The sum of the other ranks' parts, in flight."""
+    """The sum of the ranks' parts, in flight."""
 
     own: Tensor
     works: list[Any] = field(default_factory=list)
     received: Sequence[Tensor] = ()
     """Each other rank's part, where they are exchanged."""
     total: Tensor | None = None
-    """The sum of all parts, where it is an all-reduce."""
+    """The sum of all parts, its own included, where it is an all-reduce."""
 
-    def wait(self) -> Tensor | None:
-        """What the other ranks contributed; None where nothing was sent."""
+    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Wait, and give x + addend, and of each way held here the norm of that and of all other ways' x, which this is
+        the sum of: those held here, and those of other ranks."""
         for work in self.works:
             work.wait()
         self.works.clear()
         if self.total is not None:
-            return self.total - self.own
+            return residual.see(x_WTD, addend_WTD, norm, self.total, is_total=True)
         if not self.received:
-            return None
+            return residual.see(x_WTD, addend_WTD, norm)
         first, *rest = self.received
         for part in rest:
             first.add_(part)
-        return first
-
-    def norm_seen(self, a_WTD: Tensor, x_WTD: Tensor, norm: Norm) -> Tensor:
-        """Wait, and give each way's norm of its a and all other ways' x: those held here, and those of other ranks."""
-        seen_WTD = a_WTD
-        if len(x_WTD) > 1:
-            seen_WTD = a_WTD + (sum_across_ways(x_WTD) - x_WTD)
-        if (others_1TD := self.wait()) is not None:
-            seen_WTD = seen_WTD + others_1TD
-        return norm(seen_WTD.to(a_WTD.dtype))
+        return residual.see(x_WTD, addend_WTD, norm, first)
 
 
 class DeviceGroup:
@@ -110,21 +103,36 @@ class DeviceGroup:
         """Whether there is anybody to add up with."""
         return self.size > 1 and self.overlap != "none"
 
-    def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
-        """Begin to add up over the ranks, of each the sum over the ways that it holds; x may not change until the wait
-        is over."""
+    def advance(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, is_summed: bool
+    ) -> tuple[Tensor, Tensor | None, "PendingSum | PeerSum | None"]:
+        """x + addend, and its norm where there is one; if asked for also its sum over the ranks, begun.
+
+        That sum is, of each rank, the sum over the ways that it holds; what it is of may not change until it is seen.
+        """
+        if not is_summed:
+            return *residual.advance(x_WTD, addend_WTD, norm), None
+        if self.sums and self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
+            return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
+        if residual.has_kernels(x_WTD):
+            out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
+            return out_WTD, normed_WTD, self._start_sum(out_WTD)
+        out_WTD = x_WTD + addend_WTD
+        pending = self._start_sum(out_WTD)  # as early as possible
+        return out_WTD, None if norm is None else norm(out_WTD), pending
+
+    def _start_sum(self, x_WTD: Tensor) -> PendingSum:
+        """By gloo, NCCL or an exchange."""
         if not self.sums:
             return PendingSum(x_WTD)
         overlapped = self.overlap == "overlapped"
-        if self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
-            return self._peers.start(x_WTD, method, is_waited_for=not overlapped)
         own = sum_across_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
         pending = PendingSum(own)
         if self._exchanges(own):
             self._start_exchange(pending)
         else:
             pending.total = own.clone()
-            pending.works = [self._all_reduce(pending.total, on_own_stream=overlapped)]
+            pending.works = self._all_reduce(pending.total, on_own_stream=overlapped)
         if not overlapped:
             for work in pending.works:
                 work.wait()
@@ -139,7 +147,8 @@ class DeviceGroup:
             return self._peers.sum(own)
         if not self._exchanges(own):
             own = own.contiguous()
-            self._all_reduce(own, on_own_stream=False).wait()
+            for work in self._all_reduce(own, on_own_stream=False):
+                work.wait()
             return own
         pending = PendingSum(own.contiguous())
         self._start_exchange(pending)
@@ -156,8 +165,7 @@ class DeviceGroup:
         is. May overwrite the part."""
         if self.sums and self._peers is not None and self._method_of(x_1TD.shape[1]) != "library":
             return self._peers.add(x_1TD, part_1TD, norm)
-        total_1TD = x_1TD + self.sum(part_1TD)
-        return total_1TD, None if norm is None else norm(total_1TD)
+        return residual.advance(x_1TD, self.sum(part_1TD), norm)
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """Every rank's columns side by side, on rank 0; the others get back what they gave."""
@@ -221,10 +229,11 @@ class DeviceGroup:
         works += [self._group.send([own], rank, SUM_TAG) for rank in others]
         pending.works = works
 
-    def _all_reduce(self, x: Tensor, on_own_stream: bool) -> Any:
+    def _all_reduce(self, x: Tensor, on_own_stream: bool) -> list[Any]:
         options = dist.AllreduceOptions()
         options.asyncOp = on_own_stream
-        return self._group.allreduce([x], options)
+        work = self._group.allreduce([x], options)
+        return [] if work is None else [work]  # NCCL's on the current stream is in order with what follows
 
 
 def join_group(

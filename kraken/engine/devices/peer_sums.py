@@ -40,7 +40,11 @@ FOREVER = 2**62
 class Signals(Protocol):
     """One rank's rounds; see `kraken.engine.devices.sum_kernel.Signals`."""
 
-    def publish(self, x_WRC: Tensor, slot: Tensor) -> None: ...
+    def publish(self, x_RC: Tensor, slot: Tensor) -> None: ...
+
+    def advance(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
 
     def skip(self) -> None: ...
 
@@ -50,9 +54,9 @@ class Signals(Protocol):
         self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
     ) -> Tensor | None: ...
 
-    def norm_seen(
-        self, a_WTD: Tensor, x_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
-    ) -> Tensor: ...
+    def see(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(slots=True)
@@ -66,11 +70,11 @@ class PeerSum:
     copies: torch.cuda.Stream | None = None
     """The stream that fetches the parts."""
 
-    def norm_seen(self, a_WTD: Tensor, x_WTD: Tensor, norm: Norm) -> Tensor:
-        """See `PendingSum.norm_seen`."""
+    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """See `PendingSum.see`."""
         if self.copies is not None:
-            torch.cuda.current_stream(a_WTD.device).wait_stream(self.copies)
-        return self.signals.norm_seen(a_WTD, x_WTD, self.parts, norm, self.is_waiting)
+            torch.cuda.current_stream(x_WTD.device).wait_stream(self.copies)
+        return self.signals.see(x_WTD, addend_WTD, self.parts, norm, self.is_waiting)
 
 
 class PeerSums:
@@ -108,14 +112,20 @@ class PeerSums:
         self._releases = torch.cuda.Stream(device)
         self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64).pin_memory()
 
-    def start(self, x_WTD: Tensor, method: Method, is_waited_for: bool) -> PeerSum:
-        """Begin to add up over the ranks, of each the sum over the ways that it holds.
+    def advance(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, method: Method, is_waited_for: bool
+    ) -> tuple[Tensor, Tensor | None, PeerSum]:
+        """x + addend, its norm, and its sum over the ranks, begun; of each the sum over the ways that it holds.
 
         Args:
             method: `direct` reads the others' parts in their memory when they are needed; `copied` has a copy engine
                 fetch them as soon as they are there, on a stream of its own.
         """
-        parts = self._publish(x_WTD)
+        parts = self._begin()
+        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, parts[self._rank])
+        return out_WTD, normed_WTD, self._pending(out_WTD, parts, method, is_waited_for)
+
+    def _pending(self, x_WTD: Tensor, parts: tuple[Tensor, ...], method: Method, is_waited_for: bool) -> PeerSum:
         others = parts[: self._rank] + parts[self._rank + 1 :]
         if is_waited_for:
             total_TD = torch.empty_like(x_WTD[0], memory_format=torch.contiguous_format)
@@ -133,7 +143,7 @@ class PeerSums:
 
     def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """x plus the sum of the parts, bit-equal on all ranks where x is, and the norm of it where one is asked for."""
-        parts = self._publish(part_1TD)
+        parts = self._publish(part_1TD[0])
         total_1TD = torch.empty_like(part_1TD, memory_format=torch.contiguous_format)
         normed_TD = self._signals.add_parts(x_1TD[0], parts, total_1TD[0], norm)
         return total_1TD, None if normed_TD is None else normed_TD[None]
@@ -141,14 +151,14 @@ class PeerSums:
     def sum(self, own_RC: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them."""
         total_RC = torch.empty_like(own_RC, memory_format=torch.contiguous_format)
-        self._signals.add_parts(None, self._publish(own_RC[None]), total_RC, None)
+        self._signals.add_parts(None, self._publish(own_RC), total_RC, None)
         return total_RC
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """See `DeviceGroup.gather_columns`; in several rounds where a slot is too small."""
         pieces = []
         for piece_RC in x_RC.split(max(1, self._num_values // x_RC.shape[1])):
-            parts = self._publish(piece_RC[None])
+            parts = self._publish(piece_RC)
             if self._rank == 0:
                 self._signals.wait()
                 columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in parts]
@@ -172,10 +182,15 @@ class PeerSums:
             for flags_P in self._flags:
                 flags_P.copy_(self._forever_P, non_blocking=True)
 
-    def _publish(self, x_WRC: Tensor) -> tuple[Tensor, ...]:
+    def _publish(self, x_RC: Tensor) -> tuple[Tensor, ...]:
         """A round; gives where every rank's part of it is, or will be."""
+        parts = self._begin()
+        self._signals.publish(x_RC, parts[self._rank])
+        return parts
+
+    def _begin(self) -> tuple[Tensor, ...]:
+        """Every rank's slot of the round that is to come."""
         parts = self._slots[self._turn]
-        self._signals.publish(x_WRC, parts[self._rank])
         self._turn = 1 - self._turn
         return parts
 

@@ -1,0 +1,64 @@
+"""What stands between the products of a layer of an engine: residual addition, the other ways, LayerNorm.
+
+    advance    x'   = a + FFN(...),       n = LN1(x')                         from one layer to the next
+    see        a    = x + Attn(...),      n = LN2(a + S - x)                  in a layer that reads the other ways
+
+S is the sum over all ways of x, those of other devices included. A layer that reads no others uses `advance` for both.
+
+On CUDA each is one kernel, where Triton is installed. Shape letters as in `kraken/model.py`.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from kraken.engine.norm import Norm
+from kraken.residual_norm import sum_across_ways
+
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """x + addend, and the norm of it where there is one."""
+    if has_kernels(x_WTD):
+        from kraken.engine import residual_kernel  # which imports Triton, and only CUDA has that
+
+        return residual_kernel.advance(x_WTD, addend_WTD, norm)
+    out_WTD = x_WTD + addend_WTD
+    return out_WTD, None if norm is None else norm(out_WTD)
+
+
+def see(
+    x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x + addend, and of each way held here the norm of that, the other ways' x and the part.
+
+    Args:
+        part_1TD: what other devices' ways add up to; None without any.
+        is_total: whether the ways held here are in the part.
+    """
+    if has_kernels(x_WTD):
+        from kraken.engine import residual_kernel
+
+        return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
+    a_WTD = seen_WTD = x_WTD + addend_WTD
+    if is_total:
+        assert part_1TD is not None
+        return a_WTD, norm((a_WTD + (part_1TD - x_WTD)).to(a_WTD.dtype))
+    if len(x_WTD) > 1:
+        seen_WTD = seen_WTD + (sum_across_ways(x_WTD) - x_WTD)
+    if part_1TD is not None:
+        seen_WTD = seen_WTD + part_1TD
+    return a_WTD, norm(seen_WTD.to(a_WTD.dtype))
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether what x is added to and seen with is one kernel."""
+    return x.is_cuda and x.dtype in KERNEL_TYPES and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,236 @@
+"""What stands between the products of a layer, on CUDA: one Triton kernel, which also writes and reads sums of devices.
+
+`advance` is the end of a layer and the beginning of the next, `see` the middle of one; `kraken/engine/residual.py` has
+their equations. A program computes one token, in float32.
+
+With several devices whose memory is shared, `advance` also publishes the ways' sum, and `see` reads the other ranks'
+parts, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program of `see` waits after it has
+done all that needs nobody else.
+
+Shape letters as in `kraken/model.py`, and: P ranks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kraken.engine.norm import Norm
+from kraken.residual_norm import LAYER_NORM_EPSILON
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Where one rank counts its rounds, and where it tells the others.
+
+    Args:
+        state: int64 [2] of this rank: its last round, and how many programs of a kernel are done.
+        flags_P: int64 in this rank's memory, the last round of each other rank, written by them.
+        flags_of_others: this rank's entry, int64 [1], of every other rank's flags.
+    """
+
+    rank: int
+    state: Tensor
+    flags_P: Tensor
+    flags_of_others: tuple[Tensor, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.flags_P)
+
+
+@triton.jit
+def await_round(flags_ptr, round, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Until every other rank has published this round; what it wrote before can then be read."""
+    for peer in tl.static_range(num_ranks):
+        if peer != rank:
+            # an atomic that adds nothing: one thread asks, all wait for the answer, and nothing is read before it
+            while tl.atomic_add(flags_ptr + peer, 0, sem="acquire", scope="sys") < round:
+                pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def tell_round(state_ptr, flag_ptrs, round):  # type: ignore[no-untyped-def]
+    """Tell every other rank that this one has published a round, and has read all before it."""
+    tl.store(state_ptr, round)
+    for index in tl.static_range(len(flag_ptrs)):
+        tl.atomic_xchg(flag_ptrs[index], round, sem="release", scope="sys")
+
+
+@triton.jit
+def tell_when_all_are_done(state_ptr, flag_ptrs, round, num_programs):  # type: ignore[no-untyped-def]
+    """The last of a kernel's programs tells the round, after everything that all of them have written."""
+    tl.debug_barrier()  # every thread has written before one says so
+    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys") == num_programs - 1:
+        tl.store(state_ptr + 1, 0)  # everybody else is done with it, and with reading the round
+        tell_round(state_ptr, flag_ptrs, round)
+
+
+@triton.jit
+def layer_norm(row, mask, gain, bias, width: tl.constexpr, epsilon: tl.constexpr):  # type: ignore[no-untyped-def]
+    """LayerNorm of a row whose lanes behind the end are zero."""
+    centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
+
+
+@triton.jit
+def _norm_of_way(  # type: ignore[no-untyped-def]
+    row, normed_ptr, gain_ptr, bias_ptr, way: tl.constexpr, way_stride, row_place, columns, mask,
+    has_bias: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
+):  # fmt: skip
+    gain = tl.load(gain_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.zeros_like(gain)
+    if has_bias:
+        bias = tl.load(bias_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
+    normed = layer_norm(row, mask, gain, bias, width, epsilon)
+    tl.store(normed_ptr + way * way_stride + row_place + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _advance(  # type: ignore[no-untyped-def]
+    x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
+    x_way_stride, way_stride,
+    rank: tl.constexpr, num_ranks: tl.constexpr, publishes: tl.constexpr, has_norm: tl.constexpr,
+    has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, tile)
+    mask = columns < width
+    row_place = tl.program_id(0).to(tl.int64) * width
+    places = row_place + columns
+    total = tl.zeros((tile,), tl.float32)
+    for way in tl.static_range(num_ways):
+        x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+        addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+        out = (x + addend).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + way * way_stride + places, out, mask=mask)
+        total += out.to(tl.float32)
+        if has_norm:
+            _norm_of_way(
+                out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
+                has_bias, width, epsilon,
+            )  # fmt: skip
+    if publishes:
+        round = tl.load(state_ptr) + 1
+        # whoever has published the last round has read the one before it, which is what the slot holds
+        await_round(flags_ptr, round - 1, rank, num_ranks)
+        tl.store(slot_ptr + places, total.to(slot_ptr.dtype.element_ty), mask=mask)
+        tell_when_all_are_done(state_ptr, flag_ptrs, round, tl.num_programs(0))
+
+
+@triton.jit
+def _see(  # type: ignore[no-untyped-def]
+    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, gain_ptr, bias_ptr, state_ptr, flags_ptr, x_way_stride, way_stride,
+    rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
+    has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+):  # fmt: skip
+    columns = tl.arange(0, tile)
+    mask = columns < width
+    row_place = tl.program_id(0).to(tl.int64) * width
+    places = row_place + columns
+    held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
+    for way in tl.static_range(num_ways):
+        x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+        addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+        a = (x + addend).to(a_ptr.dtype.element_ty)
+        tl.store(a_ptr + way * way_stride + places, a, mask=mask)
+        held += x
+    if waits:
+        await_round(flags_ptr, tl.load(state_ptr), rank, num_ranks)
+    parts = tl.zeros((tile,), tl.float32)
+    for index in tl.static_range(num_parts):
+        parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
+    if num_ways == 1:
+        # of what each program has still in its registers
+        seen = a.to(tl.float32) + parts
+        if is_total:
+            seen -= x
+        _norm_of_way(
+            seen, normed_ptr, gain_ptr, bias_ptr, 0, way_stride, row_place, columns, mask, has_bias, width, epsilon
+        )
+    else:
+        if not is_total:
+            parts += held
+        for way in tl.static_range(num_ways):
+            x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+            _norm_of_way(
+                seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask, has_bias, width, epsilon
+            )  # fmt: skip
+
+
+def advance(
+    x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, rounds: Rounds | None = None, slot: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x + addend, and the norm of it where there is one; with a slot also a round, whose part is the sum over W.
+
+    Args:
+        x_WTD: of equal ways where its first stride is 0.
+        slot: of this rank, of x's type, [T * D] or longer.
+    """
+    W, T, D = x_WTD.shape
+    x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
+    out_WTD = torch.empty_like(addend_WTD)
+    normed_WTD = None if norm is None else torch.empty_like(addend_WTD)
+    gain = out_WTD if norm is None else norm.weight_WD
+    tile = triton.next_power_of_2(D)
+    _advance[(T,)](
+        x_WTD, addend_WTD, out_WTD, out_WTD if normed_WTD is None else normed_WTD,
+        gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, out_WTD if slot is None else slot,
+        *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others, x_WTD.stride(0), T * D,
+        **_ranks(rounds), publishes=slot is not None, has_norm=norm is not None,
+        has_bias=norm is not None and norm.bias_WD is not None,
+        num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
+    )  # fmt: skip
+    return out_WTD, normed_WTD
+
+
+def see(
+    x_WTD: Tensor,
+    addend_WTD: Tensor,
+    norm: Norm,
+    parts: tuple[Tensor, ...] = (),
+    is_total: bool = False,
+    rounds: Rounds | None = None,
+) -> tuple[Tensor, Tensor]:
+    """a = x + addend, and of each way held here the norm of a, the other ways' x and the parts.
+
+    Args:
+        parts: of x's type, [T * D] values or more each.
+        is_total: whether the ways held here are in the parts.
+        rounds: the parts are the others' of this round, to be waited for; None where they are there.
+    """
+    W, T, D = x_WTD.shape
+    x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
+    a_WTD, normed_WTD = torch.empty_like(addend_WTD), torch.empty_like(addend_WTD)
+    gain, bias = norm.weight_WD, norm.bias_WD
+    tile = triton.next_power_of_2(D)
+    _see[(T,)](
+        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, normed_WTD, gain, gain if bias is None else bias,
+        *_pointers(rounds, a_WTD), x_WTD.stride(0), T * D,
+        **_ranks(rounds), waits=rounds is not None, num_parts=len(parts), is_total=is_total,
+        has_bias=bias is not None, num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON,
+        num_warps=num_warps(tile),
+    )  # fmt: skip
+    return a_WTD, normed_WTD
+
+
+def num_warps(tile: int) -> int:
+    """For a row of so many values, eight a thread."""
+    return min(16, max(1, tile // 256))
+
+
+def _with_plain_rows(x_WTD: Tensor) -> Tensor:
+    """Tokens one after the other; the ways may be one in memory."""
+    return x_WTD if x_WTD[0].is_contiguous() else x_WTD.contiguous()
+
+
+def _pointers(rounds: Rounds | None, anything: Tensor) -> tuple[Tensor, Tensor]:
+    return (anything, anything) if rounds is None else (rounds.state, rounds.flags_P)
+
+
+def _ranks(rounds: Rounds | None) -> dict[str, int]:
+    return {"rank": 0, "num_ranks": 1} if rounds is None else {"rank": rounds.rank, "num_ranks": rounds.num_ranks}
