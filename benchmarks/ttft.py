@@ -7,25 +7,29 @@
 
 Random weights of the shapes of GPT-2 and GPT-3; Kraken has as many ways as there are devices, the same layers, and a
 width that makes its parameters equal. All contestants of a size take turns (with `--apart` one after the other, each
-with all its rounds); times are medians. On CUDA the standard model runs twice, with NCCL's sums (`nccl`) and with
-whatever is fastest for each message (`auto`, see `engine.sums`), which the others use too. `docs/latency.md` says what
-the modes are.
+with all its rounds); times are medians. On CUDA the standard model and Kraken run with NCCL's sums (`nccl`) and with
+whatever is fastest for each message (`auto`, see `engine.sums`), the parallel model with the latter.
+`docs/latency.md` says what the modes are.
 
 Before the last line, a table. The last line is JSON:
 
     rows                    one per size, architecture, `sums` and prompt: TTFT of each mode in ms at batch 1; TPOT of
-                            each mode in ms at each batch; the time of NCCL's or gloo's sums alone; exposed
-                            communication; speed-up of TTFT over the standard model with NCCL's sums, and with the best
-                            (on a CPU both are gloo's); roofline_ratio, TTFT over the longer of floating-point
-                            operations at the matrix rate and weights at the memory's bandwidth, both measured before
+                            each mode in ms at each batch, after prompts of the first length; the time of NCCL's or
+                            gloo's sums alone; share_of_communication, 1 - none / blocking; exposed communication,
+                            (overlapped - none) / (blocking - none), and exposed_vs_nccl, where blocking is NCCL's;
+                            speed-up of TTFT over the standard model with NCCL's sums, and with the best (on a CPU both
+                            are gloo's); roofline_ratio, TTFT over the longer of floating-point operations at the matrix
+                            rate and weights at the memory's bandwidth, both measured before
     speedup_geomean         of Kraken over the standard model with NCCL's (gloo's) sums, TTFT, all sizes and prompts
     speedup_geomean_vs_best     the same over the standard model with the best sums
-    exposed_communication_max   of Kraken: (overlapped - none) / (blocking - none) of TTFT
+    exposed_communication_max   of Kraken with the best sums
+    exposed_vs_nccl_max     likewise
 """
 
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -66,8 +70,11 @@ MODES = {
     "parallel": ("blocking", "none"),
     "kraken": ("overlapped", "blocking", "none"),
 }
+BEST_SUMS, PLAIN_SUMS = "auto", "nccl"
 Name = tuple[str, str, str]
 """Architecture, `engine.sums`, mode."""
+BLOCK = 16
+"""Tokens of a block of the cache."""
 NUM_SUMS_ALONE = 5
 """How often a prompt's sums are timed by themselves."""
 
@@ -127,9 +134,13 @@ class Contestant:
         return self._loop.run(all_of_them())
 
     def close(self) -> None:
-        """End its processes."""
+        """End its processes, and give back its memory."""
         self._loop.run(self._engine.close())
         self._loop.close()
+        del self._engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def shapes(size: str, num_devices: int, context: int, vocabulary: int) -> dict[str, ModelConfig]:
@@ -233,13 +244,14 @@ def rates_of(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def names_of(args: argparse.Namespace) -> list[Name]:
-    """All contestants of a size."""
-    every = {"standard": ("nccl", "auto") if args.device == "cuda" else ("auto",)}
+    """All contestants of a size. Without sums it does not matter whose they would be."""
+    every = {"standard": (PLAIN_SUMS, BEST_SUMS), "kraken": (PLAIN_SUMS, BEST_SUMS)} if args.device == "cuda" else {}
     return [
         (architecture, sums, mode)
         for architecture in args.architectures
-        for sums in every.get(architecture, ("auto",))
+        for sums in every.get(architecture, (BEST_SUMS,))
         for mode in MODES[architecture]
+        if mode != "none" or sums == BEST_SUMS
     ]
 
 
@@ -249,9 +261,11 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     names = names_of(args)
     rates = rates_of(args)
     ttft_s: dict[tuple[Name, int], list[float]] = {}
-    tpot_s: dict[tuple[Name, int], dict[int, list[float]]] = {}
+    tpot_s: dict[tuple[Name, int], list[float]] = {}
+    # what decodes together, and every prompt
+    tokens_kept = max(max(args.batches) * (args.prompts[0] + args.new_tokens + BLOCK), max(args.prompts) + 2 * BLOCK)
 
-    def open_one(architecture: str, sums: Any, mode: Any) -> Contestant:
+    def open_one(architecture: str, sums: Any, mode: Any, meeting: Meeting) -> Contestant:
         config = EngineConfig(
             device=args.device,
             dtype=args.dtype,
@@ -261,30 +275,37 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             sums=sums,
             max_batch_size=max(args.batches),
             max_step_tokens=max(*args.prompts, *args.batches),
+            kv_cache_tokens=tokens_kept + args.new_tokens,
+            tokens_per_block=BLOCK,
             prefix_reuse=False,
+            cuda_graph_sizes=tuple(sorted({*args.prompts, *args.batches})) if args.device == "cuda" else (),
         )
-        return Contestant(architecture, models[architecture], config)
+        return Contestant(architecture, models[architecture], config, meeting)
 
     def take_turns(group: Sequence[Name]) -> None:
-        contestants = [open_one(*name) for name in group]
+        contestants: list[Contestant] = []
         try:
+            for name in group:
+                contestants.append(open_one(*name, meetings.pop(name)))
             for prompt_tokens in args.prompts:
                 for turn in range(args.rounds + 1):
                     for name, contestant in zip(group, contestants, strict=True):
                         first_s = contestant.seconds(prompt_tokens)[0]
-                        later_s = {
-                            batch: contestant.seconds_per_token(batch, prompt_tokens, args.new_tokens)
-                            for batch in args.batches
-                        }
                         if turn > 0:  # the first one warms up
                             ttft_s.setdefault((name, prompt_tokens), []).append(first_s)
-                            by_batch = tpot_s.setdefault((name, prompt_tokens), {batch: [] for batch in args.batches})
-                            for batch, value in later_s.items():
-                                by_batch[batch].append(value)
+            for batch in args.batches:
+                for turn in range(args.decode_rounds + 1):
+                    for name, contestant in zip(group, contestants, strict=True):
+                        later_s = contestant.seconds_per_token(batch, args.prompts[0], args.new_tokens)
+                        if turn > 0:
+                            tpot_s.setdefault((name, batch), []).append(later_s)
         finally:
             for contestant in contestants:
                 contestant.close()
 
+    meetings = {name: Meeting(args.devices) for name in names}
+    for meeting in meetings.values():  # all processes begin now, since that takes longer than anything else
+        meeting.launch(max(1, args.threads // args.devices))
     for group in [[name] for name in names] if args.apart else [names]:
         take_turns(group)
     cases = [(architecture, prompt) for architecture in args.architectures for prompt in args.prompts]
@@ -293,24 +314,22 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     for prompt_tokens in args.prompts:
         of_prompt = []
         for architecture, sums in dict.fromkeys(name[:2] for name in names):
-            modes = MODES[architecture]
-            ttft_ms = {
-                mode: statistics.median(ttft_s[(architecture, sums, mode), prompt_tokens]) * 1e3 for mode in modes
-            }
+            found = {name[2]: name for name in names if name[:2] == (architecture, sums)}
+            found.setdefault("none", (architecture, BEST_SUMS, "none"))
+            ttft_ms = {mode: statistics.median(ttft_s[name, prompt_tokens]) * 1e3 for mode, name in found.items()}
             tpot_ms = {
-                mode: {
-                    str(batch): round(statistics.median(values) * 1e3, 3)
-                    for batch, values in tpot_s[(architecture, sums, mode), prompt_tokens].items()
-                }
-                for mode in modes
+                mode: {str(batch): round(statistics.median(tpot_s[name, batch]) * 1e3, 3) for batch in args.batches}
+                for mode, name in found.items()
             }
             row = row_of(size, models[architecture], sums, prompt_tokens, ttft_ms, alone[architecture, prompt_tokens])
             roofline_ms = roofline_seconds(models[architecture], prompt_tokens, args.devices, rates) * 1e3
             of_prompt.append(row | {"tpot_ms": tpot_ms, "roofline_ratio": round(best(ttft_ms) / roofline_ms, 4)})
         bases = {row["sums"]: best(row["ttft_ms"]) for row in of_prompt if row["architecture"] == "standard"}
+        waits = {row["sums"]: row["ttft_ms"]["blocking"] for row in of_prompt if row["architecture"] == "kraken"}
         for row in of_prompt:
-            row["speedup"] = ratio(bases.get("nccl", bases.get("auto")), row)
-            row["speedup_vs_best"] = ratio(bases.get("auto"), row)
+            row["speedup"] = ratio(bases.get(PLAIN_SUMS, bases.get(BEST_SUMS)), row)
+            row["speedup_vs_best"] = ratio(bases.get(BEST_SUMS), row)
+            row["exposed_vs_nccl"] = exposed(row["ttft_ms"], waits.get(PLAIN_SUMS))
             say(row)
         rows += of_prompt
     return rows
@@ -321,9 +340,6 @@ def row_of(
 ) -> dict[str, Any]:
     """One architecture at one prompt length."""
     ttft_ms = {mode: round(value, 3) for mode, value in ttft_ms.items()}
-    exposed = None
-    if "overlapped" in ttft_ms and ttft_ms["blocking"] > ttft_ms["none"]:
-        exposed = round((ttft_ms["overlapped"] - ttft_ms["none"]) / (ttft_ms["blocking"] - ttft_ms["none"]), 4)
     return {
         "size": size,
         "architecture": shape.architecture,
@@ -334,8 +350,16 @@ def row_of(
         "prompt_tokens": prompt_tokens,
         "ttft_ms": ttft_ms,
         "sums_alone_ms": round(alone_s * 1e3, 3),
-        "exposed_communication": exposed,
+        "share_of_communication": round(1.0 - ttft_ms["none"] / ttft_ms["blocking"], 4),
+        "exposed_communication": exposed(ttft_ms, ttft_ms["blocking"]),
     }
+
+
+def exposed(ttft_ms: dict[str, float], blocking_ms: float | None) -> float | None:
+    """Share of what waiting costs that is left when nobody waits before they must."""
+    if "overlapped" not in ttft_ms or blocking_ms is None or blocking_ms <= ttft_ms["none"]:
+        return None
+    return round((ttft_ms["overlapped"] - ttft_ms["none"]) / (blocking_ms - ttft_ms["none"]), 4)
 
 
 def ratio(base_ms: float | None, row: dict[str, Any]) -> float | None:
@@ -355,7 +379,8 @@ def say(row: dict[str, Any]) -> None:
     )
     print(
         f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['sums']:5} {row['parameters']:15,}  "
-        f"sums alone {row['sums_alone_ms']:8.1f}  exposed {row['exposed_communication']}  speed-up {row['speedup']} "
+        f"sums alone {row['sums_alone_ms']:8.1f}  share {row['share_of_communication']:.2f}  "
+        f"exposed {row['exposed_communication']} ({row['exposed_vs_nccl']} of NCCL's)  speed-up {row['speedup']} "
         f"({row['speedup_vs_best']} over the best)  roofline {row['roofline_ratio']}  TTFT/TPOT {modes}",
         flush=True,
     )
@@ -370,7 +395,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(max(6, 1.1 * len(labels)), 3.6), layout="constrained")
     axes = figure.add_subplot()
     for index, name in enumerate(others):
-        found = {(row["size"], row["prompt_tokens"]): row["speedup"] for row in rows if row["architecture"] == name}
+        found = {
+            (row["size"], row["prompt_tokens"]): row["speedup"]
+            for row in rows
+            if row["architecture"] == name and row["sums"] == BEST_SUMS
+        }
         values = [found[label] for label in labels]
         places = [place + (index - (len(others) - 1) / 2) * 0.4 for place in range(len(labels) + 1)]
         axes.bar(places, [*values, geomean(values)], width=0.38, label=name)
@@ -398,7 +427,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, divided among the processes")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of prompts (5)")
+    parser.add_argument("--decode-rounds", type=int, default=3, help="of batches that decode (3)")
     parser.add_argument("--apart", action="store_true", help="one engine in memory at a time")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args()
@@ -408,11 +438,14 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("kraken.engine").setLevel(logging.INFO)  # says how the devices add up
     rows = [row for size in args.sizes for row in measure(args, size)]
-    kraken = [row for row in rows if row["architecture"] == "kraken"]
+    kraken = [row for row in rows if row["architecture"] == "kraken" and row["sums"] == BEST_SUMS]
     speedups, speedups_vs_best = (
         [row[key] for row in kraken if row[key] is not None] for key in ("speedup", "speedup_vs_best")
     )
-    exposed = [row["exposed_communication"] for row in kraken if row["exposed_communication"] is not None]
+    largest_exposed = {
+        key: max((row[key] for row in kraken if row[key] is not None), default=None)
+        for key in ("exposed_communication", "exposed_vs_nccl")
+    }
     if args.figure is not None and speedups:
         draw(rows, args.figure)
     result = {
@@ -422,7 +455,8 @@ def main() -> None:
         "rows": rows,
         "speedup_geomean": round(geomean(speedups), 4) if speedups else None,
         "speedup_geomean_vs_best": round(geomean(speedups_vs_best), 4) if speedups_vs_best else None,
-        "exposed_communication_max": max(exposed, default=None),
+        "exposed_communication_max": largest_exposed["exposed_communication"],
+        "exposed_vs_nccl_max": largest_exposed["exposed_vs_nccl"],
     }
     print(json.dumps(result))
 

@@ -370,6 +370,9 @@ class EngineConfig:
     cuda_graphs: bool = True
     """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts, on every device: some
     seconds then, and a fraction of the time per token."""
+    cuda_graph_sizes: tuple[int, ...] = ()
+    """Numbers of tokens to record graphs for: of prompts, and as batches where they are not above `max_batch_size`. A
+    step takes the next larger one, and where there is none runs without a graph. Empty: four to each power of two."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 
@@ -381,6 +384,11 @@ class EngineConfig:
             self.max_step_tokens >= self.max_batch_size,
             f"engine.max_step_tokens={self.max_step_tokens} is below engine.max_batch_size={self.max_batch_size}, and "
             "every request of a batch needs one token a step; raise the first or lower the second",
+        )
+        _require(
+            all(size > 0 for size in self.cuda_graph_sizes) and (self.cuda_graphs or not self.cuda_graph_sizes),
+            f"engine.cuda_graph_sizes={self.cuda_graph_sizes} must be positive numbers of tokens, and needs "
+            "engine.cuda_graphs; leave it out for sizes that suit every step",
         )
         _require(
             self.kv_cache_tokens >= 0,

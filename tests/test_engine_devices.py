@@ -167,7 +167,8 @@ class TestPartition:
 
 def test_a_step_is_told_as_it_is() -> None:
     chunks = [Chunk([5, 6, 7], 0, [2, 9], 0), Chunk([8], 41, [1], 1), Chunk([], 0, [], 0)]
-    assert unpack_step(pack_step(chunks)) == chunks
+    found = unpack_step(pack_step(chunks))
+    assert [dataclasses.replace(c, token_ids=list(c.token_ids), blocks=list(c.blocks)) for c in found] == chunks
 
 
 def test_the_mode_without_sums_is_for_benchmarks_only() -> None:

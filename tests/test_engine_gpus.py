@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from kraken.config import EngineConfig, ModelConfig
@@ -21,6 +22,7 @@ from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.devices import choose_sums
 from kraken.engine.devices.meeting import Meeting, RanksError
 from kraken.engine.devices.ranks import Source
+from kraken.engine.linear import PlainLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
@@ -229,3 +231,22 @@ class TestFailure:
 
 def test_graphs_of_one_gpu_equal_it_without(source: Source, alone: list[list[Output]]) -> None:
     assert_equal(run(source, requests(8), cuda_graphs=True), alone)
+
+
+def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
+    torch.manual_seed(0)
+    weight_1OI, bias_1O = torch.randn(1, 96, 64, device="cuda"), torch.randn(1, 96, device="cuda")
+    x_1TI = torch.randn(1, 7, 64, device="cuda")
+    for bias in (None, bias_1O):
+        linear = PlainLinear(weight_1OI.bfloat16(), None if bias is None else bias.bfloat16(), "gelu")
+        y_TO = x_1TI.bfloat16()[0].double() @ weight_1OI[0].bfloat16().double().t()
+        y_TO = y_TO if bias is None else y_TO + bias[0].bfloat16().double()
+        expected_TO = F.gelu(y_TO, approximate="tanh")
+        torch.testing.assert_close(linear(x_1TI.bfloat16())[0].double(), expected_TO, rtol=2**-7, atol=0.01)
+
+
+@pytest.mark.skipif(not HAS_TWO, reason="for several GPUs")
+def test_one_engine_after_the_other_over_nccl(source: Source, alone: list[list[Output]]) -> None:
+    """Graphs hold sums, and whoever closes an engine gives them back first; else the second one waits for ever."""
+    for _ in range(2):
+        assert_equal(run(source, requests(8), "nccl", num_devices=2, cuda_graph_sizes=(1, 4, 16)), alone)

@@ -73,7 +73,12 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
 @SIZES
 @pytest.mark.parametrize("num_ways", [1, 3])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_layer_of_ways_divided_among_ranks(num_ranks: int, num_ways: int, has_bias: bool) -> None:
+def test_a_layer_of_ways_divided_among_ranks(
+    num_ranks: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kraken.engine import residual_kernel
+
+    monkeypatch.setattr(residual_kernel, "MAX_PUBLISHING", 3)  # so that a program has several tokens
     torch.manual_seed(0)
     T, D = 4, 40
     ranks, norm = make_ranks(num_ranks), make_norm(num_ways, D, has_bias)

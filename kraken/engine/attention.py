@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.chunk import Numbers
 from kraken.engine.cpu_kernels import cpu_kernels, huge_zeros
 
 PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -30,7 +31,7 @@ class Piece:
     start: int
     """Position of the first of them."""
     num_tokens: int
-    blocks: Sequence[int]
+    blocks: Numbers
     """The sequence's blocks from its first token on, enough for these tokens."""
 
 
@@ -92,7 +93,7 @@ class PagedCache:
         kernels = self._kernels
         assert kernels is not None
         size = self.tokens_per_block
-        few: list[tuple[int, int, Sequence[int]]] = []  # each token's row, how many keys it sees, its blocks
+        few: list[tuple[int, int, Numbers]] = []  # each token's row, how many keys it sees, its blocks
         many: list[tuple[slice, int, Tensor]] = []  # each part's rows, its start, its blocks
         for piece, end in zip(pieces, ends, strict=True):
             first = end - piece.num_tokens
@@ -140,7 +141,7 @@ class PagedCache:
             mask_TS=mask,
         )
 
-    def _runs(self, blocks: Sequence[int], num_tokens: int) -> list[slice]:
+    def _runs(self, blocks: Numbers, num_tokens: int) -> list[slice]:
         """The slots of a sequence's first tokens as few runs."""
         size = self.tokens_per_block
         used = np.asarray(blocks[: -(-num_tokens // size)], dtype=np.int64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from kraken.engine.attention import PagedCache
-from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.chunk import Chunk, GraphSizes, Numbers
 from kraken.engine.network import Network
 from kraken.engine.paged_kernel import num_parts_for, paged_decode, paged_store
 from kraken.model import FASTEST_ATTENTION_FIRST
@@ -39,6 +39,18 @@ def sizes_up_to(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+def recorded_sizes(most: int, chosen: Sequence[int], least: int = 1) -> list[int]:
+    """Numbers of tokens that have a recording, in ascending order.
+
+    Args:
+        chosen: take these, as far as they are not above `most`.
+        least: the smallest that is worth one, where nobody has chosen.
+    """
+    if chosen:
+        return sorted({size for size in chosen if size <= most})
+    return [size for size in sizes_up_to(most) if size >= min(least, most)]
+
+
 class GraphedForward:
     """The recordings of one engine.
 
@@ -49,19 +61,20 @@ class GraphedForward:
         self._network, self._cache = network, cache
         self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
         self._pool = torch.cuda.graph_pool_handle()
-        self._batch_sizes = sizes_up_to(sizes.max_batch_size)
-        self._prompt_sizes = [
-            size for size in sizes_up_to(sizes.max_prompt_tokens) if size >= min(16, sizes.max_prompt_tokens)
-        ]
-        # the largest first: the others then fit into its memory
-        self._decodes = {
-            size: _Recording(self._decode, (size, 2 + sizes.max_blocks), self._pool, network.device)
-            for size in reversed(self._batch_sizes)
-        }
-        self._prompts = {
-            size: _Recording(self._prompt, (2 * size + 1,), self._pool, network.device)
-            for size in reversed(self._prompt_sizes)
-        }
+        self._batch_sizes = recorded_sizes(sizes.max_batch_size, sizes.chosen)
+        self._prompt_sizes = recorded_sizes(sizes.max_prompt_tokens, sizes.chosen, least=16)
+        self._decodes: dict[int, _Recording] = {}
+        self._prompts: dict[int, _Recording] = {}
+        try:
+            # the largest first: the others then fit into its memory
+            for size in reversed(self._batch_sizes):
+                shape: tuple[int, ...] = (size, 2 + sizes.max_blocks)
+                self._decodes[size] = _Recording(self._decode, shape, self._pool, network.device)
+            for size in reversed(self._prompt_sizes):
+                self._prompts[size] = _Recording(self._prompt, (2 * size + 1,), self._pool, network.device)
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor | None:
         """float32 logits [rows, ids] of a step, overwritten by the next; None where no recording fits."""
@@ -92,7 +105,12 @@ class GraphedForward:
         values[size : size + num_tokens] = self._slots(chunk.blocks, num_tokens)
         return recording.replay()
 
-    def _slots(self, blocks: Sequence[int], num_tokens: int) -> np.ndarray:
+    def close(self) -> None:
+        """Give everything back; a step that is on the device still ends. NCCL's groups cannot end before this."""
+        for recording in (*self._decodes.values(), *self._prompts.values()):
+            recording.close()
+
+    def _slots(self, blocks: Numbers, num_tokens: int) -> np.ndarray:
         """Where a sequence's first tokens are in the cache."""
         size = self._cache.tokens_per_block
         first_slots = np.asarray(blocks[: -(-num_tokens // size)], dtype=np.int32) * size
@@ -150,3 +168,6 @@ class _Recording:
         self._inputs.copy_(self.host, non_blocking=True)
         self._graph.replay()
         return self._logits
+
+    def close(self) -> None:
+        self._graph.reset()

@@ -89,13 +89,17 @@ class BlockPool:
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Hold more blocks until `num_tokens` fit; the caller has made sure that there are as many."""
-        for _ in range(self.blocks_for(num_tokens) - len(table.blocks)):
-            neighbour = table.blocks[-1] + 1 if table.blocks else -1
-            block = neighbour if neighbour in self._free else next(iter(self._free))
-            del self._free[block]
-            self._forget(block)
+        free, blocks = self._free, table.blocks
+        block = blocks[-1] if blocks else -2
+        for _ in range(self.blocks_for(num_tokens) - len(blocks)):
+            block += 1  # its neighbour, where that is free
+            if block not in free:
+                block = next(iter(free))
+            del free[block]
+            if self._reuse:
+                self._forget(block)
             self._num_holders[block] = 1
-            table.blocks.append(block)
+            blocks.append(block)
 
     def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Let others find the full blocks among the first `num_computed` tokens."""

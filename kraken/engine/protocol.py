@@ -194,9 +194,9 @@ def check_request(request: Request, info: EngineInfo) -> None:
     num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
     if num_prompt == 0:
         raise RequestError("prompt is empty; give at least one token")
-    bad = next((i for i in request.prompt_ids if not 0 <= i < info.num_ids), None)
-    if bad is not None:
-        raise RequestError(f"prompt holds token id {bad}; this model's ids are 0..{info.num_ids - 1}")
+    for extreme in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= extreme < info.num_ids:
+            raise RequestError(f"prompt holds token id {extreme}; this model's ids are 0..{info.num_ids - 1}")
     limit = info.context_length + (max_tokens == 0)
     if num_prompt + max_tokens > limit:
         raise RequestError(

@@ -20,6 +20,9 @@ from torch import Tensor
 from kraken.engine.norm import Norm
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
+MAX_PUBLISHING = 512
+"""Programs that publish together. More would fill no GPU better, and each waits and counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
@@ -64,7 +67,8 @@ def tell_round(state_ptr, flag_ptrs, round):  # type: ignore[no-untyped-def]
 def tell_when_all_are_done(state_ptr, flag_ptrs, round, num_programs):  # type: ignore[no-untyped-def]
     """The last of a kernel's programs tells the round, after everything that all of them have written."""
     tl.debug_barrier()  # every thread has written before one says so
-    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="sys") == num_programs - 1:
+    # among these programs the device's order is enough: what the last one has seen, its signal carries to the others
+    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
         tl.store(state_ptr + 1, 0)  # everybody else is done with it, and with reading the round
         tell_round(state_ptr, flag_ptrs, round)
 
@@ -92,31 +96,35 @@ def _norm_of_way(  # type: ignore[no-untyped-def]
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
-    x_way_stride, way_stride,
+    num_tokens, x_way_stride, way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, publishes: tl.constexpr, has_norm: tl.constexpr,
     has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
-    row_place = tl.program_id(0).to(tl.int64) * width
-    places = row_place + columns
-    total = tl.zeros((tile,), tl.float32)
-    for way in tl.static_range(num_ways):
-        x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        out = (x + addend).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + way * way_stride + places, out, mask=mask)
-        total += out.to(tl.float32)
-        if has_norm:
-            _norm_of_way(
-                out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
-                has_bias, width, epsilon,
-            )  # fmt: skip
+    round = tl.full((), 0, tl.int64)
     if publishes:
         round = tl.load(state_ptr) + 1
         # whoever has published the last round has read the one before it, which is what the slot holds
         await_round(flags_ptr, round - 1, rank, num_ranks)
-        tl.store(slot_ptr + places, total.to(slot_ptr.dtype.element_ty), mask=mask)
+    for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        row_place = token * tl.full((), width, tl.int64)
+        places = row_place + columns
+        total = tl.zeros((tile,), tl.float32)
+        for way in tl.static_range(num_ways):
+            x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            out = (x + addend).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + way * way_stride + places, out, mask=mask)
+            total += out.to(tl.float32)
+            if has_norm:
+                _norm_of_way(
+                    out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
+                    has_bias, width, epsilon,
+                )  # fmt: skip
+        if publishes:
+            tl.store(slot_ptr + places, total.to(slot_ptr.dtype.element_ty), mask=mask)
+    if publishes:
         tell_when_all_are_done(state_ptr, flag_ptrs, round, tl.num_programs(0))
 
 
@@ -158,7 +166,8 @@ def _see(  # type: ignore[no-untyped-def]
             addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
             seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
             _norm_of_way(
-                seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask, has_bias, width, epsilon
+                seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
+                has_bias, width, epsilon,
             )  # fmt: skip
 
 
@@ -177,10 +186,11 @@ def advance(
     normed_WTD = None if norm is None else torch.empty_like(addend_WTD)
     gain = out_WTD if norm is None else norm.weight_WD
     tile = triton.next_power_of_2(D)
-    _advance[(T,)](
+    _advance[(T if slot is None else min(T, MAX_PUBLISHING),)](
         x_WTD, addend_WTD, out_WTD, out_WTD if normed_WTD is None else normed_WTD,
         gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, out_WTD if slot is None else slot,
-        *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others, x_WTD.stride(0), T * D,
+        *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others,
+        T, x_WTD.stride(0), T * D,
         **_ranks(rounds), publishes=slot is not None, has_norm=norm is not None,
         has_bias=norm is not None and norm.bias_WD is not None,
         num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),

@@ -1,8 +1,10 @@
 """The runner: one forward pass over pieces of any lengths, prompts and single tokens mixed."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +47,15 @@ class Runner:
         return ""
 
     def close(self) -> None:
-        """Nothing to end but memory."""
+        """Give back what was recorded, and leave the group; nothing is computed afterwards."""
+        self.drop_graphs()
+        self.network.group.close()
+
+    def drop_graphs(self) -> None:
+        """Compute kernel by kernel from now on."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -58,14 +68,11 @@ class Runner:
         if self._graphs is not None and (logits_RV := self._graphs.run(chunks)) is not None:
             return logits_RV
         device = self.network.device
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        for chunk in chunks:
-            ids += chunk.token_ids
-            positions += range(chunk.start, chunk.start + len(chunk.token_ids))
-            rows += range(len(ids) - chunk.num_logits, len(ids))
+        ids = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks])
+        ends = accumulate(len(chunk.token_ids) for chunk in chunks)
+        rows = [row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.num_logits, end)]
         pieces = [Piece(chunk.start, len(chunk.token_ids), chunk.blocks) for chunk in chunks]
-        ids_T, positions_T = torch.tensor(ids, device=device), torch.tensor(positions, device=device)
+        ids_T, positions_T = (torch.from_numpy(values).to(device) for values in (ids, positions))
         rows_R = None if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64, device=device)
         return self.network(ids_T, positions_T, self.cache.attend(pieces), rows_R)

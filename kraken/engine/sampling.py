@@ -48,10 +48,11 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     else:
         best_B, chosen_B = logits_BV.max(dim=-1)
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-        sound_B = best_B.isfinite()
+        sound_B = best_B.abs() < torch.inf  # also not so where it is not a number
     if rows:
         chosen_B[rows] = _draw(logits_BV if len(rows) == len(draws) else logits_BV[rows], [draws[row] for row in rows])
-    return [token if sound else None for token, sound in zip(chosen_B.tolist(), sound_B.tolist(), strict=True)]
+    # one tensor, since from a device each would be waited for
+    return [None if token < 0 else token for token in chosen_B.where(sound_B, -1).tolist()]
 
 
 def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:

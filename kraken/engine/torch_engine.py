@@ -523,6 +523,7 @@ def _graph_sizes(config: EngineConfig, model: ModelConfig) -> GraphSizes:
         max_batch_size=config.max_batch_size,
         max_prompt_tokens=min(config.max_step_tokens, model.context_length),
         max_blocks=-(-model.context_length // config.tokens_per_block),
+        chosen=config.cuda_graph_sizes,
     )
 
 

@@ -207,9 +207,11 @@ class DeviceGroup:
             self._group.abort()
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up. Over NCCL whatever graph holds sums must have been given back, or this waits for it."""
         if self._exchange is not None:
             self._exchange.close()
+        if self._is_nccl:
+            self._group.abort()  # the others may be gone, and nothing is in flight
 
     def _exchanges(self, x: Tensor) -> bool:
         if self._is_nccl:

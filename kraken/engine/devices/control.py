@@ -7,6 +7,7 @@ step. Nothing that arrives is executed or unpickled.
 import json
 import socket
 import struct
+from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
@@ -92,22 +93,21 @@ class Connection:
 
 def pack_step(chunks: Sequence[Chunk]) -> bytes:
     """Chunks as int32: how many; of each its start, tokens, blocks and logits; then all ids and all blocks."""
-    numbers = [len(chunks)]
+    numbers = array("i", [len(chunks)])
     for chunk in chunks:
-        numbers += (chunk.start, len(chunk.token_ids), len(chunk.blocks), chunk.num_logits)
+        numbers.extend((chunk.start, len(chunk.token_ids), len(chunk.blocks), chunk.num_logits))
     for chunk in chunks:
-        numbers += chunk.token_ids
+        numbers.extend(chunk.token_ids)
     for chunk in chunks:
-        numbers += chunk.blocks
-    return np.asarray(numbers, dtype=np.int32).tobytes()
+        numbers.extend(chunk.blocks)
+    return numbers.tobytes()
 
 
 def unpack_step(payload: bytes) -> list[Chunk]:
-    """The inverse of `pack_step`."""
-    numbers: list[int] = np.frombuffer(payload, dtype=np.int32).tolist()
-    count = numbers[0]
-    heads = [numbers[1 + 4 * index : 5 + 4 * index] for index in range(count)]
-    ids_at = 1 + 4 * count
+    """The inverse of `pack_step`, of which ids and blocks stay arrays."""
+    numbers = np.frombuffer(payload, dtype=np.int32).copy()
+    ids_at = 1 + 4 * int(numbers[0])
+    heads: list[list[int]] = numbers[1:ids_at].reshape(-1, 4).tolist()
     blocks_at = ids_at + sum(num_tokens for _, num_tokens, _, _ in heads)
     chunks = []
     for start, num_tokens, num_blocks, num_logits in heads:

@@ -224,7 +224,7 @@ class Followers:
             if process.stdin is not None:
                 process.stdin.close()
         if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join()
+            self._watcher.join(STOP_TIMEOUT_S)
         for connection in self._connections.values():
             connection.close()
 

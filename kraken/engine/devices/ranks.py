@@ -105,8 +105,9 @@ class LeadRunner(Runner):
 
     def close(self) -> None:
         """End the other ranks."""
+        self.drop_graphs()  # whoever watches may be breaking off sums that are in them
         self._followers.stop()
-        self.network.group.close()
+        super().close()
 
     def _require_sound(self) -> None:
         if self.failure:
@@ -220,7 +221,7 @@ def follow(invitation: Invitation) -> None:
         Exception: whatever failed here; the leader has been told.
     """
     connection = connect(invitation)
-    group = DeviceGroup()
+    group, runner = DeviceGroup(), None
     try:
         network, store, terms = _prepare(connection, invitation.rank)
         group = network.group
@@ -235,6 +236,8 @@ def follow(invitation: Invitation) -> None:
         while (frame := connection.receive())[0] is Kind.STEP:
             runner.forward(unpack_step(frame[1]))
     except ConnectionLost:
+        if runner is not None:
+            runner.drop_graphs()  # or NCCL would wait for them
         group.abort()  # its device may wait for the leader's
         raise
     except Exception as error:
@@ -243,6 +246,8 @@ def follow(invitation: Invitation) -> None:
         raise
     finally:
         connection.close()
+        if runner is not None:
+            runner.close()
 
 
 def _prepare(connection: Connection, rank: int) -> tuple[Network, Store, dict[str, Any]]:
