@@ -64,11 +64,11 @@ def main() -> None:
     device, run = torch.device(args.device), PRESETS[args.preset]()
     precision = choose_precision(args.precision, device)
     torch.manual_seed(0)
-    with device:
-        model = Kraken(run.model)
-        model.init_weights(seed=0)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+    model = Kraken(run.model)
+    model.init_weights(seed=0)  # drawn on the CPU
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
     updates = contestants(model, run.train.weight_decay, precision.compute)
     times: dict[str, list[float]] = {name: [] for name in updates}
     for update in updates.values():

@@ -160,8 +160,8 @@ def shapes(size: str, num_devices: int, context: int, vocabulary: int) -> dict[s
         standard, architecture="kraken", num_ways=num_devices, num_heads=num_devices, ffn_multiple=2
     )
     budget = plan.num_parameters(standard)
-    # a width in steps of 64 and head size 64, 96 or 128, where that is near enough
-    aligned = plan.aligned_widths(ways, budget)[0][0]
+    # a width in steps of 64 and the largest head size of 64, 96 and 128, where that is near enough
+    aligned = plan.aligned_widths(ways, budget)[0][-1]
     is_near = abs(plan.num_parameters(aligned) / budget - 1) < 0.02
     kraken = aligned if is_near else plan.matched(standard, "kraken", num_devices)
     return {"standard": standard, "parallel": dataclasses.replace(standard, architecture="parallel"), "kraken": kraken}

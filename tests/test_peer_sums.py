@@ -42,16 +42,21 @@ class PlainSignals:
     def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
         self.rank, self.flags_P, self.flags_of_others, self.round = rank, flags_P, flags_of_others, 0
 
-    def publish(self, x_RC: Tensor, slot: Tensor) -> None:
-        self._await(self.round)
+    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None:
+        if awaits:
+            self._await(self.round)
+        elif any(int(flag) < self.round for peer, flag in enumerate(self.flags_P) if peer != self.rank):
+            raise AssertionError("the others may still read the slot")
         slot[: x_RC.numel()] = x_RC.flatten()
         self.skip()
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
     ) -> tuple[Tensor, Tensor | None]:
         out_WTD = x_WTD + addend_WTD
-        self.publish(out_WTD.sum(0), slot)
+        self.publish(out_WTD.sum(0), slot, awaits)
+        if len(out_WTD) == 1:
+            out_WTD = slot[: out_WTD.numel()].view(out_WTD.shape)
         return out_WTD, None if norm is None else norm(out_WTD)
 
     def skip(self) -> None:
@@ -264,7 +269,7 @@ class TestChoice:
     def test_what_was_chosen_is_one_line(self) -> None:
         times: Any = {"library": [2e-5, 3e-5], "direct": [1e-5, 4e-5]}
         assert choose_sums.describe([1, 512], ["direct", "library"], times) == (
-            "peer memory (direct) up to 1 tokens, NCCL up to 512 tokens (microseconds of a sum and what is beside it: "
+            "peer memory (direct) up to 1 tokens, NCCL up to 512 tokens (microseconds of some layers: "
             "1 tokens NCCL 20.0, peer memory (direct) 10.0; 512 tokens NCCL 30.0, peer memory (direct) 40.0)"
         )
 
@@ -287,9 +292,9 @@ class TestChoice:
         caplog.set_level("INFO")
         if wanted == "peers":
             with pytest.raises(RanksError, match=r"engine.sums=peers does not work here: the devices are on different"):
-                choose_sums.choose_sums(group, store, device, messages, wanted, True, 1.0)
+                choose_sums.choose_sums(group, store, device, messages, lambda x_WTD: None, wanted, True, 1.0)
         else:
-            choose_sums.choose_sums(group, store, device, messages, wanted, True, 1.0)
+            choose_sums.choose_sums(group, store, device, messages, lambda x_WTD: None, wanted, True, 1.0)
             assert "NCCL, since peer memory cannot be used: the devices are on different hosts" in caplog.text
 
 

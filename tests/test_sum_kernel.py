@@ -55,7 +55,7 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
     for turn in range(5):
         parts = torch.randn(num_ranks, T, D, device=DEVICE).to(dtype)
         for rank, signals in enumerate(ranks):
-            signals.publish(parts[rank], both[turn % 2][rank])
+            signals.publish(parts[rank], both[turn % 2][rank], awaits=turn % 3 != 1)
         found = []
         for signals in ranks:
             out_TD = torch.empty_like(x_TD)
@@ -88,7 +88,9 @@ def test_a_layer_of_ways_divided_among_ranks(
         a_RWTD, y_RWTD, z_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(3))
         x_RWTD = []
         for rank, signals in enumerate(ranks):
-            x_WTD, normed_WTD = signals.advance(a_RWTD[rank], y_RWTD[rank], norm if turn else None, held[rank])
+            x_WTD, normed_WTD = signals.advance(
+                a_RWTD[rank], y_RWTD[rank], norm if turn else None, held[rank], turn != 1
+            )
             assert torch.equal(x_WTD, a_RWTD[rank] + y_RWTD[rank])
             if turn:
                 torch.testing.assert_close(normed_WTD, norm(x_WTD), rtol=0, atol=2e-5)
@@ -113,7 +115,7 @@ def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) ->
     x_RTD = torch.randn(2, 3, 60, device=DEVICE)
     for _ in range(3):  # the count of programs that are done begins anew
         for rank in range(2):
-            ranks[rank].publish(x_RTD[rank], held[rank])
+            ranks[rank].publish(x_RTD[rank], held[rank], awaits=True)
         ranks[0].wait()
         ranks[1].skip()
         ranks[0].skip()

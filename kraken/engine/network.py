@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 from kraken.engine import residual
 from kraken.engine.attention import PagedAttend
@@ -19,7 +20,10 @@ from kraken.engine.devices.partition import Part, Weights
 from kraken.engine.devices.peer_sums import PeerSum
 from kraken.engine.linear import Activation, Linear, make_linear
 from kraken.engine.norm import Norm
-from kraken.model import rotate, rotation_of
+from kraken.model import FASTEST_ATTENTION_FIRST, rotate, rotation_of
+
+NUM_FIRST_LAYERS = 5
+"""Enough for several sums, and for times that differ by more than chance."""
 
 
 class Network:
@@ -63,6 +67,23 @@ class Network:
         logits_RV = self._logits(x_WTD) if x_WTD.shape[1] else x_WTD.new_empty(0, self.num_ids, dtype=torch.float32)
         self.group.end_pass()
         return logits_RV
+
+    def first_layers(self, x_WTD: Tensor) -> None:
+        """What a few layers do with any states, each token attending over those before it, without a cache: for
+        measuring."""
+
+        def heads(*qkv_WTNH: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in qkv_WTNH)
+            with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+        state = _State(x_WTD, self._layers[0].ln_1(x_WTD))
+        for layer in self._layers[:NUM_FIRST_LAYERS]:
+            state = layer(state, heads)
+        if state.pending is not None:  # nothing may be left in flight
+            norm = self._layers[0].ln_2
+            assert norm is not None
+            state.pending.see(state.x_WTD, state.x_WTD, norm)
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend) -> Tensor:
         """The ways' states [W, T, D] after the last layer, of the ways held here."""

@@ -97,7 +97,7 @@ def _norm_of_way(  # type: ignore[no-untyped-def]
 def _advance(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
     num_tokens, x_way_stride, way_stride,
-    rank: tl.constexpr, num_ranks: tl.constexpr, publishes: tl.constexpr, has_norm: tl.constexpr,
+    rank: tl.constexpr, num_ranks: tl.constexpr, publishes: tl.constexpr, awaits: tl.constexpr, has_norm: tl.constexpr,
     has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
@@ -105,8 +105,9 @@ def _advance(  # type: ignore[no-untyped-def]
     round = tl.full((), 0, tl.int64)
     if publishes:
         round = tl.load(state_ptr) + 1
-        # whoever has published the last round has read the one before it, which is what the slot holds
-        await_round(flags_ptr, round - 1, rank, num_ranks)
+        if awaits:
+            # whoever has published the last round has read the one before it, which is what the slot holds
+            await_round(flags_ptr, round - 1, rank, num_ranks)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         row_place = token * tl.full((), width, tl.int64)
         places = row_place + columns
@@ -122,7 +123,7 @@ def _advance(  # type: ignore[no-untyped-def]
                     out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
                     has_bias, width, epsilon,
                 )  # fmt: skip
-        if publishes:
+        if publishes and num_ways > 1:  # one way is written there as it is
             tl.store(slot_ptr + places, total.to(slot_ptr.dtype.element_ty), mask=mask)
     if publishes:
         tell_when_all_are_done(state_ptr, flag_ptrs, round, tl.num_programs(0))
@@ -172,17 +173,23 @@ def _see(  # type: ignore[no-untyped-def]
 
 
 def advance(
-    x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, rounds: Rounds | None = None, slot: Tensor | None = None
+    x_WTD: Tensor,
+    addend_WTD: Tensor,
+    norm: Norm | None,
+    rounds: Rounds | None = None,
+    slot: Tensor | None = None,
+    awaits: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """x + addend, and the norm of it where there is one; with a slot also a round, whose part is the sum over W.
 
     Args:
         x_WTD: of equal ways where its first stride is 0.
-        slot: of this rank, of x's type, [T * D] or longer.
+        slot: of this rank, of x's type, [T * D] or longer; where there is one way, the first output lies in it.
+        awaits: whether the others may still be reading the slot.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
-    out_WTD = torch.empty_like(addend_WTD)
+    out_WTD = torch.empty_like(addend_WTD) if slot is None or W > 1 else slot[: T * D].view(1, T, D)
     normed_WTD = None if norm is None else torch.empty_like(addend_WTD)
     gain = out_WTD if norm is None else norm.weight_WD
     tile = triton.next_power_of_2(D)
@@ -191,7 +198,7 @@ def advance(
         gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, out_WTD if slot is None else slot,
         *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others,
         T, x_WTD.stride(0), T * D,
-        **_ranks(rounds), publishes=slot is not None, has_norm=norm is not None,
+        **_ranks(rounds), publishes=slot is not None, awaits=awaits, has_norm=norm is not None,
         has_bias=norm is not None and norm.bias_WD is not None,
         num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
     )  # fmt: skip

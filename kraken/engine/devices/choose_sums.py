@@ -1,9 +1,8 @@
 """How the CUDA devices of an engine add up: by NCCL, or over peer memory where that works and is faster.
 
 Every rank takes the same decision, from what all have said over the store. For each of a few numbers of tokens the
-sums of a layer are timed with each method, in a CUDA graph where the engine uses them; the slowest rank's time counts.
-Where sums are in flight during attention, products of about its size are computed meanwhile, so that what is hidden
-behind them does not count.
+model's first layers are timed with each method, in a CUDA graph where the engine uses them, so that what is hidden
+behind attention does not count; the slowest rank's time does.
 """
 
 import functools
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from kraken.config import Sums
@@ -27,16 +26,15 @@ from kraken.engine.devices.collectives import DeviceGroup, Method
 from kraken.engine.devices.meeting import RanksError
 from kraken.engine.devices.peer_memory import share_memory
 from kraken.engine.devices.peer_sums import PeerSums, num_memory_bytes, num_slot_bytes
-from kraken.engine.norm import Norm
 
 log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-NUM_SUMS = 16
-"""Timed together."""
-NUM_TIMES = 5
+NUM_TIMES = 7
 """Of which the shortest counts."""
 POLL_S = 0.0005
+Layers = Callable[[Tensor], None]
+"""Some layers over states [W, T, D]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +52,8 @@ class Messages:
 
 
 def choose_sums(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, wanted: Sums, is_graphed: bool,
-    timeout_s: float,
+    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, layers: Layers, wanted: Sums,
+    is_graphed: bool, timeout_s: float,
 ) -> None:  # fmt: skip
     """Have the group compute its sums in the way that is wanted, or in the fastest; at the same time on every rank.
 
@@ -85,7 +83,9 @@ def choose_sums(
             log.info("sums over %d devices: peer memory", group.size)
         return
     times = {
-        method: [_seconds(group, peers, method, device, messages, size, is_graphed, timeout_s) for size in sizes]
+        method: [
+            _seconds(group, peers, method, device, messages, layers, size, is_graphed, timeout_s) for size in sizes
+        ]
         for method in methods
     }
     slowest = {
@@ -121,7 +121,7 @@ def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[fl
         f"{size} tokens " + ", ".join(f"{_name(method)} {values[index] * 1e6:.1f}" for method, values in times.items())
         for index, size in ((0, sizes[0]), (-1, sizes[-1]))
     ]
-    return f"{', '.join(ranges)} (microseconds of a sum and what is beside it: {'; '.join(ends)})"
+    return f"{', '.join(ranges)} (microseconds of some layers: {'; '.join(ends)})"
 
 
 def _name(method: Method) -> str:
@@ -211,37 +211,21 @@ def _require_sums(peers: PeerSums, ranks: _Ranks, device: torch.device, messages
 
 
 def _seconds(
-    group: DeviceGroup, peers: PeerSums, method: Method, device: torch.device, messages: Messages, num_tokens: int,
-    is_graphed: bool, timeout_s: float,
+    group: DeviceGroup, peers: PeerSums, method: Method, device: torch.device, messages: Messages, layers: Layers,
+    num_tokens: int, is_graphed: bool, timeout_s: float,
 ) -> float:  # fmt: skip
-    """Of one sum with a method, as a layer has it."""
+    """Of the layers with a method."""
     group.use_peers(peers, lambda num_tokens: method)
-    D, dtype = messages.width, messages.dtype
-    x_WTD = torch.randn(messages.num_ways, num_tokens, D, dtype=dtype, device=device)
-    a_WTD = torch.randn_like(x_WTD)
-    norm = Norm(torch.ones(messages.num_ways, D, dtype=dtype, device=device), None)
-    weight_DD = torch.randn(D, D, dtype=dtype, device=device)
+    x_WTD = torch.randn(messages.num_ways, num_tokens, messages.width, dtype=messages.dtype, device=device)
 
-    def layer() -> None:
-        if not messages.is_kraken:
-            group.add_sum(a_WTD, x_WTD.clone(), norm)  # the library's sum overwrites it
-            return
-        _, _, pending = group.advance(a_WTD, x_WTD, norm, is_summed=True)
-        assert pending is not None
-        if group.overlap == "overlapped":
-            for _ in range(4 * messages.num_ways):  # queries, keys, values, and what follows attention
-                F.linear(x_WTD[0], weight_DD)
-        pending.see(a_WTD, x_WTD, norm)
-
-    def layers() -> None:
-        for _ in range(NUM_SUMS):
-            layer()
+    def work() -> None:
+        layers(x_WTD)
         group.end_pass()
 
     try:
         with torch.inference_mode():
-            run = _graph_of(layers, device, timeout_s) if is_graphed else layers
-            return min(_time_of(run, device, timeout_s) for _ in range(NUM_TIMES)) / NUM_SUMS
+            run = _graph_of(work, device, timeout_s) if is_graphed else work
+            return min(_time_of(run, device, timeout_s) for _ in range(NUM_TIMES))
     except RuntimeError:
         group.abort()
         raise

@@ -8,6 +8,8 @@ all have published round n, and reads. That no slot is written while it is read 
   one stream (a copy on another stream is joined before the next round begins).
 * So when all others have published n - 1, they have read n - 2, which is what slot n mod 2 still holds.
 
+A rank that has needed the parts of round n - 1 has waited already, and does not ask again (`_is_settled`).
+
 It does not matter who waits for a round and who does not: the followers publish columns that only the leader reads, and
 wait for the leader when they write next.
 
@@ -40,10 +42,10 @@ FOREVER = 2**62
 class Signals(Protocol):
     """One rank's rounds; see `kraken.engine.devices.sum_kernel.Signals`."""
 
-    def publish(self, x_RC: Tensor, slot: Tensor) -> None: ...
+    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None: ...
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
     ) -> tuple[Tensor, Tensor | None]: ...
 
     def skip(self) -> None: ...
@@ -63,7 +65,7 @@ class Signals(Protocol):
 class PeerSum:
     """The sum of the other ranks' parts, in flight."""
 
-    signals: Signals
+    peers: "PeerSums"
     parts: tuple[Tensor, ...]
     is_waiting: bool
     """Whether the parts are in the others' memory, and may not have been published yet."""
@@ -74,7 +76,7 @@ class PeerSum:
         """See `PendingSum.see`."""
         if self.copies is not None:
             torch.cuda.current_stream(x_WTD.device).wait_stream(self.copies)
-        return self.signals.see(x_WTD, addend_WTD, self.parts, norm, self.is_waiting)
+        return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.is_waiting)
 
 
 class PeerSums:
@@ -107,6 +109,8 @@ class PeerSums:
         ]
         """Of each slot, every rank's."""
         self._turn = 0
+        self._is_settled = False
+        """Whether the stream that publishes has waited for all ranks' last round."""
         self._copied = tuple(torch.empty(self._num_values, dtype=dtype, device=device) for _ in others)
         self._copies = torch.cuda.Stream(device)
         self._releases = torch.cuda.Stream(device)
@@ -121,8 +125,8 @@ class PeerSums:
             method: `direct` reads the others' parts in their memory when they are needed; `copied` has a copy engine
                 fetch them as soon as they are there, on a stream of its own.
         """
-        parts = self._begin()
-        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, parts[self._rank])
+        parts, awaits = self._begin()
+        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, parts[self._rank], awaits)
         return out_WTD, normed_WTD, self._pending(out_WTD, parts, method, is_waited_for)
 
     def _pending(self, x_WTD: Tensor, parts: tuple[Tensor, ...], method: Method, is_waited_for: bool) -> PeerSum:
@@ -130,28 +134,37 @@ class PeerSums:
         if is_waited_for:
             total_TD = torch.empty_like(x_WTD[0], memory_format=torch.contiguous_format)
             self._signals.add_parts(None, others, total_TD, None)
-            return PeerSum(self._signals, (total_TD,), is_waiting=False)
+            return PeerSum(self, (total_TD,), is_waiting=False)
         if method == "direct":
-            return PeerSum(self._signals, others, is_waiting=True)
+            return PeerSum(self, others, is_waiting=True)
         # the last sum has read what is overwritten here, and the state is that of this round
         self._copies.wait_stream(torch.cuda.current_stream(x_WTD.device))
         with torch.cuda.stream(self._copies):
             self._signals.wait()
             for target, part in zip(self._copied, others, strict=True):
                 target[: x_WTD[0].numel()].copy_(part[: x_WTD[0].numel()], non_blocking=True)
-        return PeerSum(self._signals, self._copied, is_waiting=False, copies=self._copies)
+        return PeerSum(self, self._copied, is_waiting=False, copies=self._copies)
+
+    def see(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `PendingSum.see`; of the last round, whose parts are waited for here or have been."""
+        self._is_settled = True
+        return self._signals.see(x_WTD, addend_WTD, parts, norm, is_waiting)
 
     def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """x plus the sum of the parts, bit-equal on all ranks where x is, and the norm of it where one is asked for."""
         parts = self._publish(part_1TD[0])
         total_1TD = torch.empty_like(part_1TD, memory_format=torch.contiguous_format)
         normed_TD = self._signals.add_parts(x_1TD[0], parts, total_1TD[0], norm)
+        self._is_settled = True
         return total_1TD, None if normed_TD is None else normed_TD[None]
 
     def sum(self, own_RC: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them."""
         total_RC = torch.empty_like(own_RC, memory_format=torch.contiguous_format)
         self._signals.add_parts(None, self._publish(own_RC), total_RC, None)
+        self._is_settled = True
         return total_RC
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
@@ -161,6 +174,7 @@ class PeerSums:
             parts = self._publish(piece_RC)
             if self._rank == 0:
                 self._signals.wait()
+                self._is_settled = True
                 columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in parts]
                 pieces.append(torch.cat(columns, dim=1))
         if self._rank > 0:
@@ -172,6 +186,7 @@ class PeerSums:
         if self._turn:
             self._signals.skip()
             self._turn = 0
+        self._is_settled = False  # a graph does not know what was replayed before it
 
     def release(self) -> None:
         """Let every kernel go on that waits for a rank, here and on the others, whatever it then computes.
@@ -184,15 +199,15 @@ class PeerSums:
 
     def _publish(self, x_RC: Tensor) -> tuple[Tensor, ...]:
         """A round; gives where every rank's part of it is, or will be."""
-        parts = self._begin()
-        self._signals.publish(x_RC, parts[self._rank])
+        parts, awaits = self._begin()
+        self._signals.publish(x_RC, parts[self._rank], awaits)
         return parts
 
-    def _begin(self) -> tuple[Tensor, ...]:
-        """Every rank's slot of the round that is to come."""
-        parts = self._slots[self._turn]
-        self._turn = 1 - self._turn
-        return parts
+    def _begin(self) -> tuple[tuple[Tensor, ...], bool]:
+        """Every rank's slot of the round that is to come, and whether the others may still be reading it."""
+        parts, awaits = self._slots[self._turn], not self._is_settled
+        self._turn, self._is_settled = 1 - self._turn, False
+        return parts, awaits
 
 
 def num_slot_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.dtype) -> int:

@@ -292,7 +292,10 @@ def _choose_sums(store: Store, network: Network, terms: dict[str, Any]) -> None:
         dtype=network.dtype,
         is_kraken=part.config.architecture == "kraken",
     )
-    choose_sums(network.group, store, network.device, messages, terms["sums"], terms["cuda_graphs"], terms["timeout_s"])
+    choose_sums(
+        network.group, store, network.device, messages, network.first_layers,
+        terms["sums"], terms["cuda_graphs"], terms["timeout_s"],
+    )  # fmt: skip
 
 
 def _why(followers: Followers, error: Exception) -> str:

@@ -28,11 +28,12 @@ MAX_COLUMNS = 4096
 @triton.jit
 def _publish(  # type: ignore[no-untyped-def]
     x_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
-    rank: tl.constexpr, num_ranks: tl.constexpr, num_columns: tl.constexpr, tile: tl.constexpr,
+    rank: tl.constexpr, num_ranks: tl.constexpr, awaits: tl.constexpr, num_columns: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     round = tl.load(state_ptr) + 1
-    # whoever has published the last round has read the one before it, which is what the slot holds
-    await_round(flags_ptr, round - 1, rank, num_ranks)
+    if awaits:
+        # whoever has published the last round has read the one before it, which is what the slot holds
+        await_round(flags_ptr, round - 1, rank, num_ranks)
     columns = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = columns < num_columns
     places = tl.program_id(0).to(tl.int64) * num_columns + columns
@@ -88,21 +89,25 @@ class Signals:
         state = torch.zeros(2, dtype=torch.int64, device=flags_P.device)
         self._rounds = Rounds(rank, state, flags_P, flags_of_others)
 
-    def publish(self, x_RC: Tensor, slot: Tensor) -> None:
-        """Begin a round with x, at the start of a slot of its type."""
+    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None:
+        """Begin a round with x, at the start of a slot of its type.
+
+        Args:
+            awaits: whether the others may still be reading the slot.
+        """
         R, C = x_RC.shape
         tile = min(triton.next_power_of_2(C), MAX_COLUMNS)
         _publish[R, triton.cdiv(C, tile)](
             x_RC.contiguous(), slot, *self._pointers, self._rounds.flags_of_others,
-            **self._ranks, num_columns=C, tile=tile, num_warps=num_warps(tile),
+            **self._ranks, awaits=awaits, num_columns=C, tile=tile, num_warps=num_warps(tile),
         )  # fmt: skip
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of a slot of x's type;
-        gives x + addend, and its norm."""
-        return residual_kernel.advance(x_WTD, addend_WTD, norm, self._rounds, slot)
+        gives x + addend, which may lie there, and its norm."""
+        return residual_kernel.advance(x_WTD, addend_WTD, norm, self._rounds, slot, awaits)
 
     def skip(self) -> None:
         """A round without a part."""
