@@ -95,16 +95,29 @@ class Contestant:
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, rank, port, name, args), daemon=True)
             process.start()
+            theirs.close()  # so that ours notices when the process ends
             self.pipes.append(ours)
             self.processes.append(process)
-        self.rate = sum(pipe.recv() for pipe in self.pipes)
+        self.rate = sum(self._answers())
         """Floating-point operations per second of all of them."""
 
     def seconds(self, num_steps: int) -> float:
         """Seconds per step, of the slowest process."""
         for pipe in self.pipes:
             pipe.send(num_steps)
-        return max(pipe.recv() for pipe in self.pipes) / num_steps
+        return max(self._answers()) / num_steps
+
+    def _answers(self) -> list[float]:
+        """One of each process."""
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                for process in self.processes:
+                    process.kill()
+                raise SystemExit(f"process {rank} of {len(self.pipes)} ended; its own message stands above") from None
+        return answers
 
     def stop(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):

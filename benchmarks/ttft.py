@@ -387,24 +387,29 @@ def say(row: dict[str, Any]) -> None:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars per size and prompt, and their geometric mean, as in the paper's figure of TTFT."""
+    """Bars per size and prompt, and their geometric mean where everybody has one, as in the paper's figure of TTFT."""
     from matplotlib.figure import Figure  # not pyplot, whose state is global
 
-    others = [name for name in ("parallel", "kraken") if any(row["architecture"] == name for row in rows)]
+    best_rows = [row for row in rows if row["sums"] == BEST_SUMS]
+    speedups = {
+        name: {(row["size"], row["prompt_tokens"]): row["speedup"] for row in best_rows if row["architecture"] == name}
+        for name in ("parallel", "kraken")
+    }
+    speedups = {name: found for name, found in speedups.items() if found}
     labels = list(dict.fromkeys((row["size"], row["prompt_tokens"]) for row in rows))
-    figure = Figure(figsize=(max(6, 1.1 * len(labels)), 3.6), layout="constrained")
+    common = [label for label in labels if all(label in found for found in speedups.values())]
+    figure = Figure(figsize=(max(6, 0.9 * len(labels)), 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for index, name in enumerate(others):
-        found = {
-            (row["size"], row["prompt_tokens"]): row["speedup"]
-            for row in rows
-            if row["architecture"] == name and row["sums"] == BEST_SUMS
-        }
-        values = [found[label] for label in labels]
-        places = [place + (index - (len(others) - 1) / 2) * 0.4 for place in range(len(labels) + 1)]
-        axes.bar(places, [*values, geomean(values)], width=0.38, label=name)
+    for index, (name, found) in enumerate(speedups.items()):
+        values = [found.get(label, math.nan) for label in labels]
+        if common:
+            values.append(geomean([found[label] for label in common]))
+        places = [place + (index - (len(speedups) - 1) / 2) * 0.4 for place in range(len(values))]
+        axes.bar(places, values, width=0.38, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(labels) + 1), [*(f"{size}\n{prompt}" for size, prompt in labels), "geometric\nmean"])
+    mean = f"mean of\n{len(common)}" if len(common) < len(labels) else "geometric\nmean"
+    ticks = [*(f"{size}\n{prompt}" for size, prompt in labels), *([mean] if common else [])]
+    axes.set_xticks(range(len(ticks)), ticks)
     axes.set_ylabel("TTFT of standard over TTFT")
     axes.set_xlabel("parameters and prompt tokens")
     axes.legend()

@@ -1,12 +1,11 @@
 """Small real artefacts for the tests: a corpus of a few files, its tokens, a model of a few thousand parameters."""
 
-import dataclasses
 import keyword
 import time
 from pathlib import Path
 from typing import Any
 
-from kraken.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from kraken.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.prepare import prepare
 from kraken.manifest import Manifest, finish_artefact
@@ -29,15 +28,15 @@ def config(**train: Any) -> RunConfig:
         "validation_windows": 4,
         "checkpoint_every": 2,
     }
-    run = RunConfig(
+    return RunConfig(
         name="tiny",
         data=data,
         model=ModelConfig(
             num_layers=2, width=16, num_heads=4, num_ways=2, context_length=32, vocab_size=data.vocab_size
         ),
         train=TrainConfig(**(defaults | train)),
+        cluster=ClusterConfig(num_workers=1),
     )
-    return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, num_workers=1))
 
 
 def corpus(folder: Path, num_documents: int = 40) -> EmbeddedCorpus:

@@ -34,3 +34,30 @@ class GraphSizes:
     """Most blocks of one sequence."""
     chosen: Sequence[int] = ()
     """Numbers of tokens to record, of sequences that decode and of prompts; empty leaves it to the engine."""
+
+    @property
+    def of_batches(self) -> list[int]:
+        """Numbers of sequences that decode together for which there is a graph, in ascending order."""
+        return self._below(self.max_batch_size, least=1)
+
+    @property
+    def of_prompts(self) -> list[int]:
+        """Lengths of prompts for which there is a graph, in ascending order."""
+        return self._below(self.max_prompt_tokens, least=16)
+
+    def _below(self, most: int, least: int) -> list[int]:
+        if self.chosen:
+            return sorted({size for size in self.chosen if size <= most})
+        return [size for size in sizes_up_to(most) if size >= min(least, most)]
+
+
+def sizes_up_to(most: int) -> list[int]:
+    """1, 2, 4, then steps of 4 up to 32, then four steps to each power of two, until `most`; from 16 on rounding up
+    wastes a fifth at most."""
+    sizes = [1, 2, 4]
+    step = 4
+    while sizes[-1] < most:
+        if sizes[-1] >= 8 * step:
+            step *= 2
+        sizes.append(sizes[-1] + step)
+    return [size for size in sizes if size < most] + [most]

@@ -27,30 +27,6 @@ WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """1, 2, 4, then steps of 4 up to 32, then four steps to each power of two, until `most`; from 16 on rounding up
-    wastes a fifth at most."""
-    sizes = [1, 2, 4]
-    step = 4
-    while sizes[-1] < most:
-        if sizes[-1] >= 8 * step:
-            step *= 2
-        sizes.append(sizes[-1] + step)
-    return [size for size in sizes if size < most] + [most]
-
-
-def recorded_sizes(most: int, chosen: Sequence[int], least: int = 1) -> list[int]:
-    """Numbers of tokens that have a recording, in ascending order.
-
-    Args:
-        chosen: take these, as far as they are not above `most`.
-        least: the smallest that is worth one, where nobody has chosen.
-    """
-    if chosen:
-        return sorted({size for size in chosen if size <= most})
-    return [size for size in sizes_up_to(most) if size >= min(least, most)]
-
-
 class GraphedForward:
     """The recordings of one engine.
 
@@ -61,8 +37,7 @@ class GraphedForward:
         self._network, self._cache = network, cache
         self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
         self._pool = torch.cuda.graph_pool_handle()
-        self._batch_sizes = recorded_sizes(sizes.max_batch_size, sizes.chosen)
-        self._prompt_sizes = recorded_sizes(sizes.max_prompt_tokens, sizes.chosen, least=16)
+        self._batch_sizes, self._prompt_sizes = sizes.of_batches, sizes.of_prompts
         self._decodes: dict[int, _Recording] = {}
         self._prompts: dict[int, _Recording] = {}
         try:

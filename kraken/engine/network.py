@@ -160,10 +160,7 @@ class _NetworkLayer:
         assert normed_WTD is not None
         attended_WTD = self._attention(normed_WTD, heads)
         if self.ln_2 is None:
-            addend_WTD = attended_WTD + self._mlp(normed_WTD)
-            if self._sums_parts:
-                return _State(*self._group.add_sum(x_WTD, addend_WTD, self.next_norm))
-            return _State(*residual.advance(x_WTD, addend_WTD, self.next_norm))
+            return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed_WTD), self.next_norm))
         if self._sums_parts:  # tensor parallelism: what follows reads a sum, so each is waited for
             a_WTD, normed_WTD = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
             assert normed_WTD is not None
@@ -173,8 +170,7 @@ class _NetworkLayer:
         else:  # the sum was in flight during attention
             a_WTD, normed_WTD = state.pending.see(x_WTD, attended_WTD, self.ln_2)
         assert normed_WTD is not None
-        is_summed = self.next_reads_others
-        return _State(*self._group.advance(a_WTD, self._mlp(normed_WTD), self.next_norm, is_summed))
+        return _State(*self._group.advance(a_WTD, self._mlp(normed_WTD), self.next_norm, self.next_reads_others))
 
     def _attention(self, normed_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)

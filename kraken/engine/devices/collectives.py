@@ -51,12 +51,16 @@ class PendingSum:
     total: Tensor | None = None
     """The sum of all parts, its own included, where it is an all-reduce."""
 
+    def finish(self) -> None:
+        """Wait until it is there."""
+        for work in self.works:
+            _wait_for(work)
+        self.works.clear()
+
     def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """Wait, and give x + addend, and of each way held here the norm of that and of all other ways' x, which this is
         the sum of: those held here, and those of other ranks."""
-        for work in self.works:
-            work.wait()
-        self.works.clear()
+        self.finish()
         if self.total is not None:
             return residual.see(x_WTD, addend_WTD, norm, self.total, is_total=True)
         if not self.received:
@@ -132,11 +136,9 @@ class DeviceGroup:
             self._start_exchange(pending)
         else:
             pending.total = own.clone()
-            pending.works = self._all_reduce(pending.total, on_own_stream=overlapped)
+            pending.works = [self._all_reduce(pending.total, on_own_stream=overlapped)]
         if not overlapped:
-            for work in pending.works:
-                work.wait()
-            pending.works.clear()
+            pending.finish()
         return pending
 
     def sum(self, own: Tensor) -> Tensor:
@@ -147,13 +149,11 @@ class DeviceGroup:
             return self._peers.sum(own)
         if not self._exchanges(own):
             own = own.contiguous()
-            for work in self._all_reduce(own, on_own_stream=False):
-                work.wait()
+            _wait_for(self._all_reduce(own, on_own_stream=False))
             return own
         pending = PendingSum(own.contiguous())
         self._start_exchange(pending)
-        for work in pending.works:
-            work.wait()
+        pending.finish()
         parts = [*pending.received[: self.rank], pending.own, *pending.received[self.rank :]]
         total = parts[0]
         for part in parts[1:]:
@@ -175,7 +175,7 @@ class DeviceGroup:
             return self._peers.gather_columns(x_RC)
         if self._is_nccl:
             parts = x_RC.new_empty(self.size, *x_RC.shape)
-            self._group._allgather_base(parts, x_RC.contiguous()).wait()
+            _wait_for(self._group._allgather_base(parts, x_RC.contiguous()))
             return parts.permute(1, 0, 2).flatten(1) if self.rank == 0 else x_RC
         if self.rank > 0:
             self.send(x_RC, 0, GATHER_TAG)
@@ -183,16 +183,16 @@ class DeviceGroup:
         received = [torch.empty_like(x_RC) for _ in range(1, self.size)]
         works = [self._group.recv([part], rank, GATHER_TAG) for rank, part in enumerate(received, start=1)]
         for work in works:
-            work.wait()
+            _wait_for(work)
         return torch.cat([x_RC, *received], dim=1)
 
     def send(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
         """Send to one rank."""
-        self._group.send([x.contiguous()], rank, tag).wait()
+        _wait_for(self._group.send([x.contiguous()], rank, tag))
 
     def receive(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
         """Fill x with what a rank sends."""
-        self._group.recv([x], rank, tag).wait()
+        _wait_for(self._group.recv([x], rank, tag))
 
     def end_pass(self) -> None:
         """To be called after every forward pass, also of those that are recorded."""
@@ -231,11 +231,16 @@ class DeviceGroup:
         works += [self._group.send([own], rank, SUM_TAG) for rank in others]
         pending.works = works
 
-    def _all_reduce(self, x: Tensor, on_own_stream: bool) -> list[Any]:
+    def _all_reduce(self, x: Tensor, on_own_stream: bool) -> Any:
         options = dist.AllreduceOptions()
         options.asyncOp = on_own_stream
-        work = self._group.allreduce([x], options)
-        return [] if work is None else [work]  # NCCL's on the current stream is in order with what follows
+        return self._group.allreduce([x], options)
+
+
+def _wait_for(work: Any) -> None:
+    """Of what NCCL does on the current stream there is nothing to wait for: it is in order with what follows."""
+    if work is not None:
+        work.wait()
 
 
 def join_group(

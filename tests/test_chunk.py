@@ -1,0 +1,32 @@
+"""Which steps are recorded as CUDA graphs."""
+
+import dataclasses
+
+import pytest
+
+from kraken.config import ConfigError, EngineConfig
+from kraken.engine.chunk import GraphSizes, sizes_up_to
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 16, 31, 100, 2048])
+def test_sizes_reach_the_largest_and_waste_little(most: int) -> None:
+    sizes = sizes_up_to(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most
+    for num_tokens in range(16, most + 1):
+        assert min(size for size in sizes if size >= num_tokens) <= 1.25 * num_tokens
+
+
+def test_sizes_can_be_chosen() -> None:
+    sizes = GraphSizes(max_batch_size=8, max_prompt_tokens=512, max_blocks=4)
+    assert sizes.of_batches == [1, 2, 4, 8]
+    assert sizes.of_prompts[0] == 16 and sizes.of_prompts[-1] == 512
+    chosen = dataclasses.replace(sizes, chosen=(512, 1, 8, 128, 2048, 8))
+    assert chosen.of_batches == [1, 8]
+    assert chosen.of_prompts == [1, 8, 128, 512]
+    assert dataclasses.replace(sizes, chosen=(100,)).of_batches == []  # every batch is computed kernel by kernel
+
+
+@pytest.mark.parametrize("config", [{"cuda_graph_sizes": (0, 1)}, {"cuda_graph_sizes": (8,), "cuda_graphs": False}])
+def test_sizes_that_cannot_be_are_refused(config: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"engine.cuda_graph_sizes=\(.*leave it out"):
+        EngineConfig(**config)  # type: ignore[arg-type]
