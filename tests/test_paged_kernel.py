@@ -1,14 +1,11 @@
 """The Triton kernels against plain attention; without CUDA by Triton's interpreter, where that is installed."""
 
 import importlib.util
-import os
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,6 @@ Without CUDA by Triton's interpreter, where that is installed.
 """
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from torch import Tensor
 from kraken.engine import residual
 from kraken.engine.norm import Norm
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

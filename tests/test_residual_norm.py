@@ -1,7 +1,6 @@
 """The fused norm against plain operations, forward and backward; without CUDA by Triton's interpreter."""
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,6 @@ where that is installed.
 """
 
 import importlib.util
-import os
 from typing import Any
 
 import pytest
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from kraken.engine.norm import Norm
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
