@@ -13,7 +13,6 @@ from torch import Tensor
 from kraken.engine import residual
 from kraken.engine.norm import Norm
 
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
