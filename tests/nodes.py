@@ -44,7 +44,8 @@ def main() -> None:
     folder = tempfile.mkdtemp(prefix="kn", dir="/tmp")
     options = {"object_store_memory": 80 * 2**20}
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port(), "temp_dir": folder}
-    Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)  # a Cluster notes its address there, and makes no folder
+    # a Cluster notes its address there, and does not make the folder
+    Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)
     first, *others = (int(cpus) for cpus in sys.argv[1:])
     cluster = Cluster(initialize_head=True, head_node_args={**options, **head, "num_cpus": first})
     try:
