@@ -40,8 +40,14 @@ class Rounds:
     flags_of_others: tuple[Tensor, ...]
 
     @property
-    def num_ranks(self) -> int:
-        return len(self.flags_P)
+    def pointers(self) -> tuple[Tensor, Tensor]:
+        """What a kernel reads and writes here."""
+        return self.state, self.flags_P
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel is compiled for."""
+        return {"rank": self.rank, "num_ranks": len(self.flags_P)}
 
 
 @triton.jit
@@ -198,7 +204,7 @@ def advance(
         gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, out_WTD if slot is None else slot,
         *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others,
         T, x_WTD.stride(0), T * D,
-        **_ranks(rounds), publishes=slot is not None, awaits=awaits, has_norm=norm is not None,
+        **_constants(rounds), publishes=slot is not None, awaits=awaits, has_norm=norm is not None,
         has_bias=norm is not None and norm.bias_WD is not None,
         num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
     )  # fmt: skip
@@ -228,7 +234,7 @@ def see(
     _see[(T,)](
         x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, normed_WTD, gain, gain if bias is None else bias,
         *_pointers(rounds, a_WTD), x_WTD.stride(0), T * D,
-        **_ranks(rounds), waits=rounds is not None, num_parts=len(parts), is_total=is_total,
+        **_constants(rounds), waits=rounds is not None, num_parts=len(parts), is_total=is_total,
         has_bias=bias is not None, num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON,
         num_warps=num_warps(tile),
     )  # fmt: skip
@@ -246,8 +252,8 @@ def _with_plain_rows(x_WTD: Tensor) -> Tensor:
 
 
 def _pointers(rounds: Rounds | None, anything: Tensor) -> tuple[Tensor, Tensor]:
-    return (anything, anything) if rounds is None else (rounds.state, rounds.flags_P)
+    return (anything, anything) if rounds is None else rounds.pointers
 
 
-def _ranks(rounds: Rounds | None) -> dict[str, int]:
-    return {"rank": 0, "num_ranks": 1} if rounds is None else {"rank": rounds.rank, "num_ranks": rounds.num_ranks}
+def _constants(rounds: Rounds | None) -> dict[str, int]:
+    return {"rank": 0, "num_ranks": 1} if rounds is None else rounds.constants

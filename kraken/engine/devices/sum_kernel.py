@@ -98,8 +98,8 @@ class Signals:
         R, C = x_RC.shape
         tile = min(triton.next_power_of_2(C), MAX_COLUMNS)
         _publish[R, triton.cdiv(C, tile)](
-            x_RC.contiguous(), slot, *self._pointers, self._rounds.flags_of_others,
-            **self._ranks, awaits=awaits, num_columns=C, tile=tile, num_warps=num_warps(tile),
+            x_RC.contiguous(), slot, *self._rounds.pointers, self._rounds.flags_of_others,
+            **self._rounds.constants, awaits=awaits, num_columns=C, tile=tile, num_warps=num_warps(tile),
         )  # fmt: skip
 
     def advance(
@@ -115,7 +115,7 @@ class Signals:
 
     def wait(self) -> None:
         """Hold the stream until every rank has published this round."""
-        _wait[(1,)](*self._pointers, **self._ranks, num_warps=1)
+        _wait[(1,)](*self._rounds.pointers, **self._rounds.constants, num_warps=1)
 
     def add_parts(
         self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
@@ -128,8 +128,8 @@ class Signals:
         gain = out_TD if norm is None else norm.weight_WD
         _add_parts[(T,)](
             out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, out_TD if normed_TD is None else normed_TD,
-            gain, gain if bias is None else bias, *self._pointers,
-            **self._ranks, has_x=x_TD is not None, has_norm=norm is not None,
+            gain, gain if bias is None else bias, *self._rounds.pointers,
+            **self._rounds.constants, has_x=x_TD is not None, has_norm=norm is not None,
             has_bias=bias is not None, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
         )  # fmt: skip
         return normed_TD
@@ -143,11 +143,3 @@ class Signals:
             is_waiting: whether the parts are the others' of this round, to be waited for.
         """
         return residual_kernel.see(x_WTD, addend_WTD, norm, parts, rounds=self._rounds if is_waiting else None)
-
-    @property
-    def _pointers(self) -> tuple[Tensor, Tensor]:
-        return self._rounds.state, self._rounds.flags_P
-
-    @property
-    def _ranks(self) -> dict[str, int]:
-        return {"rank": self._rounds.rank, "num_ranks": self._rounds.num_ranks}
