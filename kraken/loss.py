@@ -105,7 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             if hidden_gradient is not None and weight_gradient is not None:
                 torch.mm(logits_gradient_TV, weight, out=hidden_gradient[chunk])
-                weight_gradient += logits_gradient_TV.T @ hidden[chunk]
+                _add_product(weight_gradient, logits_gradient_TV.T, hidden[chunk])
         if hidden_gradient is not None:
             ways.all_reduce(hidden_gradient)
             ctx.save_for_backward(hidden_gradient, weight_gradient)
@@ -118,3 +118,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (scale,) = gradients
         by_hidden, by_weight = (hidden_gradient * scale).to(ctx.dtypes[0]), (weight_gradient * scale).to(ctx.dtypes[1])
         return by_hidden, by_weight, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, whose type may be wider than theirs."""
+    if total.is_cuda and a.dtype != total.dtype:  # the product's own sums are in float32, and added as they are
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

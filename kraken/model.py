@@ -42,10 +42,12 @@ from kraken.alignment import Alignment, pad
 from kraken.config import ModelConfig
 from kraken.loss import chunk_gradient, chunked_cross_entropy
 from kraken.precision import compute_dtype
-from kraken.residual_norm import LAYER_NORM_EPSILON, add_and_normalise, normalise, sum_across_ways
+from kraken.residual_norm import LAYER_NORM_EPSILON, advance, see
 from kraken.ways import WayGroup
 
 INIT_STD = 0.02
+VALUES_PER_LOAD = 8
+"""16 bytes of 16-bit values, which rows must be multiples of for tensor cores."""
 FASTEST_ATTENTION_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -171,7 +173,7 @@ class MLP(nn.Module):
         self.alignment = Alignment()
 
     def forward(self, x_WBTD: Tensor, norm: WayNorm) -> Tensor:
-        """The FFN of normalised input, padded; returns the true width."""
+        """The FFN of normalised input, padded as its output is."""
         D, hidden = self.alignment.padded_width(self.width), self.alignment.padded_width(self.ffn_size)
         parts = (-1, self.ffn_size)  # one, or the gate and what it gates
         weight, bias = norm.fold(self.c_fc)
@@ -184,7 +186,7 @@ class MLP(nn.Module):
         else:
             y_WBTF = F.gelu(y_WBTF, approximate="tanh")
         bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
-        return batched_linear(y_WBTF, pad(self.c_proj.weight, D, hidden), bias)[..., : self.width]
+        return batched_linear(y_WBTF, pad(self.c_proj.weight, D, hidden), bias)
 
 
 class Layer(nn.Module):
@@ -200,17 +202,30 @@ class Layer(nn.Module):
         self.ln_2 = None if config.architecture == "parallel" else WayNorm(num_ways, config.width, config.bias)
         self.mlp = MLP(config, num_ways)
 
-    def forward(self, x_WBTD: Tensor, rotation: Rotation | None, attend: Callable[..., Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x_WBTD: Tensor,
+        addend_WBTD: Tensor | None,
+        rotation: Rotation | None,
+        attend: Callable[..., Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of a state in two parts the next, in two parts: the last addition of a layer is left to the one that follows,
+        which does it in the same kernel as its first norm. What is added is padded as the linears are."""
+        padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
+        x_WBTD, normed_WBTD, total_1BTD = advance(x_WBTD, addend_WBTD, padded_width, self.reads_others)
         pending = None
-        if self.reads_others and self.ways.size > 1:  # in flight while the ways held here attend
-            pending = self.ways.start_sum(sum_across_ways(x_WBTD))
-        normed_WBTD = normalise(x_WBTD, self.attn.alignment.padded_width(x_WBTD.shape[-1]))
+        if total_1BTD is not None and self.ways.size > 1:  # in flight while the ways held here attend
+            pending = self.ways.start_sum(total_1BTD)
         attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation, attend)
         if self.ln_2 is None:
-            return x_WBTD + attended_WBTD[..., : x_WBTD.shape[-1]] + self.mlp(normed_WBTD, self.ln_1)
-        total_1BTD = None if pending is None else pending.wait()
-        a_WBTD, normed_WBTD = add_and_normalise(x_WBTD, attended_WBTD, self.reads_others, total_1BTD)
-        return a_WBTD + self.mlp(normed_WBTD, self.ln_2)
+            return x_WBTD, attended_WBTD + self.mlp(normed_WBTD, self.ln_1)
+        if pending is not None:
+            total_1BTD = pending.wait()
+        if total_1BTD is None:
+            a_WBTD, normed_WBTD, _ = advance(x_WBTD, attended_WBTD, padded_width, is_summed=False)
+        else:
+            a_WBTD, normed_WBTD = see(x_WBTD, attended_WBTD, total_1BTD)
+        return a_WBTD, self.mlp(normed_WBTD, self.ln_2)
 
 
 class Kraken(nn.Module):
@@ -294,12 +309,16 @@ class Kraken(nn.Module):
         if x_BTD.is_cuda and num_ways > 1:
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+        addend_WBTD = None
         for index, layer in enumerate(self.h):
             if self.recomputes and torch.is_grad_enabled():
-                x_WBTD = checkpoint(layer, x_WBTD, rotation, None, use_reentrant=False)
+                whole_WBTD = _added(x_WBTD, addend_WBTD)  # what is kept is one tensor a layer
+                x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, None, use_reentrant=False)
             else:
-                x_WBTD = layer(x_WBTD, rotation, None if attend is None else partial(attend, index))
-        return self.ln_f(self._join(x_WBTD))
+                x_WBTD, addend_WBTD = layer(
+                    x_WBTD, addend_WBTD, rotation, None if attend is None else partial(attend, index)
+                )
+        return self.ln_f(self._join(_added(x_WBTD, addend_WBTD)))
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings [B, T, D], of whose rows each process holds some."""
@@ -316,9 +335,11 @@ class Kraken(nn.Module):
             return x_WBTD[0]
         D = self.config.width
         padded = self.alignment.padded_width(D)
-        weight = pad(self.conjunction.weight.unflatten(1, (-1, D)), padded, None, padded).flatten(1)
+        # rows side by side need no padding of their own where together they are a multiple of what is loaded at once
+        inner = D if len(x_WBTD) * D % VALUES_PER_LOAD == 0 else padded
+        weight = pad(self.conjunction.weight.unflatten(1, (-1, D)), padded, None, inner).flatten(1)
         # [W, B, T, D] -> [B, T, W*D], way after way, as the published code concatenates
-        y_BTD = F.linear(pad(x_WBTD, padded).permute(1, 2, 0, 3).flatten(2), weight)[..., :D]
+        y_BTD = F.linear(pad(x_WBTD, inner).permute(1, 2, 0, 3).flatten(2), weight)[..., :D]
         y_BTD = self.ways.sum_partial(y_BTD)
         return y_BTD if self.conjunction.bias is None else y_BTD + self.conjunction.bias
 
@@ -353,6 +374,11 @@ class Kraken(nn.Module):
         """Cache that one token occupies over all layers and ways."""
         c = self.config
         return 2 * c.num_layers * c.num_ways * c.width * bytes_per_value
+
+
+def _added(x_WBTD: Tensor, addend_WBTP: Tensor | None) -> Tensor:
+    """x plus what of the addend is not padding."""
+    return x_WBTD if addend_WBTP is None else x_WBTD + addend_WBTP[..., : x_WBTD.shape[-1]]
 
 
 def is_vector(parameter_name: str) -> bool:

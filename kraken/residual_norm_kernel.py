@@ -23,13 +23,13 @@ def forward(
     a: Tensor,
     n: Tensor,
     inverse_std: Tensor,
-    sees_others: bool,
+    sum_of_a: Tensor,
     epsilon: float,
 ) -> None:
-    """Fill a (unless there is no addend), n and inverse_std.
+    """Fill a (unless there is no addend), n, inverse_std, and sum_of_a unless it is empty.
 
     Args:
-        x, a, addend, total: of any strides; n and inverse_std contiguous.
+        x, a, addend, total: of any strides; the others contiguous.
     """
     W, B, T, D = x.shape
     x = _with_unit_stride(x)
@@ -43,6 +43,7 @@ def forward(
         a,
         n,
         inverse_std,
+        sum_of_a,
         W,
         T,
         B * T,
@@ -54,8 +55,8 @@ def forward(
         D=D,
         P=n.shape[-1],
         ADDS=addend is not None,
-        SEES_OTHERS=sees_others,
-        IS_GIVEN=total is not None,
+        SEES_OTHERS=total is not None,
+        IS_SUMMED=sum_of_a.numel() > 0,
         X_STEP=x_step,
         ADDEND_STEP=addend_step,
         **_blocks(W, n.shape[-1]),
@@ -65,14 +66,14 @@ def forward(
 def backward(
     grad_a: Tensor | None,
     grad_n: Tensor,
+    grad_sum: Tensor | None,
     n: Tensor,
     inverse_std: Tensor,
     grad: Tensor,
     grad_total: Tensor,
     width: int,
-    sees_others: bool,
 ) -> None:
-    """Fill `grad`, contiguous [W, B, T, P], and where a way sees the others, `grad_total` [1, B, T, D].
+    """Fill `grad`, contiguous [W, B, T, P], and `grad_total` [1, B, T, D] unless it is empty.
 
     Args:
         grad_a, grad_n: of any strides.
@@ -80,10 +81,12 @@ def backward(
     W, B, T, P = n.shape
     grad_n = _with_unit_stride(grad_n)
     grad_a = None if grad_a is None else _with_unit_stride(grad_a)
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_a_step, grad_n_step = 1 if grad_a is None else _common_step(grad_a), _common_step(grad_n)
     _backward[(B * T,)](
         grad_n if grad_a is None else grad_a,
         grad_n,
+        inverse_std if grad_sum is None else grad_sum,
         n,
         inverse_std,
         grad,
@@ -96,7 +99,8 @@ def backward(
         D=width,
         P=P,
         ADDS=grad_a is not None,
-        SEES_OTHERS=sees_others,
+        IS_SUMMED=grad_sum is not None,
+        SEES_OTHERS=grad_total.numel() > 0,
         GRAD_A_STEP=grad_a_step,
         GRAD_N_STEP=grad_n_step,
         **_blocks(W, P),
@@ -125,11 +129,11 @@ def _blocks(num_ways: int, padded_width: int) -> dict[str, Any]:
 
 @triton.jit
 def _forward(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, total_ptr, a_ptr, n_ptr, inverse_std_ptr,
+    x_ptr, addend_ptr, total_ptr, a_ptr, n_ptr, inverse_std_ptr, sum_ptr,
     W, T, num_tokens,
     x_way, x_sequence, x_token, addend_way, addend_sequence, addend_token, total_sequence, total_token,
     a_way, a_sequence, a_token, epsilon,
-    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, SEES_OTHERS: tl.constexpr, IS_GIVEN: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, SEES_OTHERS: tl.constexpr, IS_SUMMED: tl.constexpr,
     X_STEP: tl.constexpr, ADDEND_STEP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
@@ -147,12 +151,11 @@ def _forward(  # type: ignore[no-untyped-def]
         a_rows_W1 = (ways_W1 * a_way + b * a_sequence + t * a_token) * X_STEP
         tl.store(a_ptr + a_rows_W1 + columns_1P, a_WP, mask=is_real)
         seen_WP = a_WP.to(tl.float32)
+    if IS_SUMMED:
+        tl.store(sum_ptr + index * D + columns_1P, tl.sum(seen_WP, axis=0)[None, :], mask=columns_1P < D)
     if SEES_OTHERS:
-        if IS_GIVEN:
-            total_places = b * total_sequence + t * total_token + columns_1P
-            total_1P = tl.load(total_ptr + total_places, mask=columns_1P < D, other=0.0).to(tl.float32)
-        else:
-            total_1P = tl.sum(x_WP, axis=0)[None, :]
+        total_places = b * total_sequence + t * total_token + columns_1P
+        total_1P = tl.load(total_ptr + total_places, mask=columns_1P < D, other=0.0).to(tl.float32)
         seen_WP = seen_WP + (total_1P - x_WP)
     mean_W1 = tl.sum(tl.where(is_real, seen_WP, 0.0), axis=1)[:, None] / D
     centred_WP = tl.where(is_real, seen_WP - mean_W1, 0.0)
@@ -166,10 +169,10 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad_a_ptr, grad_n_ptr, n_ptr, inverse_std_ptr, grad_ptr, grad_total_ptr,
+    grad_a_ptr, grad_n_ptr, grad_sum_ptr, n_ptr, inverse_std_ptr, grad_ptr, grad_total_ptr,
     W, T, num_tokens,
     grad_a_way, grad_a_sequence, grad_a_token, grad_n_way, grad_n_sequence, grad_n_token,
-    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, SEES_OTHERS: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, IS_SUMMED: tl.constexpr, SEES_OTHERS: tl.constexpr,
     GRAD_A_STEP: tl.constexpr, GRAD_N_STEP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
@@ -191,5 +194,8 @@ def _backward(  # type: ignore[no-untyped-def]
     if ADDS:
         grad_a_rows_W1 = (ways_W1 * grad_a_way + b * grad_a_sequence + t * grad_a_token) * GRAD_A_STEP
         grad_WP += tl.load(grad_a_ptr + grad_a_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
+    if IS_SUMMED:  # each way of a real column is in the sum once
+        grad_sum_1P = tl.load(grad_sum_ptr + index * D + columns_1P, mask=columns_1P < D, other=0.0)
+        grad_WP += grad_sum_1P.to(tl.float32)
     is_stored = (ways_W1 < W) & (columns_1P < P)
     tl.store(grad_ptr + rows_W1 * P + columns_1P, grad_WP.to(grad_ptr.dtype.element_ty), mask=is_stored)

@@ -17,33 +17,38 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the int
 B, T = 2, 3
 
 
-def plain(x: Tensor, addend: Tensor | None, total: Tensor | None, sees_others: bool, width: int) -> list[Tensor]:
-    """a and n, the former empty without an addend."""
+KINDS = ["alone", "alone_summed", "added", "summed", "seen"]
+
+
+def plain(x: Tensor, addend: Tensor | None, total: Tensor | None, width: int, is_summed: bool) -> list[Tensor]:
+    """a, n and the sum over the ways, the first and the last empty where they are not asked for."""
     W, D = x.shape[0], x.shape[-1]
     a = x if addend is None else x + addend[..., :D]
     rows = []
     for way in range(W):
-        others = torch.zeros_like(x[0]) if not sees_others else (x.sum(0) if total is None else total[0]) - x[way]
+        others = torch.zeros_like(x[0]) if total is None else total[0] - x[way]
         rows.append(F.layer_norm(a[way] + others, (D,), eps=LAYER_NORM_EPSILON))
-    return [x.new_empty(0) if addend is None else a, F.pad(torch.stack(rows), (0, width - D))]
+    nothing = x.new_empty(0)
+    normed = F.pad(torch.stack(rows), (0, width - D))
+    return [nothing if addend is None else a, normed, a.sum(0, keepdim=True) if is_summed else nothing]
 
 
 def inputs(W: int, D: int, P: int, kind: str, dtype: torch.dtype) -> tuple[list[Tensor | None], bool]:
     """x, addend and total as leaves, where the kind has them."""
     torch.manual_seed(W * 100 + D)
     x = torch.randn(B, T, W, D, device=DEVICE).permute(2, 0, 1, 3)  # a token's ways side by side, as in the model
-    addend = None if kind == "alone" else torch.randn(W, B, T, P, device=DEVICE)
-    total = torch.randn(1, B, T, D, device=DEVICE) * 3 if kind == "given" else None
+    addend = None if kind.startswith("alone") else torch.randn(W, B, T, P, device=DEVICE)
+    total = torch.randn(1, B, T, D, device=DEVICE) * 3 if kind == "seen" else None
     leaves = [None if y is None else y.to(dtype).detach().requires_grad_() for y in (x, addend, total)]
-    return leaves, kind in ("others", "given")
+    return leaves, kind.endswith("summed")
 
 
-@pytest.mark.parametrize("kind", ["alone", "added", "others", "given"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("W", "D", "P"), [(1, 8, 8), (2, 13, 16), (3, 20, 24), (4, 16, 16), (6, 5, 8)])
 def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kind: str) -> None:
-    leaves, sees_others = inputs(W, D, P, kind, torch.float32)
-    found = torch.ops.kraken.residual_norm(*leaves, sees_others, P)[:2]
-    expected = plain(*leaves, sees_others, P)
+    leaves, is_summed = inputs(W, D, P, kind, torch.float32)
+    a, n, _, total = torch.ops.kraken.residual_norm(*leaves, P, is_summed)
+    found, expected = [a, n, total], plain(*leaves, P, is_summed)
     used = [leaf for leaf in leaves if leaf is not None]
     weights = [torch.randn_like(y) for y in expected]
 
@@ -52,22 +57,29 @@ def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kin
 
     for ours, theirs in [*zip(found, expected, strict=True), *zip(gradients(found), gradients(expected), strict=True)]:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert not found[1][..., D:].any()
+    assert not n[..., D:].any()
 
 
 def test_rounds_what_it_adds_as_plain_operations_do() -> None:
-    leaves, _ = inputs(2, 24, 24, "others", HALF)
-    a, n, _ = torch.ops.kraken.residual_norm(*leaves, True, 24)
+    leaves, _ = inputs(2, 24, 24, "seen", HALF)
+    a, n, _, _ = torch.ops.kraken.residual_norm(*leaves, 24, False)
     assert torch.equal(a, leaves[0] + leaves[1])
     assert n.dtype == HALF
-    exact = plain(*[y if y is None else y.double() for y in leaves], True, 24)[1]
+    exact = plain(*[y if y is None else y.double() for y in leaves], 24, False)[1]
     torch.testing.assert_close(n.double(), exact, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("kind", ["alone", "added", "others", "given"])
+def test_sums_what_it_has_rounded() -> None:
+    leaves, _ = inputs(3, 24, 24, "summed", HALF)
+    a, _, _, total = torch.ops.kraken.residual_norm(*leaves, 24, True)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, a.float().sum(0, keepdim=True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_is_a_sound_operator(kind: str) -> None:
-    leaves, sees_others = inputs(2, 13, 16, kind, torch.float32)
-    torch.library.opcheck(torch.ops.kraken.residual_norm.default, (*leaves, sees_others, 16))
+    leaves, is_summed = inputs(2, 13, 16, kind, torch.float32)
+    torch.library.opcheck(torch.ops.kraken.residual_norm.default, (*leaves, 16, is_summed))
 
 
 @pytest.mark.gpu
