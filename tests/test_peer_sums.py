@@ -3,7 +3,6 @@
 Ranks are threads here, and wait on a CPU; `tests/test_sum_kernel.py` has the kernels, `tests/test_engine_gpus.py` GPUs.
 """
 
-import contextlib
 import json
 import random
 import threading
@@ -23,7 +22,7 @@ from torch.distributed import HashStore
 from kraken.config import ConfigError, EngineConfig
 from kraken.engine.chunk import Chunk
 from kraken.engine.devices import choose_sums
-from kraken.engine.devices.collectives import DeviceGroup
+from kraken.engine.devices.collectives import DeviceGroup, Method
 from kraken.engine.devices.meeting import RanksError
 from kraken.engine.devices.partition import Part, weights_of
 from kraken.engine.devices.peer_memory import PeerMemory
@@ -42,46 +41,62 @@ class PlainSignals:
     def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
         self.rank, self.flags_P, self.flags_of_others, self.round = rank, flags_P, flags_of_others, 0
 
-    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None:
-        if awaits:
-            self._await(self.round)
-        elif any(int(flag) < self.round for peer, flag in enumerate(self.flags_P) if peer != self.rank):
-            raise AssertionError("the others may still read the slot")
+    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
+        self._begin(turn, awaits)
         slot[: x_RC.numel()] = x_RC.flatten()
-        self.skip()
+        self.tell(turn)
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out_WTD = x_WTD + addend_WTD
-        self.publish(out_WTD.sum(0), slot, awaits)
-        if len(out_WTD) == 1:
-            out_WTD = slot[: out_WTD.numel()].view(out_WTD.shape)
+        self._begin(turn, awaits)
+        for target in targets:
+            target[: out_WTD[0].numel()] = out_WTD.sum(0).flatten()
+        if out_slot is not None:
+            out_slot[: out_WTD.numel()] = out_WTD.flatten()
+            out_WTD = out_slot[: out_WTD.numel()].view(out_WTD.shape)
+        if tells:
+            self.tell(turn)
         return out_WTD, None if norm is None else norm(out_WTD)
 
-    def skip(self) -> None:
-        self.round += 1
+    def tell(self, turn: int) -> None:
+        assert self.round % 2 != turn, "the first round's turn is 0"
         for flag in self.flags_of_others:
             flag.fill_(self.round)
 
-    def wait(self) -> None:
+    def skip(self, turn: int) -> None:
+        self.round += 1
+        self.tell(turn)
+
+    def wait(self, turn: int) -> None:
+        assert self.round % 2 != turn
         self._await(self.round)
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
     ) -> Tensor | None:
-        self.wait()
+        self.wait(turn)
         total_TD = sum(part[: out_TD.numel()].view(out_TD.shape) for part in parts)
         out_TD.copy_(total_TD if x_TD is None else x_TD + total_TD)
         return None if norm is None else norm(out_TD)
 
     def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]:
-        if is_waiting:
-            self.wait()
+        if turn is not None:
+            self.wait(turn)
         others = sum(part.flatten()[: x_WTD[0].numel()].view(x_WTD[0].shape) for part in parts)
         return x_WTD + addend_WTD, norm(addend_WTD + x_WTD.sum(0) + others)
+
+    def _begin(self, turn: int, awaits: bool) -> None:
+        if awaits:
+            self._await(self.round)
+        elif any(int(flag) < self.round for peer, flag in enumerate(self.flags_P) if peer != self.rank):
+            raise AssertionError("the others may still read what is written over")
+        self.round += 1
+        assert self.round % 2 != turn
 
     def _await(self, round_: int) -> None:
         ends_at = time.monotonic() + 30
@@ -90,16 +105,10 @@ class PlainSignals:
             time.sleep(0)
 
 
-@pytest.fixture
-def no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has none."""
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-
-
 def make_peers(num_ranks: int, slot_bytes: int) -> list[PeerSums]:
     """Of ranks in one process."""
-    memory = PeerMemory([torch.zeros(num_memory_bytes(slot_bytes), dtype=torch.uint8) for _ in range(num_ranks)])
+    num_bytes = num_memory_bytes(num_ranks, slot_bytes)
+    memory = PeerMemory([torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(num_ranks)])
     return [PeerSums(memory, rank, slot_bytes, torch.float32, PlainSignals) for rank in range(num_ranks)]
 
 
@@ -119,7 +128,7 @@ def on_all_ranks(work: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def make_runners(model: Kraken, num_ranks: int, overlap: Any) -> list[Runner]:
+def make_runners(model: Kraken, num_ranks: int, overlap: Any, method: Method) -> list[Runner]:
     config = model.config
     columns = -(-NUM_IDS // num_ranks)
     peers = make_peers(num_ranks, num_slot_bytes(24, config.width, columns, torch.float32))
@@ -127,15 +136,18 @@ def make_runners(model: Kraken, num_ranks: int, overlap: Any) -> list[Runner]:
     for rank in range(num_ranks):
         part = Part(config, rank, num_ranks)
         group = DeviceGroup(rank, num_ranks, None, overlap)
-        group.use_peers(peers[rank], lambda num_tokens: "direct")
+        group.use_peers(peers[rank], lambda num_tokens: method)
         weights = {name: weight.clone() for name, weight in weights_of(model, part).items()}
         runners.append(Runner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
     return runners
 
 
-@pytest.mark.parametrize("overlap", ["overlapped", "blocking", "none"])
+@pytest.mark.parametrize(
+    ("overlap", "method"),
+    [("overlapped", "direct"), ("overlapped", "copied"), ("blocking", "direct"), ("none", "direct")],
+)
 @pytest.mark.parametrize("variant", DIVISIBLE)
-def test_passes_equal_those_of_one_device(variant: str, overlap: str, no_streams: None) -> None:
+def test_passes_equal_those_of_one_device(variant: str, overlap: str, method: Method) -> None:
     """Prompts in pieces, with and without logits, and tokens one by one: an odd or even number of sums in each pass."""
     model = make_model(variant)
     ids = torch.randint(NUM_IDS, (40,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -149,7 +161,7 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, no_streams
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     alone = Runner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
     for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
-        runners = make_runners(model, num_ranks, overlap)
+        runners = make_runners(model, num_ranks, overlap, method)
         found = on_all_ranks([lambda runner=runner: [runner.forward(step) for step in steps] for runner in runners])  # type: ignore[misc]
         assert all(passes is not None for passes in found)
         assert all(runner.network.group._peers._turn == 0 for runner in runners)  # type: ignore[union-attr]
@@ -159,7 +171,7 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, no_streams
                 torch.testing.assert_close(logits_RV, alone.forward(step), rtol=0, atol=2e-3)
 
 
-def test_columns_are_gathered_also_where_a_slot_is_small(no_streams: None) -> None:
+def test_columns_are_gathered_also_where_a_slot_is_small() -> None:
     peers = make_peers(2, slot_bytes=4096)
     x_RRC = torch.randn(2, 5, 300)
     for num_rows in (1, 3, 5):  # 3 rows fit into a slot, 5 do not
@@ -174,12 +186,9 @@ def test_columns_are_gathered_also_where_a_slot_is_small(no_streams: None) -> No
         assert torch.equal(found[1], x_RRC[1, :num_rows])
 
 
-def test_whoever_waits_is_released(no_streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_is_released() -> None:
     """For a rank that is gone."""
     peers = make_peers(2, slot_bytes=4096)
-    monkeypatch.setattr(peers[1], "_releases", SimpleNamespace(device=None))
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda chosen: contextlib.nullcontext())
     waits = threading.Thread(target=lambda: peers[0].sum(torch.ones(1, 8)))
     waits.start()
     peers[1].release()
@@ -192,46 +201,82 @@ class SimulatedRank:
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
+        self.sends: list[tuple[int, int, int]] = []
+        """What the stream that sends has still to do: slot, the round, and whether it copies before it tells."""
 
     def can_write(self) -> bool:
-        return all(published >= self.round for published in self.world.published)
+        return all(told >= self.round for told in self.world.told)
 
-    def steps(self, num_passes: int) -> Iterator[str]:
-        """What is done in stream order; each `yield` is where the others may go on, with what is waited for."""
+    def tell(self, round_: int) -> None:
+        assert self.world.told[self.rank] == round_ - 1, "rounds are told out of their order"
+        self.world.told[self.rank] = round_
+
+    def main_stream(self, num_passes: int) -> Iterator[str]:
+        """What is done in its order; each `yield` is where others may go on, with what is waited for."""
         choices = random.Random(7)  # the same on every rank: all compute the same passes
+        world = self.world
         for _ in range(num_passes):
             slot = 0
-            for _ in range(choices.randrange(4)):
-                everybody_reads = choices.random() < 0.6  # else only rank 0, as when columns are gathered
+            for _ in range(choices.randrange(5)):
+                kind = choices.choice(["publish", "gather", "direct", "copied"])
+                while kind in ("publish", "gather") and self.sends:
+                    yield "joining"
                 while not self.can_write():
                     yield "write"
-                self.world.write(self.rank, slot, self.round + 1)
-                yield "publish"
                 self.round += 1
-                self.world.published[self.rank] = self.round
-                if everybody_reads or self.rank == 0:
-                    while min(self.world.published) < self.round:
+                others = [peer for peer in range(len(world.told)) if peer != self.rank]
+                if kind == "direct":
+                    for peer in others:
+                        world.received[peer][self.rank][slot] = self.round
+                        yield "sending"
+                else:
+                    world.published[self.rank][slot] = self.round
+                    yield "publishing"
+                if kind in ("direct", "copied"):
+                    self.sends.append((slot, self.round, kind == "copied"))
+                else:
+                    self.tell(self.round)
+                if kind != "gather" or self.rank == 0:  # columns are gathered by the leader
+                    while min(told for peer, told in enumerate(world.told) if peer != self.rank) < self.round:
                         yield "read"
-                    for peer in range(len(self.world.published)):
-                        self.world.read(peer, slot, self.round)
+                    for _ in range(2):
+                        for peer in others:
+                            place = world.received[self.rank][peer] if kind in ("direct", "copied") else None
+                            world.read(world.published[peer] if place is None else place, slot, self.round)
                         yield "reading"
-                        self.world.read(peer, slot, self.round)
                 slot = 1 - slot
+            while self.sends:
+                yield "joining"
             if slot:
                 self.round += 1
-                self.world.published[self.rank] = self.round
+                self.tell(self.round)
+
+    def sending_stream(self) -> Iterator[str]:
+        """Likewise, for ever."""
+        while True:
+            while not self.sends:
+                yield "nothing"
+            slot, round_, copies = self.sends[0]
+            for peer in range(len(self.world.told)):
+                if copies and peer != self.rank:
+                    self.world.read(self.world.published[self.rank], slot, round_)
+                    yield "copying"
+                    self.world.read(self.world.published[self.rank], slot, round_)
+                    self.world.received[peer][self.rank][slot] = round_
+                    yield "copied"
+            self.tell(round_)
+            del self.sends[0]
+            yield "told"
 
 
 class SimulatedWorld:
     def __init__(self, num_ranks: int):
-        self.published = [0] * num_ranks
-        self.slots = [[0, 0] for _ in range(num_ranks)]
+        self.told = [0] * num_ranks
+        self.published = [[0, 0] for _ in range(num_ranks)]
+        self.received = [[[0, 0] for _ in range(num_ranks)] for _ in range(num_ranks)]
 
-    def write(self, rank: int, slot: int, value: int) -> None:
-        self.slots[rank][slot] = value
-
-    def read(self, rank: int, slot: int, value: int) -> None:
-        assert self.slots[rank][slot] == value, "a slot was written before everybody had read it"
+    def read(self, slots: list[int], slot: int, value: int) -> None:
+        assert slots[slot] == value, "a slot was written before everybody had read it"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -239,17 +284,17 @@ def test_no_slot_is_written_while_it_is_read(num_ranks: int) -> None:
     """Any order in which the ranks go on, of passes with any number of sums."""
     for seed in range(60):
         world, numbers = SimulatedWorld(num_ranks), random.Random(seed)
-        running = [SimulatedRank(rank, world).steps(40) for rank in range(num_ranks)]
-        favourite = numbers.randrange(num_ranks)  # who runs as far ahead as it can
-        for _ in range(100_000):
-            if not running:
+        ranks = [SimulatedRank(rank, world) for rank in range(num_ranks)]
+        streams = [*(rank.main_stream(40) for rank in ranks), *(rank.sending_stream() for rank in ranks)]
+        unfinished = set(range(num_ranks))
+        favourite = numbers.randrange(len(streams))  # who runs as far ahead as it can
+        for _ in range(200_000):
+            if not unfinished:
                 break
-            chosen = (
-                favourite if numbers.random() < 0.7 and favourite < len(running) else numbers.randrange(len(running))
-            )
-            if next(running[chosen], None) is None:
-                del running[chosen]
-        assert not running, "the ranks wait for each other"
+            chosen = favourite if numbers.random() < 0.7 else numbers.randrange(len(streams))
+            if next(streams[chosen], None) is None:
+                unfinished.discard(chosen)
+        assert not unfinished, "the ranks wait for each other"
 
 
 class TestChoice:

@@ -52,18 +52,18 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
     for turn in range(5):
         parts = torch.randn(num_ranks, T, D, device=DEVICE).to(dtype)
         for rank, signals in enumerate(ranks):
-            signals.publish(parts[rank], both[turn % 2][rank], awaits=turn % 3 != 1)
+            signals.publish(parts[rank], both[turn % 2][rank], turn % 2, awaits=turn % 3 != 1)
         found = []
         for signals in ranks:
             out_TD = torch.empty_like(x_TD)
-            normed_TD = signals.add_parts(x_TD, both[turn % 2], out_TD, norm)
+            normed_TD = signals.add_parts(x_TD, both[turn % 2], out_TD, norm, turn % 2)
             expected = (x_TD.double() + parts.double().sum(0)).to(dtype)
             torch.testing.assert_close(out_TD, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
             torch.testing.assert_close(normed_TD, norm(out_TD), rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
             found.append(out_TD)
         assert all(torch.equal(out_TD, found[0]) for out_TD in found)
         total_TD = torch.empty_like(x_TD)
-        assert ranks[0].add_parts(None, both[turn % 2], total_TD, None) is None
+        assert ranks[0].add_parts(None, both[turn % 2], total_TD, None, turn % 2) is None
         torch.testing.assert_close(total_TD, parts.double().sum(0).to(dtype), rtol=0, atol=0.05)
 
 
@@ -73,33 +73,42 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
 def test_a_layer_of_ways_divided_among_ranks(
     num_ranks: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The kernel tells by itself or another does; its output is in a slot, or the sum is written to every other rank."""
     from kraken.engine import residual_kernel
 
-    monkeypatch.setattr(residual_kernel, "MAX_PUBLISHING", 3)  # so that a program has several tokens
+    monkeypatch.setattr(residual_kernel, "MAX_ASKING", 3)  # so that a program has several tokens
     torch.manual_seed(0)
     T, D = 4, 40
     ranks, norm = make_ranks(num_ranks), make_norm(num_ways, D, has_bias)
-    both = slots(num_ranks, T * D), slots(num_ranks, T * D)
-    for turn in range(3):
-        held = both[turn % 2]
+    for round_ in range(4):
+        turn, tells = round_ % 2, round_ < 2
+        received = [slots(num_ranks, T * D) for _ in range(num_ranks)]  # from every rank, though none from itself
         a_RWTD, y_RWTD, z_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(3))
         x_RWTD = []
         for rank, signals in enumerate(ranks):
+            targets = tuple(received[peer][rank] for peer in range(num_ranks) if peer != rank)
+            (out_slot,) = slots(1, num_ways * T * D + 8)
             x_WTD, normed_WTD = signals.advance(
-                a_RWTD[rank], y_RWTD[rank], norm if turn else None, held[rank], turn != 1
-            )
+                a_RWTD[rank], y_RWTD[rank], norm if round_ else None, targets, out_slot if round_ == 2 else None,
+                turn, awaits=round_ != 1, tells=tells,
+            )  # fmt: skip
             assert torch.equal(x_WTD, a_RWTD[rank] + y_RWTD[rank])
-            if turn:
+            assert (x_WTD.data_ptr() == out_slot.data_ptr()) == (round_ == 2)
+            if round_:
                 torch.testing.assert_close(normed_WTD, norm(x_WTD), rtol=0, atol=2e-5)
-            torch.testing.assert_close(held[rank], x_WTD.sum(0).flatten(), rtol=0, atol=1e-5)
+            for target in targets:
+                torch.testing.assert_close(target, x_WTD.sum(0).flatten(), rtol=0, atol=1e-5)
             x_RWTD.append(x_WTD)
+        for signals in ranks:
+            assert tells == (int(signals._rounds.flags_of_others[0]) == round_ + 1)
+            if not tells:
+                signals.tell(turn)
         total_TD = torch.stack(x_RWTD).sum((0, 1))
         for rank, (signals, x_WTD) in enumerate(zip(ranks, x_RWTD, strict=True)):
-            others = held[:rank] + held[rank + 1 :]
+            parts = received[rank][:rank] + received[rank][rank + 1 :]
             expected_WTD = norm(x_WTD + z_RWTD[rank] + total_TD - x_WTD)
-            copied = (sum(others)[: T * D],)  # type: ignore[index]
-            for parts, is_waiting in ((others, True), (copied, False)):
-                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, is_waiting)
+            for waited_for in (turn, None):
+                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, waited_for)
                 assert torch.equal(next_WTD, x_WTD + z_RWTD[rank])
                 torch.testing.assert_close(normed_WTD, expected_WTD, rtol=0, atol=5e-5)
 
@@ -112,11 +121,11 @@ def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) ->
     x_RTD = torch.randn(2, 3, 60, device=DEVICE)
     for _ in range(3):  # the count of programs that are done begins anew
         for rank in range(2):
-            ranks[rank].publish(x_RTD[rank], held[rank], awaits=True)
-        ranks[0].wait()
-        ranks[1].skip()
-        ranks[0].skip()
-        ranks[0].wait()
+            ranks[rank].publish(x_RTD[rank], held[rank], 0, awaits=True)
+        ranks[0].wait(0)
+        ranks[1].skip(1)
+        ranks[0].skip(1)
+        ranks[0].wait(1)
     for rank in range(2):
         assert torch.equal(held[rank][:180], x_RTD[rank].flatten())
-        assert ranks[rank]._rounds.state.tolist() == [6, 0]
+        assert ranks[rank]._rounds.cells[:, 0].tolist() == [5, 6, 0]

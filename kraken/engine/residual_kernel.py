@@ -3,9 +3,9 @@
 `advance` is the end of a layer and the beginning of the next, `see` the middle of one; `kraken/engine/residual.py` has
 their equations. A program computes one token, in float32.
 
-With several devices whose memory is shared, `advance` also publishes the ways' sum, and `see` reads the other ranks'
-parts, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program of `see` waits after it has
-done all that needs nobody else.
+With several devices whose memory is shared, `advance` also writes the ways' sum where the others read it, and `see`
+reads what they wrote, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program of `see` waits
+after it has done all that needs nobody else.
 
 Shape letters as in `kraken/model.py`, and: P ranks.
 """
@@ -20,29 +20,32 @@ from torch import Tensor
 from kraken.engine.norm import Norm
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
-MAX_PUBLISHING = 512
-"""Programs that publish together. More would fill no GPU better, and each waits and counts."""
+MAX_ASKING = 512
+"""Programs of a kernel that wait for the others. More would fill no GPU better, and each of them asks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
     """Where one rank counts its rounds, and where it tells the others.
 
+    The number of a round is written in the cell of its turn, 0 or 1, while the kernel that begins the round reads the
+    other cell: so it does not matter which of its programs run first.
+
     Args:
-        state: int64 [2] of this rank: its last round, and how many programs of a kernel are done.
+        cells: int64 [3, 2] of this rank: the last round of either turn, and how many programs of a kernel are done; two
+            values wide, so that kernels are compiled once for all.
         flags_P: int64 in this rank's memory, the last round of each other rank, written by them.
         flags_of_others: this rank's entry, int64 [1], of every other rank's flags.
     """
 
     rank: int
-    state: Tensor
+    cells: Tensor
     flags_P: Tensor
     flags_of_others: tuple[Tensor, ...]
 
-    @property
-    def pointers(self) -> tuple[Tensor, Tensor]:
-        """What a kernel reads and writes here."""
-        return self.state, self.flags_P
+    def pointers(self, turn: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This round's cell and the one before it, the count of programs, the flags."""
+        return self.cells[turn], self.cells[1 - turn], self.cells[2], self.flags_P
 
     @property
     def constants(self) -> dict[str, int]:
@@ -62,21 +65,21 @@ def await_round(flags_ptr, round, rank: tl.constexpr, num_ranks: tl.constexpr): 
 
 
 @triton.jit
-def tell_round(state_ptr, flag_ptrs, round):  # type: ignore[no-untyped-def]
+def tell_round(flag_ptrs, round):  # type: ignore[no-untyped-def]
     """Tell every other rank that this one has published a round, and has read all before it."""
-    tl.store(state_ptr, round)
     for index in tl.static_range(len(flag_ptrs)):
         tl.atomic_xchg(flag_ptrs[index], round, sem="release", scope="sys")
 
 
 @triton.jit
-def tell_when_all_are_done(state_ptr, flag_ptrs, round, num_programs):  # type: ignore[no-untyped-def]
+def tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, num_programs):  # type: ignore[no-untyped-def]
     """The last of a kernel's programs tells the round, after everything that all of them have written."""
     tl.debug_barrier()  # every thread has written before one says so
     # among these programs the device's order is enough: what the last one has seen, its signal carries to the others
-    if tl.atomic_add(state_ptr + 1, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
-        tl.store(state_ptr + 1, 0)  # everybody else is done with it, and with reading the round
-        tell_round(state_ptr, flag_ptrs, round)
+    if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
+        tl.store(done_ptr, 0)  # everybody else is done with it, and with reading the round
+        tl.store(cell_ptr, round)
+        tell_round(flag_ptrs, round)
 
 
 @triton.jit
@@ -101,18 +104,20 @@ def _norm_of_way(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
+    x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, target_ptrs,
+    cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
     num_tokens, x_way_stride, way_stride,
-    rank: tl.constexpr, num_ranks: tl.constexpr, publishes: tl.constexpr, awaits: tl.constexpr, has_norm: tl.constexpr,
-    has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr, tells: tl.constexpr,
+    num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, num_ways: tl.constexpr,
+    width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
     round = tl.full((), 0, tl.int64)
-    if publishes:
-        round = tl.load(state_ptr) + 1
+    if begins_round:
+        round = tl.load(last_cell_ptr) + 1
         if awaits:
-            # whoever has published the last round has read the one before it, which is what the slot holds
+            # whoever has published the last round has read the one before it, which is what is written over here
             await_round(flags_ptr, round - 1, rank, num_ranks)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
         row_place = token * tl.full((), width, tl.int64)
@@ -124,87 +129,111 @@ def _advance(  # type: ignore[no-untyped-def]
             out = (x + addend).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + way * way_stride + places, out, mask=mask)
             total += out.to(tl.float32)
+            if num_targets > 0 and way == num_ways - 1:  # before the norm, so that it is on its way meanwhile
+                for index in tl.static_range(num_targets):
+                    tl.store(target_ptrs[index] + places, total.to(out_ptr.dtype.element_ty), mask=mask)
             if has_norm:
                 _norm_of_way(
                     out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
                     has_bias, width, epsilon,
                 )  # fmt: skip
-        if publishes and num_ways > 1:  # one way is written there as it is
-            tl.store(slot_ptr + places, total.to(slot_ptr.dtype.element_ty), mask=mask)
-    if publishes:
-        tell_when_all_are_done(state_ptr, flag_ptrs, round, tl.num_programs(0))
+    if begins_round:
+        if tells:
+            tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, tl.num_programs(0))
+        elif tl.program_id(0) == 0:
+            tl.store(cell_ptr, round)
 
 
 @triton.jit
 def _see(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, gain_ptr, bias_ptr, state_ptr, flags_ptr, x_way_stride, way_stride,
+    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr, num_tokens,
+    x_way_stride, way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
     has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
-    row_place = tl.program_id(0).to(tl.int64) * width
-    places = row_place + columns
-    held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
-    for way in tl.static_range(num_ways):
-        x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        a = (x + addend).to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + way * way_stride + places, a, mask=mask)
-        held += x
-    if waits:
-        await_round(flags_ptr, tl.load(state_ptr), rank, num_ranks)
-    parts = tl.zeros((tile,), tl.float32)
-    for index in tl.static_range(num_parts):
-        parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
-    if num_ways == 1:
-        # of what each program has still in its registers
-        seen = a.to(tl.float32) + parts
-        if is_total:
-            seen -= x
-        _norm_of_way(
-            seen, normed_ptr, gain_ptr, bias_ptr, 0, way_stride, row_place, columns, mask, has_bias, width, epsilon
-        )
-    else:
-        if not is_total:
-            parts += held
+    for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        row_place = token * tl.full((), width, tl.int64)
+        places = row_place + columns
+        held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
         for way in tl.static_range(num_ways):
             x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
             addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-            seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+            a = (x + addend).to(a_ptr.dtype.element_ty)
+            tl.store(a_ptr + way * way_stride + places, a, mask=mask)
+            held += x
+        if waits:
+            if token == tl.program_id(0):
+                await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
+        parts = tl.zeros((tile,), tl.float32)
+        for index in tl.static_range(num_parts):
+            parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
+        if num_ways == 1:
+            # of what each program has still in its registers
+            seen = a.to(tl.float32) + parts
+            if is_total:
+                seen -= x
             _norm_of_way(
-                seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
-                has_bias, width, epsilon,
-            )  # fmt: skip
+                seen, normed_ptr, gain_ptr, bias_ptr, 0, way_stride, row_place, columns, mask, has_bias, width, epsilon
+            )
+        else:
+            if not is_total:
+                parts += held
+            for way in tl.static_range(num_ways):
+                x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+                addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+                seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+                _norm_of_way(
+                    seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
+                    has_bias, width, epsilon,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round, as the kernel knows it that begins it or that reads its parts.
+
+    Args:
+        turn: 0 or 1, of one round and the next.
+        awaits: whether what the others were given two rounds ago may not have been read by all of them.
+        tells: whether the kernel that begins the round tells the others; else somebody does who comes after it.
+    """
+
+    rounds: Rounds
+    turn: int
+    awaits: bool = True
+    tells: bool = True
 
 
 def advance(
     x_WTD: Tensor,
     addend_WTD: Tensor,
     norm: Norm | None,
-    rounds: Rounds | None = None,
-    slot: Tensor | None = None,
-    awaits: bool = True,
+    round: Round | None = None,
+    targets: tuple[Tensor, ...] = (),
+    out_slot: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x + addend, and the norm of it where there is one; with a slot also a round, whose part is the sum over W.
+    """x + addend, and the norm of it where there is one; in a round its part, the sum over W, is written to the targets.
 
     Args:
         x_WTD: of equal ways where its first stride is 0.
-        slot: of this rank, of x's type, [T * D] or longer; where there is one way, the first output lies in it.
-        awaits: whether the others may still be reading the slot.
+        targets: of x's type, [T * D] or longer.
+        out_slot: likewise, where the first output is to be.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
-    out_WTD = torch.empty_like(addend_WTD) if slot is None or W > 1 else slot[: T * D].view(1, T, D)
+    out_WTD = torch.empty_like(addend_WTD) if out_slot is None else out_slot[: W * T * D].view(W, T, D)
     normed_WTD = None if norm is None else torch.empty_like(addend_WTD)
     gain = out_WTD if norm is None else norm.weight_WD
     tile = triton.next_power_of_2(D)
-    _advance[(T if slot is None else min(T, MAX_PUBLISHING),)](
+    _advance[(T if round is None else min(T, MAX_ASKING),)](
         x_WTD, addend_WTD, out_WTD, out_WTD if normed_WTD is None else normed_WTD,
-        gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, out_WTD if slot is None else slot,
-        *_pointers(rounds, out_WTD), (out_WTD,) if rounds is None else rounds.flags_of_others,
+        gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, targets or (out_WTD,),
+        *_pointers(round, out_WTD), (out_WTD,) if round is None else round.rounds.flags_of_others,
         T, x_WTD.stride(0), T * D,
-        **_constants(rounds), publishes=slot is not None, awaits=awaits, has_norm=norm is not None,
+        **_constants(round), begins_round=round is not None, awaits=round is not None and round.awaits,
+        tells=round is not None and round.tells, num_targets=len(targets), has_norm=norm is not None,
         has_bias=norm is not None and norm.bias_WD is not None,
         num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
     )  # fmt: skip
@@ -217,24 +246,25 @@ def see(
     norm: Norm,
     parts: tuple[Tensor, ...] = (),
     is_total: bool = False,
-    rounds: Rounds | None = None,
+    round: Round | None = None,
 ) -> tuple[Tensor, Tensor]:
     """a = x + addend, and of each way held here the norm of a, the other ways' x and the parts.
 
     Args:
         parts: of x's type, [T * D] values or more each.
         is_total: whether the ways held here are in the parts.
-        rounds: the parts are the others' of this round, to be waited for; None where they are there.
+        round: whose parts they are, to be waited for; None where they are there.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
     a_WTD, normed_WTD = torch.empty_like(addend_WTD), torch.empty_like(addend_WTD)
     gain, bias = norm.weight_WD, norm.bias_WD
     tile = triton.next_power_of_2(D)
-    _see[(T,)](
+    cell, _, _, flags_P = _pointers(round, a_WTD)
+    _see[(T if round is None else min(T, MAX_ASKING),)](
         x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, normed_WTD, gain, gain if bias is None else bias,
-        *_pointers(rounds, a_WTD), x_WTD.stride(0), T * D,
-        **_constants(rounds), waits=rounds is not None, num_parts=len(parts), is_total=is_total,
+        cell, flags_P, T, x_WTD.stride(0), T * D,
+        **_constants(round), waits=round is not None, num_parts=len(parts), is_total=is_total,
         has_bias=bias is not None, num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON,
         num_warps=num_warps(tile),
     )  # fmt: skip
@@ -251,9 +281,9 @@ def _with_plain_rows(x_WTD: Tensor) -> Tensor:
     return x_WTD if x_WTD[0].is_contiguous() else x_WTD.contiguous()
 
 
-def _pointers(rounds: Rounds | None, anything: Tensor) -> tuple[Tensor, Tensor]:
-    return (anything, anything) if rounds is None else rounds.pointers
+def _pointers(round: Round | None, anything: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (anything,) * 4 if round is None else round.rounds.pointers(round.turn)
 
 
-def _constants(rounds: Rounds | None) -> dict[str, int]:
-    return {"rank": 0, "num_ranks": 1} if rounds is None else rounds.constants
+def _constants(round: Round | None) -> dict[str, int]:
+    return {"rank": 0, "num_ranks": 1} if round is None else round.rounds.constants

@@ -169,7 +169,7 @@ def _open_peers(
     peers, problem = None, ""
     try:
         slot_bytes = num_slot_bytes(messages.max_tokens, messages.width, messages.num_columns, messages.dtype)
-        num_bytes = num_memory_bytes(slot_bytes)
+        num_bytes = num_memory_bytes(ranks.size, slot_bytes)
         name = f"kraken-{id(ranks.store)}"
         memory = share_memory(ranks.store, ranks.rank, ranks.size, device, num_bytes, name)
         peers = PeerSums(memory, ranks.rank, slot_bytes, messages.dtype, Signals)

@@ -1,14 +1,22 @@
 """Sums over peer memory: a rank writes its part where the others can read it, and whoever needs the sum reads them all.
 
-Every sum, and every gathering of columns, is a *round*. In round n a rank waits until all others have published round
-n - 1, writes its part into slot n mod 2 of its own memory, and publishes round n. Whoever needs the parts waits until
-all have published round n, and reads. That no slot is written while it is read follows from two facts:
+Every sum, and every gathering of columns, is a *round*. In one kind of it a rank *publishes*: it writes its part into
+a slot of its own memory, which the others read over the link. In the other, for sums that are in flight while something
+else is computed, it *sends*: it writes its part into a slot that every other rank keeps for it, so that whoever needs
+the sum finds all of it at home. In round n a rank waits until all others have published or sent n - 1, writes into
+slot n mod 2, and tells them. Whoever needs the parts waits until all have told round n, and reads. That no slot is
+written while it is read follows from two facts:
 
-* A rank publishes a round after it has read all that it will read of the rounds before, since both are in the order of
-  one stream (a copy on another stream is joined before the next round begins).
-* So when all others have published n - 1, they have read n - 2, which is what slot n mod 2 still holds.
+* A rank tells a round after it has read all that it will read of the rounds before: what tells is behind the reading in
+  the order of streams.
+* So when all others have told n - 1, they have read n - 2, which is what slot n mod 2 still holds, here and there.
 
 A rank that has needed the parts of round n - 1 has waited already, and does not ask again (`_is_settled`).
+
+What is sent is told on a stream of its own, and copied there where a copy engine carries it, so that nothing waits
+until the link has taken it. Whoever tells on the main stream first joins the two: rounds are told in their order. A
+copy's source, slot n mod 2 of this rank's own, is free for round n + 2: the others tell n + 1 after they have seen n,
+which they were told behind the copy.
 
 It does not matter who waits for a round and who does not: the followers publish columns that only the leader reads, and
 wait for the leader when they write next.
@@ -21,7 +29,8 @@ or left without sums. Rounds themselves are counted on the device, see `kraken/e
 Shape letters as in `kraken/model.py`, and: R rows, C columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +43,7 @@ from kraken.engine.norm import Norm
 
 FLAGS_BYTES = 4096
 """Before the slots."""
-NUM_SLOTS = 2
+NUM_TURNS = 2
 FOREVER = 2**62
 """A round that nobody reaches."""
 
@@ -42,22 +51,25 @@ FOREVER = 2**62
 class Signals(Protocol):
     """One rank's rounds; see `kraken.engine.devices.sum_kernel.Signals`."""
 
-    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None: ...
+    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None: ...
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
-    ) -> tuple[Tensor, Tensor | None]: ...
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
 
-    def skip(self) -> None: ...
+    def tell(self, turn: int) -> None: ...
 
-    def wait(self) -> None: ...
+    def skip(self, turn: int) -> None: ...
+
+    def wait(self, turn: int) -> None: ...
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
     ) -> Tensor | None: ...
 
     def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -67,16 +79,12 @@ class PeerSum:
 
     peers: "PeerSums"
     parts: tuple[Tensor, ...]
-    is_waiting: bool
-    """Whether the parts are in the others' memory, and may not have been published yet."""
-    copies: torch.cuda.Stream | None = None
-    """The stream that fetches the parts."""
+    turn: int | None
+    """Of the round; None where it has been waited for."""
 
     def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """See `PendingSum.see`."""
-        if self.copies is not None:
-            torch.cuda.current_stream(x_WTD.device).wait_stream(self.copies)
-        return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.is_waiting)
+        return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.turn)
 
 
 class PeerSums:
@@ -99,22 +107,32 @@ class PeerSums:
     ):
         self._rank, self._num_values = rank, slot_bytes // dtype.itemsize
         self._memory = memory  # to keep it
-        size, device = len(memory.buffers), memory.buffers[rank].device
+        size, self._device = len(memory.buffers), memory.buffers[rank].device
+        others = [peer for peer in range(size) if peer != rank]
         self._flags = [buffer[: size * 8].view(torch.int64) for buffer in memory.buffers]
-        others = [flags_P for peer, flags_P in enumerate(self._flags) if peer != rank]
-        self._signals = make_signals(rank, self._flags[rank], tuple(flags_P[rank : rank + 1] for flags_P in others))
-        starts = [FLAGS_BYTES + index * slot_bytes for index in range(NUM_SLOTS)]
-        self._slots = [
-            tuple(buffer[start : start + slot_bytes].view(dtype) for buffer in memory.buffers) for start in starts
-        ]
-        """Of each slot, every rank's."""
+        self._signals = make_signals(
+            rank, self._flags[rank], tuple(self._flags[peer][rank : rank + 1] for peer in others)
+        )
+
+        def slot(peer: int, index: int) -> Tensor:
+            start = FLAGS_BYTES + index * slot_bytes
+            return memory.buffers[peer][start : start + slot_bytes].view(dtype)
+
+        turns = range(NUM_TURNS)
+        self._published = [tuple(slot(peer, turn) for peer in range(size)) for turn in turns]
+        """Of each turn, what every rank publishes."""
+        self._received = [tuple(slot(rank, NUM_TURNS * (1 + peer) + turn) for peer in others) for turn in turns]
+        """Of each turn, what every other rank sends here."""
+        self._sent = [tuple(slot(peer, NUM_TURNS * (1 + rank) + turn) for peer in others) for turn in turns]
+        """Of each turn, where this rank sends to."""
         self._turn = 0
         self._is_settled = False
-        """Whether the stream that publishes has waited for all ranks' last round."""
-        self._copied = tuple(torch.empty(self._num_values, dtype=dtype, device=device) for _ in others)
-        self._copies = torch.cuda.Stream(device)
-        self._releases = torch.cuda.Stream(device)
-        self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64).pin_memory()
+        """Whether the main stream has waited for all ranks' last round."""
+        on_cuda = self._device.type == "cuda"
+        self._sends, self._releases = (torch.cuda.Stream(self._device) if on_cuda else None for _ in range(2))
+        self._is_sending = False
+        """Whether the stream that sends has not been joined."""
+        self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64, pin_memory=on_cuda)
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, method: Method, is_waited_for: bool
@@ -122,48 +140,49 @@ class PeerSums:
         """x + addend, its norm, and its sum over the ranks, begun; of each the sum over the ways that it holds.
 
         Args:
-            method: `direct` reads the others' parts in their memory when they are needed; `copied` has a copy engine
-                fetch them as soon as they are there, on a stream of its own.
+            method: `direct` has the kernel that computes it write it into the others' memory; `copied` has a copy
+                engine bring it there.
         """
-        parts, awaits = self._begin()
-        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, parts[self._rank], awaits)
-        return out_WTD, normed_WTD, self._pending(out_WTD, parts, method, is_waited_for)
-
-    def _pending(self, x_WTD: Tensor, parts: tuple[Tensor, ...], method: Method, is_waited_for: bool) -> PeerSum:
-        others = parts[: self._rank] + parts[self._rank + 1 :]
         if is_waited_for:
-            total_TD = torch.empty_like(x_WTD[0], memory_format=torch.contiguous_format)
-            self._signals.add_parts(None, others, total_TD, None)
-            return PeerSum(self, (total_TD,), is_waiting=False)
-        if method == "direct":
-            return PeerSum(self, others, is_waiting=True)
-        # the last sum has read what is overwritten here, and the state is that of this round
-        self._copies.wait_stream(torch.cuda.current_stream(x_WTD.device))
-        with torch.cuda.stream(self._copies):
-            self._signals.wait()
-            for target, part in zip(self._copied, others, strict=True):
-                target[: x_WTD[0].numel()].copy_(part[: x_WTD[0].numel()], non_blocking=True)
-        return PeerSum(self, self._copied, is_waiting=False, copies=self._copies)
+            self._join()
+        turn, awaits = self._begin()
+        sent, own = self._sent[turn], self._published[turn][self._rank]
+        targets, out_slot = sent, None
+        if method == "copied":  # one way is itself where it is copied from
+            targets, out_slot = ((), own) if len(x_WTD) == 1 else ((own,), None)
+        tells = is_waited_for and method == "direct"
+        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits, tells)
+        if not tells:
+            with self._sending():
+                if method == "copied":
+                    for target in sent:
+                        target[: x_WTD[0].numel()].copy_(own[: x_WTD[0].numel()], non_blocking=True)
+                self._signals.tell(turn)
+        if is_waited_for:
+            self._signals.wait(turn)
+            self._is_settled = True
+        return out_WTD, normed_WTD, PeerSum(self, self._received[turn], None if is_waited_for else turn)
 
     def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]:
         """See `PendingSum.see`; of the last round, whose parts are waited for here or have been."""
         self._is_settled = True
-        return self._signals.see(x_WTD, addend_WTD, parts, norm, is_waiting)
+        return self._signals.see(x_WTD, addend_WTD, parts, norm, turn)
 
     def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
         """x plus the sum of the parts, bit-equal on all ranks where x is, and the norm of it where one is asked for."""
-        parts = self._publish(part_1TD[0])
+        turn = self._publish(part_1TD[0])
         total_1TD = torch.empty_like(part_1TD, memory_format=torch.contiguous_format)
-        normed_TD = self._signals.add_parts(x_1TD[0], parts, total_1TD[0], norm)
+        normed_TD = self._signals.add_parts(x_1TD[0], self._published[turn], total_1TD[0], norm, turn)
         self._is_settled = True
         return total_1TD, None if normed_TD is None else normed_TD[None]
 
     def sum(self, own_RC: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them."""
+        turn = self._publish(own_RC)
         total_RC = torch.empty_like(own_RC, memory_format=torch.contiguous_format)
-        self._signals.add_parts(None, self._publish(own_RC), total_RC, None)
+        self._signals.add_parts(None, self._published[turn], total_RC, None, turn)
         self._is_settled = True
         return total_RC
 
@@ -171,11 +190,11 @@ class PeerSums:
         """See `DeviceGroup.gather_columns`; in several rounds where a slot is too small."""
         pieces = []
         for piece_RC in x_RC.split(max(1, self._num_values // x_RC.shape[1])):
-            parts = self._publish(piece_RC)
+            turn = self._publish(piece_RC)
             if self._rank == 0:
-                self._signals.wait()
+                self._signals.wait(turn)
                 self._is_settled = True
-                columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in parts]
+                columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in self._published[turn]]
                 pieces.append(torch.cat(columns, dim=1))
         if self._rank > 0:
             return x_RC
@@ -183,8 +202,9 @@ class PeerSums:
 
     def end_pass(self) -> None:
         """After every forward pass: the next one begins with slot 0."""
+        self._join()
         if self._turn:
-            self._signals.skip()
+            self._signals.skip(self._turn)
             self._turn = 0
         self._is_settled = False  # a graph does not know what was replayed before it
 
@@ -193,21 +213,37 @@ class PeerSums:
 
         By copy engines: kernels that wait may leave no room for another. From any thread.
         """
-        with torch.cuda.device(self._releases.device), torch.cuda.stream(self._releases):
+        with torch.cuda.stream(self._releases):
             for flags_P in self._flags:
                 flags_P.copy_(self._forever_P, non_blocking=True)
 
-    def _publish(self, x_RC: Tensor) -> tuple[Tensor, ...]:
-        """A round; gives where every rank's part of it is, or will be."""
-        parts, awaits = self._begin()
-        self._signals.publish(x_RC, parts[self._rank], awaits)
-        return parts
+    def _publish(self, x_RC: Tensor) -> int:
+        """A round; gives its turn."""
+        self._join()
+        turn, awaits = self._begin()
+        self._signals.publish(x_RC, self._published[turn][self._rank], turn, awaits)
+        return turn
 
-    def _begin(self) -> tuple[tuple[Tensor, ...], bool]:
-        """Every rank's slot of the round that is to come, and whether the others may still be reading it."""
-        parts, awaits = self._slots[self._turn], not self._is_settled
-        self._turn, self._is_settled = 1 - self._turn, False
-        return parts, awaits
+    def _begin(self) -> tuple[int, bool]:
+        """The turn of the round that is to come, and whether the others may still be reading what it writes over."""
+        turn, awaits = self._turn, not self._is_settled
+        self._turn, self._is_settled = 1 - turn, False
+        return turn, awaits
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        """On the stream that sends, after what the main stream has been given so far; on a CPU all is in order."""
+        if self._sends is not None:
+            self._sends.wait_stream(torch.cuda.current_stream(self._device))
+            self._is_sending = True
+        with torch.cuda.stream(self._sends):
+            yield
+
+    def _join(self) -> None:
+        """Go on only after everything that was sent has been told."""
+        if self._is_sending and self._sends is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._sends)
+        self._is_sending = False
 
 
 def num_slot_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.dtype) -> int:
@@ -216,6 +252,6 @@ def num_slot_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.d
     return -(-values * dtype.itemsize // 4096) * 4096
 
 
-def num_memory_bytes(slot_bytes: int) -> int:
-    """What a rank shares."""
-    return FLAGS_BYTES + NUM_SLOTS * slot_bytes
+def num_memory_bytes(size: int, slot_bytes: int) -> int:
+    """What a rank shares with `size` ranks: what it publishes, and what each of them sends."""
+    return FLAGS_BYTES + NUM_TURNS * (1 + size) * slot_bytes

@@ -1,9 +1,9 @@
 """Sums over peer memory on CUDA, as Triton kernels: publishing a part, and reading all parts where they are needed.
 
-Rounds are counted on the device, so that a kernel in a CUDA graph knows which one it is in. A rank's *state* is the
-number of its last round and a count of the programs that are done; its *flags* hold, for every rank, the last round
-that this rank has published, and are written by the others. `kraken/engine/devices/peer_sums.py` says why a slot is
-never written while somebody reads it.
+Rounds are counted on the device, so that a kernel in a CUDA graph knows which one it is in. A rank's *cells* hold the
+number of its last rounds and a count of the programs that are done; its *flags* hold, for every rank, the last round
+that this rank has published, and are written by the others. `kraken/engine/devices/peer_sums.py` says why nothing is
+written over while somebody reads it.
 
 A wait is a loop, in every program that needs it. It cannot block what it waits for: that runs on another device, or, in
 tests, in another process on the same one, which takes turns with this process.
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from kraken.engine import residual_kernel
 from kraken.engine.norm import Norm
-from kraken.engine.residual_kernel import Rounds, await_round, layer_norm, num_warps, tell_round, tell_when_all_are_done
+from kraken.engine.residual_kernel import (
+    Round,
+    Rounds,
+    await_round,
+    layer_norm,
+    num_warps,
+    tell_round,
+    tell_when_all_are_done,
+)
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_COLUMNS = 4096
@@ -27,10 +35,10 @@ MAX_COLUMNS = 4096
 
 @triton.jit
 def _publish(  # type: ignore[no-untyped-def]
-    x_ptr, slot_ptr, state_ptr, flags_ptr, flag_ptrs,
+    x_ptr, slot_ptr, cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
     rank: tl.constexpr, num_ranks: tl.constexpr, awaits: tl.constexpr, num_columns: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    round = tl.load(state_ptr) + 1
+    round = tl.load(last_cell_ptr) + 1
     if awaits:
         # whoever has published the last round has read the one before it, which is what the slot holds
         await_round(flags_ptr, round - 1, rank, num_ranks)
@@ -38,26 +46,33 @@ def _publish(  # type: ignore[no-untyped-def]
     mask = columns < num_columns
     places = tl.program_id(0).to(tl.int64) * num_columns + columns
     tl.store(slot_ptr + places, tl.load(x_ptr + places, mask=mask), mask=mask)
-    tell_when_all_are_done(state_ptr, flag_ptrs, round, tl.num_programs(0) * tl.num_programs(1))
+    tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, tl.num_programs(0) * tl.num_programs(1))
 
 
 @triton.jit
-def _skip(state_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
-    tell_round(state_ptr, flag_ptrs, tl.load(state_ptr) + 1)
+def _tell(cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
+    tell_round(flag_ptrs, tl.load(cell_ptr))
 
 
 @triton.jit
-def _wait(state_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
-    await_round(flags_ptr, tl.load(state_ptr), rank, num_ranks)
+def _skip(cell_ptr, last_cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
+    round = tl.load(last_cell_ptr) + 1
+    tl.store(cell_ptr, round)
+    tell_round(flag_ptrs, round)
+
+
+@triton.jit
+def _wait(cell_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
+    await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
 
 
 @triton.jit
 def _add_parts(  # type: ignore[no-untyped-def]
-    x_ptr, part_ptrs, out_ptr, normed_ptr, gain_ptr, bias_ptr, state_ptr, flags_ptr,
+    x_ptr, part_ptrs, out_ptr, normed_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
     width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
 ):  # fmt: skip
-    await_round(flags_ptr, tl.load(state_ptr), rank, num_ranks)
+    await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
     columns = tl.arange(0, tile)
     mask = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
@@ -86,11 +101,11 @@ class Signals:
     """
 
     def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
-        state = torch.zeros(2, dtype=torch.int64, device=flags_P.device)
-        self._rounds = Rounds(rank, state, flags_P, flags_of_others)
+        cells = torch.zeros(3, 2, dtype=torch.int64, device=flags_P.device)
+        self._rounds = Rounds(rank, cells, flags_P, flags_of_others)
 
-    def publish(self, x_RC: Tensor, slot: Tensor, awaits: bool) -> None:
-        """Begin a round with x, at the start of a slot of its type.
+    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
+        """Begin a round with x, at the start of a slot of its type, and tell the others.
 
         Args:
             awaits: whether the others may still be reading the slot.
@@ -98,27 +113,40 @@ class Signals:
         R, C = x_RC.shape
         tile = min(triton.next_power_of_2(C), MAX_COLUMNS)
         _publish[R, triton.cdiv(C, tile)](
-            x_RC.contiguous(), slot, *self._rounds.pointers, self._rounds.flags_of_others,
+            x_RC.contiguous(), slot, *self._rounds.pointers(turn), self._rounds.flags_of_others,
             **self._rounds.constants, awaits=awaits, num_columns=C, tile=tile, num_warps=num_warps(tile),
         )  # fmt: skip
 
     def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, slot: Tensor, awaits: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of a slot of x's type;
-        gives x + addend, which may lie there, and its norm."""
-        return residual_kernel.advance(x_WTD, addend_WTD, norm, self._rounds, slot, awaits)
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of each target of x's
+        type; gives x + addend, in the slot where there is one, and its norm.
 
-    def skip(self) -> None:
+        Args:
+            awaits: whether the others may still be reading what is there.
+            tells: whether the others are told; else `tell` must follow.
+        """
+        round = Round(self._rounds, turn, awaits, tells)
+        return residual_kernel.advance(x_WTD, addend_WTD, norm, round, targets, out_slot)
+
+    def tell(self, turn: int) -> None:
+        """Tell the others that what was written in this round, before this in the order of streams, is there."""
+        cell = self._rounds.pointers(turn)[0]
+        _tell[(1,)](cell, self._rounds.flags_of_others, num_warps=1)
+
+    def skip(self, turn: int) -> None:
         """A round without a part."""
-        _skip[(1,)](self._rounds.state, self._rounds.flags_of_others, num_warps=1)
+        _skip[(1,)](*self._rounds.pointers(turn)[:2], self._rounds.flags_of_others, num_warps=1)
 
-    def wait(self) -> None:
+    def wait(self, turn: int) -> None:
         """Hold the stream until every rank has published this round."""
-        _wait[(1,)](*self._rounds.pointers, **self._rounds.constants, num_warps=1)
+        cell, _, _, flags_P = self._rounds.pointers(turn)
+        _wait[(1,)](cell, flags_P, **self._rounds.constants, num_warps=1)
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
     ) -> Tensor | None:
         """Wait for this round, and write x plus the parts; gives the norm of it, of one way, where there is one."""
         T, D = out_TD.shape
@@ -126,20 +154,22 @@ class Signals:
         normed_TD = torch.empty_like(out_TD) if norm is not None else None
         bias = None if norm is None else norm.bias_WD
         gain = out_TD if norm is None else norm.weight_WD
+        cell, _, _, flags_P = self._rounds.pointers(turn)
         _add_parts[(T,)](
             out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, out_TD if normed_TD is None else normed_TD,
-            gain, gain if bias is None else bias, *self._rounds.pointers,
+            gain, gain if bias is None else bias, cell, flags_P,
             **self._rounds.constants, has_x=x_TD is not None, has_norm=norm is not None,
             has_bias=bias is not None, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
         )  # fmt: skip
         return normed_TD
 
     def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, is_waiting: bool
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]:
         """x + addend, and of each way held here, the norm of that, the other ways' x and the parts.
 
         Args:
-            is_waiting: whether the parts are the others' of this round, to be waited for.
+            turn: of the round that the parts are of, to be waited for; None where they are there.
         """
-        return residual_kernel.see(x_WTD, addend_WTD, norm, parts, rounds=self._rounds if is_waiting else None)
+        round = None if turn is None else Round(self._rounds, turn)
+        return residual_kernel.see(x_WTD, addend_WTD, norm, parts, round=round)
