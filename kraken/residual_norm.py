@@ -144,9 +144,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.save_for_backward(*output[1:3])
 
 
-def _differentiate(
-    ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: Tensor
-) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     n, inverse_std = ctx.saved_tensors
     grad, grad_total = torch.ops.kraken.residual_norm_backward(
         grad_a if ctx.adds else None,

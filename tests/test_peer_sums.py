@@ -80,7 +80,7 @@ class PlainSignals:
         self.wait(turn)
         total_TD = sum(part[: out_TD.numel()].view(out_TD.shape) for part in parts)
         out_TD.copy_(total_TD if x_TD is None else x_TD + total_TD)
-        return None if norm is None else norm(out_TD)
+        return None if norm is None else norm(out_TD[None])
 
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None

@@ -4,7 +4,7 @@ Shape letters as in `kraken/model.py`; I and O are the inputs and outputs of a l
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels
 
-Linear = Callable[[Tensor], Tensor]
-"""W linears side by side: [W, T, I] -> [W, T, O]."""
+Linear = Callable[[Any], Tensor]
+"""W linears side by side: [W, T, I] -> [W, T, O]; quantised ones also take `kraken.engine.quantized.Rows`."""
 Activation = Literal["none", "gelu"]
 """What follows a linear at once; `gelu` is the tanh form."""
 

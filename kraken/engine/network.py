@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from kraken.config import Quantization
 from kraken.engine import residual
 from kraken.engine.attention import PagedAttend
 from kraken.engine.devices.collectives import DeviceGroup, PendingSum
 from kraken.engine.devices.partition import Part, Weights
 from kraken.engine.devices.peer_sums import PeerSum
 from kraken.engine.linear import Activation, Linear, make_linear
-from kraken.engine.norm import Norm
+from kraken.engine.norm import Norm, Normed
+from kraken.engine.quantized import Fp8Linear
 from kraken.model import FASTEST_ATTENTION_FIRST, rotate, rotation_of
 
 NUM_FIRST_LAYERS = 5
@@ -34,14 +36,19 @@ class Network:
         weights: of the part, in the type to compute in; emptied, so that what is rearranged is not held twice.
         num_ids: ids of the tokenizer; the head has no rows for the padding ids beyond, so nothing can produce one.
         group: the devices that hold the other parts.
+        quantization: of the layers' linears; conjunction and head stay as they are.
     """
 
-    def __init__(self, part: Part, weights: Weights, num_ids: int, group: DeviceGroup):
+    def __init__(
+        self, part: Part, weights: Weights, num_ids: int, group: DeviceGroup, quantization: Quantization = "none"
+    ):
         self.part, self.config, self.num_ids, self.group = part, part.config, num_ids, group
         self._wte_VD = weights.pop("wte.weight")
         self._wpe_TD = weights.pop("wpe.weight", None)
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
-        self._layers = [_NetworkLayer(part, weights, index, group) for index in range(self.config.num_layers)]
+        self._layers = [
+            _NetworkLayer(part, weights, index, group, quantization) for index in range(self.config.num_layers)
+        ]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
             layer.next_reads_others = self.config.architecture == "kraken"
@@ -121,7 +128,7 @@ class _State:
     """What a layer begins with."""
 
     x_WTD: Tensor
-    normed_WTD: Tensor | None
+    normed_WTD: Normed | None
     """Its `ln_1`; None after the last layer."""
     pending: PendingSum | PeerSum | None = None
     """The sum over all ways of x, in flight, where the layer reads it."""
@@ -130,7 +137,7 @@ class _State:
 class _NetworkLayer:
     """One layer of the ways held here; the equations are at the top of `kraken/model.py`."""
 
-    def __init__(self, part: Part, weights: Weights, index: int, group: DeviceGroup):
+    def __init__(self, part: Part, weights: Weights, index: int, group: DeviceGroup, quantization: Quantization):
         config = part.config
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
@@ -140,19 +147,24 @@ class _NetworkLayer:
         def take(name: str) -> tuple[Tensor, Tensor | None]:
             return weights.pop(f"h.{index}.{name}.weight"), weights.pop(f"h.{index}.{name}.bias", None)
 
-        def linear(name: str, activation: Activation = "none") -> Linear:
-            weight, bias = take(name)
-            is_added_elsewhere = part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj")
-            return make_linear(weight, None if is_added_elsewhere else bias, activation)
+        is_quantised = quantization == "fp8"
 
-        self.ln_1 = Norm(*take("ln_1"))
+        def linear(name: str, activation: Activation = "none", gelu_before: bool = False) -> Linear:
+            weight, bias = take(name)
+            if part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj"):
+                bias = None  # it is added elsewhere
+            return Fp8Linear(weight, bias, gelu_before) if is_quantised else make_linear(weight, bias, activation)
+
+        self.ln_1 = Norm(*take("ln_1"), is_quantised)
         self.next_norm: Norm | None = None
         """The next layer's first, computed with what comes before it."""
         self.next_reads_others = False
         """Whether the next layer reads the other ways; the first never does, since all ways begin alike."""
-        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"))
+        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantised)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
-        self.c_fc, self.mlp_proj = linear("mlp.c_fc", "none" if self.gated else "gelu"), linear("mlp.c_proj")
+        # GELU is in the first product's kernel, or in the one that quantises the second's inputs
+        self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")
+        self.mlp_proj = linear("mlp.c_proj", gelu_before=not self.gated)
 
     def __call__(self, state: _State, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> _State:
         """What the next layer begins with, of what this one does."""
@@ -172,11 +184,11 @@ class _NetworkLayer:
         assert normed_WTD is not None
         return _State(*self._group.advance(a_WTD, self._mlp(normed_WTD), self.next_norm, self.next_reads_others))
 
-    def _attention(self, normed_WTD: Tensor, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def _attention(self, normed_WTD: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
         return self.attn_proj(heads(q, k, v).flatten(2))
 
-    def _mlp(self, x_WTD: Tensor) -> Tensor:
+    def _mlp(self, x_WTD: Normed) -> Tensor:
         y_WTF = self.c_fc(x_WTD)
         if self.gated:
             gate, y_WTF = y_WTF.chunk(2, dim=-1)

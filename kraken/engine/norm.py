@@ -5,7 +5,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.quantized import Rows
 from kraken.residual_norm import LAYER_NORM_EPSILON
+
+Normed = Tensor | Rows
+"""[W, T, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +18,8 @@ class Norm:
 
     weight_WD: Tensor
     bias_WD: Tensor | None
+    is_quantised: bool = False
+    """Whether kernels that compute it with something else give `Rows`."""
 
     def __call__(self, x_WTD: Tensor) -> Tensor:
         size = self.weight_WD.shape[1:]

@@ -8,19 +8,13 @@ S is the sum over all ways of x, those of other devices included. A layer that r
 On CUDA each is one kernel, where Triton is installed. Shape letters as in `kraken/model.py`.
 """
 
-import functools
-import importlib.util
-
-import torch
 from torch import Tensor
 
-from kraken.engine.norm import Norm
+from kraken.engine.kernels import has_kernels
+from kraken.engine.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
-KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
     """x + addend, and the norm of it where there is one."""
     if has_kernels(x_WTD):
         from kraken.engine import residual_kernel  # which imports Triton, and only CUDA has that
@@ -32,7 +26,7 @@ def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tenso
 
 def see(
     x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Normed]:
     """x + addend, and of each way held here the norm of that, the other ways' x and the part.
 
     Args:
@@ -53,12 +47,3 @@ def see(
         seen_WTD = seen_WTD + part_1TD
     return a_WTD, norm(seen_WTD.to(a_WTD.dtype))
 
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether what x is added to and seen with is one kernel."""
-    return x.is_cuda and x.dtype in KERNEL_TYPES and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -11,13 +11,16 @@ Shape letters as in `kraken/model.py`, and: P ranks.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.norm import Norm
+from kraken.engine.norm import Norm, Normed
+from kraken.engine.quantized import LARGEST, SMALLEST_SCALE, empty_rows
+from kraken.engine.quantized_kernel import store_quantised
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_ASKING = 512
@@ -83,33 +86,34 @@ def tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, num_programs): 
 
 
 @triton.jit
-def layer_norm(row, mask, gain, bias, width: tl.constexpr, epsilon: tl.constexpr):  # type: ignore[no-untyped-def]
-    """LayerNorm of a row whose lanes behind the end are zero."""
-    centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
-    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
-
-
-@triton.jit
-def _norm_of_way(  # type: ignore[no-untyped-def]
-    row, normed_ptr, gain_ptr, bias_ptr, way: tl.constexpr, way_stride, row_place, columns, mask,
-    has_bias: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
+def store_norm(  # type: ignore[no-untyped-def]
+    row, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way: tl.constexpr, token, num_rows, columns, mask,
+    has_bias: tl.constexpr, is_quantised: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
+    largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
+    """The norm of a row whose lanes behind the end are zero, as a token's of a way."""
     gain = tl.load(gain_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
     bias = tl.zeros_like(gain)
     if has_bias:
         bias = tl.load(bias_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
-    normed = layer_norm(row, mask, gain, bias, width, epsilon)
-    tl.store(normed_ptr + way * way_stride + row_place + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
+    place = token + way * num_rows.to(tl.int64)
+    if is_quantised:
+        store_quantised(normed, normed_ptr + place * width, scales_ptr + place, columns, mask, largest, smallest_scale)
+    else:
+        tl.store(normed_ptr + place * width + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, out_ptr, normed_ptr, gain_ptr, bias_ptr, target_ptrs,
+    x_ptr, addend_ptr, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, target_ptrs,
     cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
-    num_tokens, x_way_stride, way_stride,
+    num_tokens, x_way_stride, num_rows,
     rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr, tells: tl.constexpr,
-    num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, num_ways: tl.constexpr,
-    width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantised: tl.constexpr,
+    num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
@@ -119,9 +123,9 @@ def _advance(  # type: ignore[no-untyped-def]
         if awaits:
             # whoever has published the last round has read the one before it, which is what is written over here
             await_round(flags_ptr, round - 1, rank, num_ranks)
+    way_stride = num_tokens * tl.full((), width, tl.int64)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        row_place = token * tl.full((), width, tl.int64)
-        places = row_place + columns
+        places = token * tl.full((), width, tl.int64) + columns
         total = tl.zeros((tile,), tl.float32)
         for way in tl.static_range(num_ways):
             x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
@@ -133,9 +137,9 @@ def _advance(  # type: ignore[no-untyped-def]
                 for index in tl.static_range(num_targets):
                     tl.store(target_ptrs[index] + places, total.to(out_ptr.dtype.element_ty), mask=mask)
             if has_norm:
-                _norm_of_way(
-                    out.to(tl.float32), normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
-                    has_bias, width, epsilon,
+                store_norm(
+                    out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_rows, columns, mask,
+                    has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
     if begins_round:
         if tells:
@@ -146,16 +150,17 @@ def _advance(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _see(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr, num_tokens,
-    x_way_stride, way_stride,
+    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
+    num_tokens, x_way_stride, num_rows,
     rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
-    has_bias: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    has_bias: tl.constexpr, is_quantised: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
+    tile: tl.constexpr, epsilon: tl.constexpr, largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
+    way_stride = num_tokens * tl.full((), width, tl.int64)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        row_place = token * tl.full((), width, tl.int64)
-        places = row_place + columns
+        places = token * tl.full((), width, tl.int64) + columns
         held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
         for way in tl.static_range(num_ways):
             x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
@@ -163,7 +168,7 @@ def _see(  # type: ignore[no-untyped-def]
             a = (x + addend).to(a_ptr.dtype.element_ty)
             tl.store(a_ptr + way * way_stride + places, a, mask=mask)
             held += x
-        if waits:
+        if waits:  # noqa: SIM102 - which the compiler knows, and of the other it does not
             if token == tl.program_id(0):
                 await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
         parts = tl.zeros((tile,), tl.float32)
@@ -174,9 +179,10 @@ def _see(  # type: ignore[no-untyped-def]
             seen = a.to(tl.float32) + parts
             if is_total:
                 seen -= x
-            _norm_of_way(
-                seen, normed_ptr, gain_ptr, bias_ptr, 0, way_stride, row_place, columns, mask, has_bias, width, epsilon
-            )
+            store_norm(
+                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_rows, columns, mask,
+                has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+            )  # fmt: skip
         else:
             if not is_total:
                 parts += held
@@ -184,9 +190,9 @@ def _see(  # type: ignore[no-untyped-def]
                 x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
                 addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
                 seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
-                _norm_of_way(
-                    seen, normed_ptr, gain_ptr, bias_ptr, way, way_stride, row_place, columns, mask,
-                    has_bias, width, epsilon,
+                store_norm(
+                    seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_rows, columns, mask,
+                    has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
 
 
@@ -213,8 +219,8 @@ def advance(
     round: Round | None = None,
     targets: tuple[Tensor, ...] = (),
     out_slot: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """x + addend, and the norm of it where there is one; in a round its part, the sum over W, is written to the targets.
+) -> tuple[Tensor, Normed | None]:
+    """x + addend, and its norm where there is one; in a round the targets are given its part, the sum over W.
 
     Args:
         x_WTD: of equal ways where its first stride is 0.
@@ -224,20 +230,18 @@ def advance(
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
     out_WTD = torch.empty_like(addend_WTD) if out_slot is None else out_slot[: W * T * D].view(W, T, D)
-    normed_WTD = None if norm is None else torch.empty_like(addend_WTD)
-    gain = out_WTD if norm is None else norm.weight_WD
+    normed = None if norm is None else empty_normed(addend_WTD, norm)
+    pointers, constants, num_rows = norm_arguments(norm, normed, out_WTD)
     tile = triton.next_power_of_2(D)
     _advance[(T if round is None else min(T, MAX_ASKING),)](
-        x_WTD, addend_WTD, out_WTD, out_WTD if normed_WTD is None else normed_WTD,
-        gain, gain if norm is None or norm.bias_WD is None else norm.bias_WD, targets or (out_WTD,),
+        x_WTD, addend_WTD, out_WTD, *pointers, targets or (out_WTD,),
         *_pointers(round, out_WTD), (out_WTD,) if round is None else round.rounds.flags_of_others,
-        T, x_WTD.stride(0), T * D,
+        T, x_WTD.stride(0), num_rows,
         **_constants(round), begins_round=round is not None, awaits=round is not None and round.awaits,
         tells=round is not None and round.tells, num_targets=len(targets), has_norm=norm is not None,
-        has_bias=norm is not None and norm.bias_WD is not None,
-        num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
+        num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
-    return out_WTD, normed_WTD
+    return out_WTD, normed
 
 
 def see(
@@ -247,7 +251,7 @@ def see(
     parts: tuple[Tensor, ...] = (),
     is_total: bool = False,
     round: Round | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Normed]:
     """a = x + addend, and of each way held here the norm of a, the other ways' x and the parts.
 
     Args:
@@ -257,18 +261,41 @@ def see(
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
-    a_WTD, normed_WTD = torch.empty_like(addend_WTD), torch.empty_like(addend_WTD)
-    gain, bias = norm.weight_WD, norm.bias_WD
-    tile = triton.next_power_of_2(D)
+    a_WTD, normed = torch.empty_like(addend_WTD), empty_normed(addend_WTD, norm)
+    pointers, constants, num_rows = norm_arguments(norm, normed, a_WTD)
     cell, _, _, flags_P = _pointers(round, a_WTD)
+    tile = triton.next_power_of_2(D)
     _see[(T if round is None else min(T, MAX_ASKING),)](
-        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, normed_WTD, gain, gain if bias is None else bias,
-        cell, flags_P, T, x_WTD.stride(0), T * D,
+        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P, T, x_WTD.stride(0), num_rows,
         **_constants(round), waits=round is not None, num_parts=len(parts), is_total=is_total,
-        has_bias=bias is not None, num_ways=W, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON,
-        num_warps=num_warps(tile),
+        num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
-    return a_WTD, normed_WTD
+    return a_WTD, normed
+
+
+def empty_normed(like_WTD: Tensor, norm: Norm) -> Normed:
+    """What the norm of such states is written to."""
+    W, T, D = like_WTD.shape
+    return empty_rows(W, T, D, like_WTD.device) if norm.is_quantised else torch.empty_like(like_WTD)
+
+
+def norm_arguments(
+    norm: Norm | None, normed: Normed | None, anything: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any], int]:
+    """What `store_norm` wants: where it writes, gains and biases; constants; the rows that a way has there."""
+    values = scales = gain = bias = anything
+    if norm is not None and normed is not None:
+        values, scales = (normed, anything) if isinstance(normed, Tensor) else (normed.values_WRI, normed.scales_WR1)
+        gain = norm.weight_WD
+        bias = gain if norm.bias_WD is None else norm.bias_WD
+    constants = {
+        "has_bias": norm is not None and norm.bias_WD is not None,
+        "is_quantised": norm is not None and norm.is_quantised,
+        "epsilon": LAYER_NORM_EPSILON,
+        "largest": LARGEST,
+        "smallest_scale": SMALLEST_SCALE,
+    }
+    return (values, scales, gain, bias), constants, values.shape[1]
 
 
 def num_warps(tile: int) -> int:

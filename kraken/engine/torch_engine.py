@@ -38,6 +38,7 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
+from kraken.engine.quantized import require_quantisable
 from kraken.engine.runner import Runner
 from kraken.engine.sampling import Draw, sample, token_logprobs
 from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
@@ -175,10 +176,13 @@ class TorchEngine:
         meeting: Meeting | None,
     ) -> "TorchEngine":
         torch.set_num_threads(threads_of_a_rank(config))
+        if config.quantization == "fp8":
+            require_quantisable(source.config, config.num_devices, device, dtype)
         graph_sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
         if config.num_devices == 1:
             part = Part(source.config)
-            network = Network(part, source.weights(part, dtype, device), info.num_ids, DeviceGroup())
+            weights = source.weights(part, dtype, device)
+            network = Network(part, weights, info.num_ids, DeviceGroup(), config.quantization)
             num_blocks = _num_blocks(network, config)
             runner = Runner(network, num_blocks, config.tokens_per_block)
             if graph_sizes is not None:
@@ -514,7 +518,8 @@ def _is_fatal(error: Exception) -> bool:
 
 def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    name = config.dtype if config.dtype != "auto" else ("bfloat16" if cuda else "float32")
+    is_half = cuda or config.quantization != "none"
+    name = config.dtype if config.dtype != "auto" else ("bfloat16" if is_half else "float32")
     return torch.device("cuda" if cuda else "cpu"), getattr(torch, name)
 
 

@@ -23,7 +23,8 @@ from torch._C._distributed_c10d import Store
 
 from kraken.engine import residual
 from kraken.engine.devices.exchange import Exchange, connect_all
-from kraken.engine.norm import Norm
+from kraken.engine.kernels import has_kernels
+from kraken.engine.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:  # which imports this module
@@ -57,7 +58,7 @@ class PendingSum:
             _wait_for(work)
         self.works.clear()
 
-    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """Wait, and give x + addend, and of each way held here the norm of that and of all other ways' x, which this is
         the sum of: those held here, and those of other ranks."""
         self.finish()
@@ -109,7 +110,7 @@ class DeviceGroup:
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, is_summed: bool
-    ) -> tuple[Tensor, Tensor | None, "PendingSum | PeerSum | None"]:
+    ) -> tuple[Tensor, Normed | None, "PendingSum | PeerSum | None"]:
         """x + addend, and its norm where there is one; if asked for also its sum over the ranks, begun.
 
         That sum is, of each rank, the sum over the ways that it holds; what it is of may not change until it is seen.
@@ -118,7 +119,7 @@ class DeviceGroup:
             return *residual.advance(x_WTD, addend_WTD, norm), None
         if self.sums and self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
             return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
-        if residual.has_kernels(x_WTD):
+        if has_kernels(x_WTD):
             out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
             return out_WTD, normed_WTD, self._start_sum(out_WTD)
         out_WTD = x_WTD + addend_WTD
@@ -160,7 +161,7 @@ class DeviceGroup:
             total = total + part
         return total
 
-    def add_sum(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    def add_sum(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         """x plus the sum of the ranks' parts, and the norm of it where one is asked for; bit-equal on all ranks where x
         is. May overwrite the part."""
         if self.sums and self._peers is not None and self._method_of(x_1TD.shape[1]) != "library":

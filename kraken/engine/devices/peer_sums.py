@@ -39,7 +39,7 @@ from torch import Tensor
 
 from kraken.engine.devices.collectives import Method
 from kraken.engine.devices.peer_memory import PeerMemory
-from kraken.engine.norm import Norm
+from kraken.engine.norm import Norm, Normed
 
 FLAGS_BYTES = 4096
 """Before the slots."""
@@ -56,7 +56,7 @@ class Signals(Protocol):
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
         out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
-    ) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+    ) -> tuple[Tensor, Normed | None]: ...  # fmt: skip
 
     def tell(self, turn: int) -> None: ...
 
@@ -66,11 +66,11 @@ class Signals(Protocol):
 
     def add_parts(
         self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
-    ) -> Tensor | None: ...
+    ) -> Normed | None: ...
 
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Normed]: ...
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ class PeerSum:
     turn: int | None
     """Of the round; None where it has been waited for."""
 
-    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`."""
         return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.turn)
 
@@ -136,7 +136,7 @@ class PeerSums:
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, method: Method, is_waited_for: bool
-    ) -> tuple[Tensor, Tensor | None, PeerSum]:
+    ) -> tuple[Tensor, Normed | None, PeerSum]:
         """x + addend, its norm, and its sum over the ranks, begun; of each the sum over the ways that it holds.
 
         Args:
@@ -165,18 +165,18 @@ class PeerSums:
 
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`; of the last round, whose parts are waited for here or have been."""
         self._is_settled = True
         return self._signals.see(x_WTD, addend_WTD, parts, norm, turn)
 
-    def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         """x plus the sum of the parts, bit-equal on all ranks where x is, and the norm of it where one is asked for."""
         turn = self._publish(part_1TD[0])
         total_1TD = torch.empty_like(part_1TD, memory_format=torch.contiguous_format)
-        normed_TD = self._signals.add_parts(x_1TD[0], self._published[turn], total_1TD[0], norm, turn)
+        normed = self._signals.add_parts(x_1TD[0], self._published[turn], total_1TD[0], norm, turn)
         self._is_settled = True
-        return total_1TD, None if normed_TD is None else normed_TD[None]
+        return total_1TD, normed
 
     def sum(self, own_RC: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them."""

@@ -186,6 +186,7 @@ def lead(
             "num_ids": num_ids,
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
+            "quantization": config.quantization,
             "num_threads": num_threads,
             "timeout_s": config.collective_timeout_s,
             "overlap": config.overlap,
@@ -200,7 +201,7 @@ def lead(
             for rank in range(1, size):
                 for _, weight in sorted(weights_of(source.model, Part(source.config, rank, size)).items()):
                     group.send(weight, rank)
-        network = Network(part, weights, num_ids, group)
+        network = Network(part, weights, num_ids, group, config.quantization)
         followers.wait_until_done(config.startup_timeout_s)
         if device.type == "cuda":
             _choose_sums(store, network, terms)
@@ -269,7 +270,7 @@ def _prepare(connection: Connection, rank: int) -> tuple[Network, Store, dict[st
         weights = read_weights(Path(terms["folder"]), part, dtype, device)
     else:
         weights = random_weights(part, dtype, device)
-    network = Network(part, weights, terms["num_ids"], group)
+    network = Network(part, weights, terms["num_ids"], group, terms["quantization"])
     connection.send_json({"done": True})
     return network, store, terms
 

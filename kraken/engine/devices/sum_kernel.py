@@ -17,17 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kraken.engine import residual_kernel
-from kraken.engine.norm import Norm
+from kraken.engine.norm import Norm, Normed
 from kraken.engine.residual_kernel import (
     Round,
     Rounds,
     await_round,
-    layer_norm,
     num_warps,
+    store_norm,
     tell_round,
     tell_when_all_are_done,
 )
-from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_COLUMNS = 4096
 """Columns that one program publishes."""
@@ -68,14 +67,16 @@ def _wait(cell_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # 
 
 @triton.jit
 def _add_parts(  # type: ignore[no-untyped-def]
-    x_ptr, part_ptrs, out_ptr, normed_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
+    x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr, num_rows,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
-    width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    is_quantised: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
     columns = tl.arange(0, tile)
     mask = columns < width
-    places = tl.program_id(0).to(tl.int64) * width + columns
+    token = tl.program_id(0).to(tl.int64)
+    places = token * width + columns
     total = tl.zeros((tile,), tl.float32)
     for index in tl.static_range(len(part_ptrs)):  # in the order of the ranks, so that all get the same bits
         total += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
@@ -84,12 +85,10 @@ def _add_parts(  # type: ignore[no-untyped-def]
     rounded = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + places, rounded, mask=mask)
     if has_norm:
-        gain = tl.load(gain_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        bias = tl.zeros((tile,), tl.float32)
-        if has_bias:
-            bias = tl.load(bias_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        normed = layer_norm(rounded.to(tl.float32), mask, gain, bias, width, epsilon)
-        tl.store(normed_ptr + places, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        store_norm(
+            rounded.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_rows, columns, mask,
+            has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+        )  # fmt: skip
 
 
 class Signals:
@@ -120,7 +119,7 @@ class Signals:
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
         out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor, Normed | None]:  # fmt: skip
         """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of each target of x's
         type; gives x + addend, in the slot where there is one, and its norm.
 
@@ -147,25 +146,23 @@ class Signals:
 
     def add_parts(
         self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
-    ) -> Tensor | None:
-        """Wait for this round, and write x plus the parts; gives the norm of it, of one way, where there is one."""
+    ) -> Normed | None:
+        """Wait for this round, and write x plus the parts; gives the norm of it as of one way, where there is one."""
         T, D = out_TD.shape
         tile = triton.next_power_of_2(D)
-        normed_TD = torch.empty_like(out_TD) if norm is not None else None
-        bias = None if norm is None else norm.bias_WD
-        gain = out_TD if norm is None else norm.weight_WD
+        normed = None if norm is None else residual_kernel.empty_normed(out_TD[None], norm)
+        pointers, constants, num_rows = residual_kernel.norm_arguments(norm, normed, out_TD)
         cell, _, _, flags_P = self._rounds.pointers(turn)
         _add_parts[(T,)](
-            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, out_TD if normed_TD is None else normed_TD,
-            gain, gain if bias is None else bias, cell, flags_P,
+            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, cell, flags_P, num_rows,
             **self._rounds.constants, has_x=x_TD is not None, has_norm=norm is not None,
-            has_bias=bias is not None, width=D, tile=tile, epsilon=LAYER_NORM_EPSILON, num_warps=num_warps(tile),
+            width=D, tile=tile, num_warps=num_warps(tile), **constants,
         )  # fmt: skip
-        return normed_TD
+        return normed
 
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Normed]:
         """x + addend, and of each way held here, the norm of that, the other ways' x and the parts.
 
         Args:

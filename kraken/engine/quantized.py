@@ -1,0 +1,116 @@
+"""Linears in float8: half the bytes of weights and cached products' inputs, and twice the matrix rate of 16 bits.
+
+Weights are scaled by output and inputs by token, so that the largest magnitude of each row is the largest of float8
+e4m3; a product adds up in float32 and is scaled back in its own kernel. On CUDA inputs are quantised where they are
+computed: by the kernels of `kraken/engine/residual_kernel.py` with a norm, by one of their own with GELU or alone.
+Elsewhere plain operations do it, which shows what the numbers are and saves memory, not time.
+
+Shape letters as in `kraken/engine/linear.py`, and: R rows, T of which are tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken.config import ConfigError, ModelConfig
+from kraken.engine.kernels import has_kernels
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Of float8 e4m3."""
+SMALLEST_SCALE = 1e-12
+"""For rows of zeros."""
+MULTIPLE = 16
+"""What inputs and outputs of a product are multiples of, in the kernels that there are."""
+MIN_ROWS = 16
+"""Fewer rows than this some kernels refuse."""
+MIN_CAPABILITY = (8, 9)
+"""Of CUDA devices that multiply float8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Quantised inputs of W linears.
+
+    Args:
+        values_WRI: float8; rows behind the tokens hold anything.
+        scales_WR1: float32; a value times its row's scale is the input.
+    """
+
+    values_WRI: Tensor
+    scales_WR1: Tensor
+    num_tokens: int
+
+
+def empty_rows(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> Rows:
+    """For a kernel to fill."""
+    num_rows = max(num_tokens, MIN_ROWS)
+    values_WRI = torch.empty(num_ways, num_rows, num_inputs, dtype=FLOAT8, device=device)
+    return Rows(values_WRI, torch.empty(num_ways, num_rows, 1, dtype=torch.float32, device=device), num_tokens)
+
+
+def quantise(x_WTI: Tensor, with_gelu: bool = False) -> Rows:
+    """The rows of x, or of GELU of x (the tanh form)."""
+    if has_kernels(x_WTI):
+        from kraken.engine import quantized_kernel  # which imports Triton, and only CUDA has that
+
+        return quantized_kernel.quantise(x_WTI, with_gelu)
+    x_WTI = F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI
+    values_WTI, scales_WT1 = _quantised(x_WTI)
+    return Rows(values_WTI, scales_WT1, x_WTI.shape[1])
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 values of x, and float32 scales of its last dimension."""
+    x = x.float()
+    scales = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
+    return (x / scales).to(FLOAT8), scales
+
+
+class Fp8Linear:
+    """Weights in float8; computes in the type that they came in."""
+
+    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, gelu_before: bool = False):
+        self._dtype, self._gelu_before = weight_WOI.dtype, gelu_before
+        quantised = [_quantised(weight_OI) for weight_OI in weight_WOI]  # one by one, for the sake of memory
+        self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantised]
+        self._biases = [None] * len(self._weights) if bias_WO is None else list(bias_WO)
+
+    def __call__(self, x: Tensor | Rows) -> Tensor:
+        rows = quantise(x, self._gelu_before) if isinstance(x, Tensor) else x
+        ways = [
+            torch._scaled_mm(
+                values_RI, weight_IO, scale_a=scales_R1, scale_b=scales_1O, bias=bias_O, out_dtype=self._dtype,
+                use_fast_accum=True,
+            )
+            for values_RI, scales_R1, (weight_IO, scales_1O), bias_O in zip(
+                rows.values_WRI, rows.scales_WR1, self._weights, self._biases, strict=True
+            )
+        ]  # fmt: skip
+        y_WRO = ways[0][None] if len(ways) == 1 else torch.stack(ways)
+        return y_WRO[:, : rows.num_tokens]
+
+
+def require_quantisable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises: ConfigError: this model's linears, this type or this device have no products in float8."""
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"engine.quantization=fp8 computes in bfloat16, and the model is in {dtype}; leave it out")
+    is_divided = model.architecture != "kraken" and num_devices > 1
+    sizes = {
+        "width": model.width,
+        "FFN columns": model.ffn_size // (num_devices if is_divided else 1),
+        "heads' channels": model.width // (num_devices if is_divided else 1),
+    }
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            raise ConfigError(
+                f"engine.quantization=fp8 needs sizes that are multiples of {MULTIPLE}, and each device has {name} of "
+                f"{size}; leave it out, or train a model whose widths are (presets that end in _aligned)"
+            )
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+        raise ConfigError(
+            "engine.quantization=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or newer, and this one has "
+            f"{capability[0]}.{capability[1]}; leave it out"
+        )

@@ -1,0 +1,47 @@
+"""Rows in float8 on CUDA: one Triton kernel, with or without GELU before. One program a row, in float32."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kraken.engine.quantized import LARGEST, SMALLEST_SCALE, Rows, empty_rows
+
+
+@triton.jit
+def store_quantised(  # type: ignore[no-untyped-def]
+    row, values_ptr, scale_ptr, columns, mask, largest: tl.constexpr, smallest_scale: tl.constexpr
+):
+    """A row whose lanes behind the end are zero, and its scale."""
+    scale = tl.maximum(tl.max(tl.abs(row), axis=0) / largest, smallest_scale)
+    tl.store(values_ptr + columns, (row / scale).to(values_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _quantise(  # type: ignore[no-untyped-def]
+    x_ptr, values_ptr, scales_ptr, x_way_stride, x_token_stride, num_rows,
+    width: tl.constexpr, tile: tl.constexpr, with_gelu: tl.constexpr, largest: tl.constexpr,
+    smallest_scale: tl.constexpr,
+):  # fmt: skip
+    token, way = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    columns = tl.arange(0, tile)
+    mask = columns < width
+    row = tl.load(x_ptr + way * x_way_stride + token * x_token_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if with_gelu:  # the tanh form: x / (1 + exp(-2u))
+        row = row * tl.sigmoid(2 * 0.7978845608028654 * (row + 0.044715 * row * row * row))
+    place = way * num_rows + token
+    store_quantised(row, values_ptr + place * width, scales_ptr + place, columns, mask, largest, smallest_scale)
+
+
+def quantise(x_WTI: Tensor, with_gelu: bool) -> Rows:
+    """See `kraken.engine.quantized.quantise`."""
+    W, T, D = x_WTI.shape
+    x_WTI = x_WTI if x_WTI.stride(2) == 1 else x_WTI.contiguous()
+    rows = empty_rows(W, T, D, x_WTI.device)
+    tile = triton.next_power_of_2(D)
+    _quantise[T, W](
+        x_WTI, rows.values_WRI, rows.scales_WR1, x_WTI.stride(0), x_WTI.stride(1), rows.values_WRI.shape[1],
+        width=D, tile=tile, with_gelu=with_gelu, largest=LARGEST, smallest_scale=SMALLEST_SCALE,
+        num_warps=min(16, max(1, tile // 512)),
+    )  # fmt: skip
+    return rows
