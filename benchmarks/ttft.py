@@ -3,6 +3,7 @@
     python -m benchmarks.ttft --sizes 25M --prompts 128 512                       # two CPU processes over gloo
     python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 1.3B 6.7B 13B --figure ttft.png           # GPUs
     python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 65B --apart      # one model in memory at a time
+    python -m benchmarks.ttft --device cuda --dtype bfloat16 --sizes 6.7B --quantization fp8      # all in float8
     python -m benchmarks.ttft --sizes tiny --prompts 32 --rounds 1                # does it run?
 
 Random weights of the shapes of GPT-2 and GPT-3; Kraken has as many ways as there are devices, the same layers, and a
@@ -45,12 +46,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.engine import bandwidth, matrix_rate
+from benchmarks.engine import bandwidth, best_seconds, matrix_rate
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.devices.collectives import join_group
 from kraken.engine.devices.meeting import Meeting
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
+from kraken.engine.quantized import FLOAT8, Fp8Linear, quantise
 from kraken.engine.runner import Runner
 from kraken.engine.torch_engine import TorchEngine
 
@@ -237,10 +239,19 @@ def rates_of(args: argparse.Namespace) -> tuple[float, float]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     num_sharing = args.devices if args.device == "cpu" else 1
     torch.set_num_threads(args.threads)
-    return (
-        matrix_rate(dtype, device) / num_sharing,
-        bandwidth(dtype, device) / dtype.itemsize / num_sharing,
-    )
+    if args.quantization == "fp8":
+        matrices, weight_bytes = quantised_matrix_rate(dtype, device), FLOAT8.itemsize
+    else:
+        matrices, weight_bytes = matrix_rate(dtype, device), dtype.itemsize
+    return matrices / num_sharing, bandwidth(dtype, device) / weight_bytes / num_sharing
+
+
+def quantised_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a large product in float8."""
+    size = 8192 if device.type == "cuda" else 1024
+    rows = quantise(torch.randn(1, size, size, device=device).to(dtype))
+    linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None)
+    return 2 * size**3 / best_seconds(lambda: linear(rows), device, 4)
 
 
 def names_of(args: argparse.Namespace) -> list[Name]:
@@ -269,6 +280,7 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
         config = EngineConfig(
             device=args.device,
             dtype=args.dtype,
+            quantization=args.quantization,
             num_threads=args.threads,
             num_devices=args.devices,
             overlap=mode,
@@ -431,6 +443,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of all contestants' linears")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, divided among the processes")
     parser.add_argument("--rounds", type=int, default=5, help="of prompts (5)")
     parser.add_argument("--decode-rounds", type=int, default=3, help="of batches that decode (3)")
@@ -457,6 +470,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} CPU threads",
         "devices": args.devices,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "rows": rows,
         "speedup_geomean": round(geomean(speedups), 4) if speedups else None,
         "speedup_geomean_vs_best": round(geomean(speedups_vs_best), 4) if speedups_vs_best else None,

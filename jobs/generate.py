@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    engine.add_argument("--quantization", choices=("none", "fp8"), default="none", help="of the linears (none)")
     engine.add_argument("--num-threads", type=int, default=0, metavar="N", help="CPU threads (every core)")
     engine.add_argument(
         "--num-devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU, that share the model (1)"
@@ -103,6 +104,7 @@ async def _generate(options: argparse.Namespace) -> None:
     config = EngineConfig(
         device=options.device,
         dtype=options.dtype,
+        quantization=options.quantization,
         num_threads=options.num_threads,
         num_devices=options.num_devices,
         max_batch_size=1,
