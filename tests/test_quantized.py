@@ -49,7 +49,7 @@ def assert_near(rows: Rows, exact_WTI: Tensor, step: float = STEP) -> None:
 
 def make_model(variant: str) -> Kraken:
     torch.manual_seed(1)
-    shape = {"num_layers": 3, "context_length": 48, "vocab_size": 128} | DIVISIBLE[variant] | {"width": 64}
+    shape = {"num_layers": 3, "context_length": 48, "vocab_size": 128} | DIVISIBLE[variant] | {"width": 96}
     model = Kraken(ModelConfig(**shape))
     model.init_weights(seed=3)
     with torch.no_grad():
