@@ -98,11 +98,12 @@ def store_norm(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
-    place = token + way * num_rows.to(tl.int64)
+    place = token + way * num_rows
+    row_ptr = normed_ptr + place * tl.full((), width, tl.int64)
     if is_quantised:
-        store_quantised(normed, normed_ptr + place * width, scales_ptr + place, columns, mask, largest, smallest_scale)
+        store_quantised(normed, row_ptr, scales_ptr + place, columns, mask, largest, smallest_scale)
     else:
-        tl.store(normed_ptr + place * width + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(row_ptr + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
