@@ -13,7 +13,8 @@ The last line is JSON:
     decode_bandwidth_fraction   batch 1: bytes of weights that a token reads, over the time of a token, over bandwidth
     throughput_ratio_vs_transformers_8, _16     tokens/s of that many requests over generate's with that batch
     prefill_matmul_fraction     one prompt of a whole context: floating-point operations (causal attention counted
-                                half, the head once) over the time to the first token, over the matrix rate
+                                half; the head, and what only the last token needs of the last layer, once) over the
+                                time to the first token, over the matrix rate
     scheduler_share_16          16 requests, half greedy and half with temperature 0.8 and top-k 50: the share of decode
                                 time outside the forward pass: planning, drawing, handing out
 
@@ -35,12 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.chunk import Chunk
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
-from kraken.model import Kraken, is_vector
+from kraken.model import Kraken
 from kraken.presets import PRESETS
 
 GREEDY = {"temperature": 0.0}
@@ -176,22 +178,16 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(best_seconds(work, device, 4) for work in (lambda: a @ b, lambda: F.linear(a, b)))
 
 
-def matrix_weights(model: Kraken) -> int:
-    """Weights of every product but the head's."""
-    return sum(
-        p.numel() for name, p in model.named_parameters() if not is_vector(name) and name[:2] not in ("wt", "wp")
-    )
-
-
 def decode_bytes_per_token(model: Kraken) -> int:
     """Weights that one token reads at batch 1; its keys and values are small beside them and not counted."""
-    return (matrix_weights(model) + model.wte.weight.numel()) * model.wte.weight.element_size()
+    return plan.matrix_weights(model.config) * model.wte.weight.element_size()
 
 
 def prefill_flops(model: Kraken, num_tokens: int) -> int:
     c = model.config
     attention = 2 * c.num_layers * c.num_ways * c.width * num_tokens**2
-    return 2 * matrix_weights(model) * num_tokens + attention + 2 * model.wte.weight.numel()
+    of_prompt = plan.prompt_weights(c)
+    return 2 * of_prompt * num_tokens + attention + 2 * (plan.matrix_weights(c) - of_prompt)
 
 
 def main() -> None:

@@ -228,9 +228,8 @@ def roofline_seconds(shape: ModelConfig, prompt_tokens: int, num_devices: int, r
         rates: of one device, floating-point operations and weights per second.
     """
     attention = 2 * shape.num_layers * shape.num_ways * shape.width * prompt_tokens**2  # causal: half of all pairs
-    layers = plan.layer_weights(shape)
-    weights = plan.matrix_weights(shape)
-    flops = 2 * layers * prompt_tokens + attention + 2 * (weights - layers)  # the rest for one token
+    of_prompt, weights = plan.prompt_weights(shape), plan.matrix_weights(shape)
+    flops = 2 * of_prompt * prompt_tokens + attention + 2 * (weights - of_prompt)  # the rest for one token
     return max(flops / rates[0], weights / rates[1]) / num_devices
 
 

@@ -51,6 +51,13 @@ def layer_weights(config: ModelConfig) -> int:
     return config.num_layers * config.num_ways * per_way
 
 
+def prompt_weights(config: ModelConfig) -> int:
+    """Weights of the layers that every token of a prompt is multiplied with, where only the last is read out: of the
+    others the last layer computes keys and values (and queries beside them)."""
+    per_way = config.width**2 + num_ffn_matrices(config) * config.width * config.ffn_size
+    return layer_weights(config) - config.num_ways * per_way
+
+
 def num_ffn_matrices(config: ModelConfig) -> int:
     """Matrices of D * F weights in one FFN: two, or three when gated."""
     return 3 if config.activation == "swiglu" else 2

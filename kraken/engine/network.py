@@ -20,7 +20,7 @@ from kraken.engine.devices.collectives import DeviceGroup, PendingSum
 from kraken.engine.devices.partition import Part, Weights
 from kraken.engine.devices.peer_sums import PeerSum
 from kraken.engine.linear import Activation, Linear, make_linear
-from kraken.engine.norm import Norm, Normed
+from kraken.engine.norm import Norm, Normed, select
 from kraken.engine.quantized import Fp8Linear
 from kraken.model import FASTEST_ATTENTION_FIRST, rotate, rotation_of
 
@@ -51,7 +51,6 @@ class Network:
         ]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
-            layer.next_reads_others = self.config.architecture == "kraken"
         self._conjunction = self._conjunction_bias_D = None
         if self.config.architecture == "kraken":
             self._conjunction = make_linear(weights.pop("conjunction.weight")[None], None)
@@ -68,9 +67,7 @@ class Network:
         Returns:
             float32 logits [R, ids of the tokenizer]; on devices but the first, something of no use.
         """
-        x_WTD = self._hidden(ids_T, positions_T, attend)
-        if rows_R is not None:
-            x_WTD = x_WTD.index_select(1, rows_R)
+        x_WTD = self._hidden(ids_T, positions_T, attend, rows_R)
         logits_RV = self._logits(x_WTD) if x_WTD.shape[1] else x_WTD.new_empty(0, self.num_ids, dtype=torch.float32)
         self.group.end_pass()
         return logits_RV
@@ -86,14 +83,14 @@ class Network:
 
         state = _State(x_WTD, self._layers[0].ln_1(x_WTD))
         for layer in self._layers[:NUM_FIRST_LAYERS]:
-            state = layer(state, heads)
+            state = layer(state, heads, sums_next=self.config.architecture == "kraken")
         if state.pending is not None:  # nothing may be left in flight
             norm = self._layers[0].ln_2
             assert norm is not None
             state.pending.see(state.x_WTD, state.x_WTD, norm)
 
-    def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend) -> Tensor:
-        """The ways' states [W, T, D] after the last layer, of the ways held here."""
+    def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
+        """The ways' states [W, R, D] after the last layer, of the ways held here and the tokens that are read out."""
         x_TD = F.embedding(ids_T, self._wte_VD)
         rotation = None
         if self._wpe_TD is None:
@@ -110,7 +107,10 @@ class Network:
                 q, k, v = (x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q_WTNH, k_WTNH, v_WTNH))
                 return attend(index, q, k, v).unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
-            state = layer(state, heads)
+            # the last layer sums over what is read out only
+            following = self._layers[index + 1 : -1 if rows_R is not None else None][:1]
+            sums_next = any(layer.reads_others for layer in following)
+            state = layer(state, heads, sums_next, rows_R if layer is self._layers[-1] else None)
         return state.x_WTD
 
     def _logits(self, x_WTD: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class _State:
     """What a layer begins with."""
 
     x_WTD: Tensor
-    normed_WTD: Normed | None
+    normed: Normed | None
     """Its `ln_1`; None after the last layer."""
     pending: PendingSum | PeerSum | None = None
     """The sum over all ways of x, in flight, where the layer reads it."""
@@ -158,38 +158,56 @@ class _NetworkLayer:
         self.ln_1 = Norm(*take("ln_1"), is_quantised)
         self.next_norm: Norm | None = None
         """The next layer's first, computed with what comes before it."""
-        self.next_reads_others = False
-        """Whether the next layer reads the other ways; the first never does, since all ways begin alike."""
+        self.reads_others = config.architecture == "kraken" and index > 0
+        """Whether it reads the other ways; the first never does, since all ways begin alike."""
         self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantised)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         # GELU is in the first product's kernel, or in the one that quantises the second's inputs
         self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")
         self.mlp_proj = linear("mlp.c_proj", gelu_before=not self.gated)
 
-    def __call__(self, state: _State, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> _State:
-        """What the next layer begins with, of what this one does."""
-        x_WTD, normed_WTD = state.x_WTD, state.normed_WTD
-        assert normed_WTD is not None
-        attended_WTD = self._attention(normed_WTD, heads)
+    def __call__(
+        self,
+        state: _State,
+        heads: Callable[[Tensor, Tensor, Tensor], Tensor],
+        sums_next: bool,
+        rows_R: Tensor | None = None,
+    ) -> _State:
+        """What the next layer begins with, of what this one does.
+
+        Args:
+            sums_next: whether the sum that the next layer reads is begun here, over all tokens.
+            rows_R: in the last layer, the tokens that anybody reads: only keys and values are computed of the others.
+        """
+        x_WTD, normed, pending = state.x_WTD, state.normed, state.pending
+        assert normed is not None
+        if rows_R is not None:
+            x_WTD = x_WTD.index_select(1, rows_R)
+            if self.reads_others and len(rows_R):
+                pending = self._group.start_sum(x_WTD)
+        q, k, v = self.c_attn(normed).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
+        attended_WTD = heads(q, k, v).flatten(2)
+        if rows_R is not None:
+            if not len(rows_R):
+                return _State(x_WTD, None)
+            attended_WTD = attended_WTD.index_select(1, rows_R)
+        attended_WTD = self.attn_proj(attended_WTD)
         if self.ln_2 is None:
-            return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed_WTD), self.next_norm))
+            normed = normed if rows_R is None else select(normed, rows_R)
+            return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
         if self._sums_parts:  # tensor parallelism: what follows reads a sum, so each is waited for
-            a_WTD, normed_WTD = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
-            assert normed_WTD is not None
-            return _State(*self._group.add_sum(a_WTD, self._mlp(normed_WTD), self.next_norm))
-        if state.pending is None:
-            a_WTD, normed_WTD = residual.advance(x_WTD, attended_WTD, self.ln_2)
+            a_WTD, normed = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+            assert normed is not None
+            return _State(*self._group.add_sum(a_WTD, self._mlp(normed), self.next_norm))
+        if pending is None:
+            a_WTD, normed = residual.advance(x_WTD, attended_WTD, self.ln_2)
         else:  # the sum was in flight during attention
-            a_WTD, normed_WTD = state.pending.see(x_WTD, attended_WTD, self.ln_2)
-        assert normed_WTD is not None
-        return _State(*self._group.advance(a_WTD, self._mlp(normed_WTD), self.next_norm, self.next_reads_others))
+            a_WTD, normed = pending.see(x_WTD, attended_WTD, self.ln_2)
+        assert normed is not None
+        return _State(*self._group.advance(a_WTD, self._mlp(normed), self.next_norm, sums_next))
 
-    def _attention(self, normed_WTD: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        q, k, v = self.c_attn(normed_WTD).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
-        return self.attn_proj(heads(q, k, v).flatten(2))
-
-    def _mlp(self, x_WTD: Normed) -> Tensor:
-        y_WTF = self.c_fc(x_WTD)
+    def _mlp(self, normed: Normed) -> Tensor:
+        y_WTF = self.c_fc(normed)
         if self.gated:
             gate, y_WTF = y_WTF.chunk(2, dim=-1)
             return self.mlp_proj(F.silu(gate) * y_WTF)

@@ -28,3 +28,8 @@ class Norm:
             return F.layer_norm(x_WTD, size, self.weight_WD[0], bias_D, LAYER_NORM_EPSILON)
         normed_WTD = F.layer_norm(x_WTD, size, eps=LAYER_NORM_EPSILON) * self.weight_WD[:, None]
         return normed_WTD if self.bias_WD is None else normed_WTD + self.bias_WD[:, None]
+
+
+def select(normed: Normed, rows_R: Tensor) -> Normed:
+    """Those tokens alone."""
+    return normed.index_select(1, rows_R) if isinstance(normed, Tensor) else normed.select(rows_R)

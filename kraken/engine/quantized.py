@@ -43,6 +43,12 @@ class Rows:
     scales_WR1: Tensor
     num_tokens: int
 
+    def select(self, rows_R: Tensor) -> "Rows":
+        """Those tokens alone."""
+        padded_R = F.pad(rows_R, (0, max(0, MIN_ROWS - len(rows_R))))  # by the first token again
+        values_WRI = self.values_WRI.view(torch.uint8).index_select(1, padded_R).view(FLOAT8)
+        return Rows(values_WRI, self.scales_WR1.index_select(1, padded_R), len(rows_R))
+
 
 def empty_rows(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> Rows:
     """For a kernel to fill."""

@@ -14,6 +14,7 @@ from kraken.engine.kernels import has_kernels
 from kraken.engine.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
+
 def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
     """x + addend, and the norm of it where there is one."""
     if has_kernels(x_WTD):
@@ -46,4 +47,3 @@ def see(
     if part_1TD is not None:
         seen_WTD = seen_WTD + part_1TD
     return a_WTD, norm(seen_WTD.to(a_WTD.dtype))
-

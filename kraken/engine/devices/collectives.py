@@ -121,12 +121,19 @@ class DeviceGroup:
             return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
         if has_kernels(x_WTD):
             out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
-            return out_WTD, normed_WTD, self._start_sum(out_WTD)
+            return out_WTD, normed_WTD, self._start_plain_sum(out_WTD)
         out_WTD = x_WTD + addend_WTD
-        pending = self._start_sum(out_WTD)  # as early as possible
+        pending = self._start_plain_sum(out_WTD)  # as early as possible
         return out_WTD, None if norm is None else norm(out_WTD), pending
 
-    def _start_sum(self, x_WTD: Tensor) -> PendingSum:
+    def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
+        """The sum over all ways of x, those of other ranks included, begun; x may not change until it is seen."""
+        if self.sums and self._peers is not None and self._method_of(x_WTD.shape[1]) != "library":
+            own_TD = sum_across_ways(x_WTD)[0].to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD[0]
+            return self._peers.start_sum(own_TD, is_waited_for=self.overlap != "overlapped")
+        return self._start_plain_sum(x_WTD)
+
+    def _start_plain_sum(self, x_WTD: Tensor) -> PendingSum:
         """By gloo, NCCL or an exchange."""
         if not self.sums:
             return PendingSum(x_WTD)

@@ -163,6 +163,16 @@ class PeerSums:
             self._is_settled = True
         return out_WTD, normed_WTD, PeerSum(self, self._received[turn], None if is_waited_for else turn)
 
+    def start_sum(self, own_RD: Tensor, is_waited_for: bool) -> PeerSum:
+        """The sum over the ranks of few rows, begun: the others read them here."""
+        turn = self._publish(own_RD)
+        if is_waited_for:
+            self._signals.wait(turn)
+            self._is_settled = True
+        parts = self._published[turn]
+        others = parts[: self._rank] + parts[self._rank + 1 :]
+        return PeerSum(self, others, None if is_waited_for else turn)
+
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Normed]:
