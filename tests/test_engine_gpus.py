@@ -101,7 +101,8 @@ def run(source: Source, made: list[Request], sums: str = "auto", **config: Any) 
             prefix = [sys.executable, "-c", COPIED] if sums == "copied" else []
             meeting.launch(1, dict.fromkeys(range(1, num_devices), prefix))
         device = torch.device("cuda")
-        engine = TorchEngine._open(source, INFO, engine_config, device, torch.float32, meeting)
+        dtype = getattr(torch, engine_config.dtype)
+        engine = TorchEngine._open(source, INFO, engine_config, device, dtype, meeting)
         try:
             results = await asyncio.gather(*(collect(engine, request) for request in made))
             results.append(await collect(engine, dataclasses.replace(made[0], id="alone")))
@@ -231,6 +232,21 @@ class TestFailure:
 
 def test_graphs_of_one_gpu_equal_it_without(source: Source, alone: list[list[Output]]) -> None:
     assert_equal(run(source, requests(8), cuda_graphs=True), alone)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_float8_is_near_bfloat16(num_devices: int, tmp_path: Path) -> None:
+    """The mean distance of the log-probabilities of prompts: with graphs, and with norms quantised by their kernels."""
+    source = make_source("kraken_4way", tmp_path)
+    made = [dataclasses.replace(request, prompt_logprobs=True) for request in requests(8)]
+
+    def scores(**config: Any) -> torch.Tensor:
+        outputs = [outputs[0] for outputs in run(source, made, "auto", dtype="bfloat16", **config)]
+        prompts = [output.logprobs for output in outputs if isinstance(output, PromptOutput)]
+        return torch.tensor([score.logprob for prompt in prompts for score in prompt if score is not None])
+
+    plain, quantised = scores(), scores(quantization="fp8", num_devices=num_devices)
+    assert 0.0 < (quantised - plain).abs().mean() < 0.3
 
 
 def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
