@@ -19,7 +19,7 @@ from kraken.engine.devices.partition import Part, weights_of
 from kraken.engine.network import Network
 from kraken.engine.norm import Norm
 from kraken.engine.protocol import TokenOutput
-from kraken.engine.quantized import FLOAT8, LARGEST, MIN_ROWS, Fp8Linear, Rows, quantise, require_quantisable
+from kraken.engine.quantized import FLOAT8, LARGEST, Fp8Linear, Rows, quantise, require_quantisable
 from kraken.engine.runner import Runner
 from kraken.engine.torch_engine import TorchEngine
 from kraken.model import Kraken
@@ -36,7 +36,7 @@ KERNEL_STEP = STEP if torch.cuda.is_available() else 0.51
 
 def meant(rows: Rows) -> Tensor:
     """The values that rows stand for, [W, T, I]."""
-    return (rows.values_WRI.double() * rows.scales_WR1.double())[:, : rows.num_tokens]
+    return rows.values_WTI.double() * rows.scales_WT1.double()
 
 
 def assert_near(rows: Rows, exact_WTI: Tensor, step: float = STEP) -> None:
@@ -63,7 +63,7 @@ def test_rows_stand_for_their_values(with_gelu: bool) -> None:
     torch.manual_seed(0)
     x_WTI = torch.randn(2, 5, 48) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1e4])[:, None]
     rows = quantise(x_WTI, with_gelu)
-    assert rows.values_WRI.dtype == FLOAT8 and rows.scales_WR1.dtype == torch.float32
+    assert rows.values_WTI.dtype == FLOAT8 and rows.scales_WT1.dtype == torch.float32
     assert_near(rows, F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI)
     assert not meant(rows)[:, 3].any() and meant(rows).isfinite().all()
 
@@ -77,7 +77,7 @@ def test_the_kernel_equals_the_plain_operations(with_gelu: bool) -> None:
     x_WTI = torch.randn(3, 2, 5, 40, device=DEVICE)[:, 1] * 7  # of any strides
     x_WTI[:, 2] = 0
     rows = quantized_kernel.quantise(x_WTI, with_gelu)
-    assert rows.num_tokens == 5 and rows.values_WRI.shape == (3, MIN_ROWS, 40)
+    assert rows.values_WTI.shape == (3, 5, 40) and rows.values_WTI.dtype == FLOAT8
     assert_near(rows, F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI, KERNEL_STEP)
 
 

@@ -5,7 +5,7 @@ e4m3; a product adds up in float32 and is scaled back in its own kernel. On CUDA
 computed: by the kernels of `kraken/engine/residual_kernel.py` with a norm, by one of their own with GELU or alone.
 Elsewhere plain operations do it, which shows what the numbers are and saves memory, not time.
 
-Shape letters as in `kraken/engine/linear.py`, and: R rows, T of which are tokens.
+Shape letters as in `kraken/engine/linear.py`, and: R of T tokens.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,6 @@ SMALLEST_SCALE = 1e-12
 """For rows of zeros."""
 MULTIPLE = 16
 """What inputs and outputs of a product are multiples of, in the kernels that there are."""
-MIN_ROWS = 16
-"""Fewer rows than this some kernels refuse."""
 MIN_CAPABILITY = (8, 9)
 """Of CUDA devices that multiply float8."""
 
@@ -35,26 +33,23 @@ class Rows:
     """Quantised inputs of W linears.
 
     Args:
-        values_WRI: float8; rows behind the tokens hold anything.
-        scales_WR1: float32; a value times its row's scale is the input.
+        values_WTI: float8.
+        scales_WT1: float32; a value times its row's scale is the input.
     """
 
-    values_WRI: Tensor
-    scales_WR1: Tensor
-    num_tokens: int
+    values_WTI: Tensor
+    scales_WT1: Tensor
 
     def select(self, rows_R: Tensor) -> "Rows":
         """Those tokens alone."""
-        padded_R = F.pad(rows_R, (0, max(0, MIN_ROWS - len(rows_R))))  # by the first token again
-        values_WRI = self.values_WRI.view(torch.uint8).index_select(1, padded_R).view(FLOAT8)
-        return Rows(values_WRI, self.scales_WR1.index_select(1, padded_R), len(rows_R))
+        values_WRI = self.values_WTI.view(torch.uint8).index_select(1, rows_R).view(FLOAT8)
+        return Rows(values_WRI, self.scales_WT1.index_select(1, rows_R))
 
 
 def empty_rows(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> Rows:
     """For a kernel to fill."""
-    num_rows = max(num_tokens, MIN_ROWS)
-    values_WRI = torch.empty(num_ways, num_rows, num_inputs, dtype=FLOAT8, device=device)
-    return Rows(values_WRI, torch.empty(num_ways, num_rows, 1, dtype=torch.float32, device=device), num_tokens)
+    values_WTI = torch.empty(num_ways, num_tokens, num_inputs, dtype=FLOAT8, device=device)
+    return Rows(values_WTI, torch.empty(num_ways, num_tokens, 1, dtype=torch.float32, device=device))
 
 
 def quantise(x_WTI: Tensor, with_gelu: bool = False) -> Rows:
@@ -64,8 +59,7 @@ def quantise(x_WTI: Tensor, with_gelu: bool = False) -> Rows:
 
         return quantized_kernel.quantise(x_WTI, with_gelu)
     x_WTI = F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI
-    values_WTI, scales_WT1 = _quantised(x_WTI)
-    return Rows(values_WTI, scales_WT1, x_WTI.shape[1])
+    return Rows(*_quantised(x_WTI))
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,21 +76,19 @@ class Fp8Linear:
         self._dtype, self._gelu_before = weight_WOI.dtype, gelu_before
         quantised = [_quantised(weight_OI) for weight_OI in weight_WOI]  # one by one, for the sake of memory
         self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantised]
-        self._biases = [None] * len(self._weights) if bias_WO is None else list(bias_WO)
+        self._bias_WO = bias_WO
 
     def __call__(self, x: Tensor | Rows) -> Tensor:
         rows = quantise(x, self._gelu_before) if isinstance(x, Tensor) else x
         ways = [
-            torch._scaled_mm(
-                values_RI, weight_IO, scale_a=scales_R1, scale_b=scales_1O, bias=bias_O, out_dtype=self._dtype,
-                use_fast_accum=True,
+            torch._scaled_mm(values_TI, weight_IO, scales_T1, scales_1O, out_dtype=self._dtype, use_fast_accum=True)
+            for values_TI, scales_T1, (weight_IO, scales_1O) in zip(
+                rows.values_WTI, rows.scales_WT1, self._weights, strict=True
             )
-            for values_RI, scales_R1, (weight_IO, scales_1O), bias_O in zip(
-                rows.values_WRI, rows.scales_WR1, self._weights, self._biases, strict=True
-            )
-        ]  # fmt: skip
-        y_WRO = ways[0][None] if len(ways) == 1 else torch.stack(ways)
-        return y_WRO[:, : rows.num_tokens]
+        ]
+        y_WTO = ways[0][None] if len(ways) == 1 else torch.stack(ways)
+        # cuBLAS refuses products of few rows that have a bias
+        return y_WTO if self._bias_WO is None else y_WTO + self._bias_WO[:, None]
 
 
 def require_quantisable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -40,7 +40,7 @@ def quantise(x_WTI: Tensor, with_gelu: bool) -> Rows:
     rows = empty_rows(W, T, D, x_WTI.device)
     tile = triton.next_power_of_2(D)
     _quantise[T, W](
-        x_WTI, rows.values_WRI, rows.scales_WR1, x_WTI.stride(0), x_WTI.stride(1), rows.values_WRI.shape[1],
+        x_WTI, rows.values_WTI, rows.scales_WT1, x_WTI.stride(0), x_WTI.stride(1), T,
         width=D, tile=tile, with_gelu=with_gelu, largest=LARGEST, smallest_scale=SMALLEST_SCALE,
         num_warps=min(16, max(1, tile // 512)),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, num_programs): 
 
 @triton.jit
 def store_norm(  # type: ignore[no-untyped-def]
-    row, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way: tl.constexpr, token, num_rows, columns, mask,
+    row, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way: tl.constexpr, token, num_tokens, columns, mask,
     has_bias: tl.constexpr, is_quantised: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def store_norm(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
-    place = token + way * num_rows
+    place = token + way * num_tokens
     row_ptr = normed_ptr + place * tl.full((), width, tl.int64)
     if is_quantised:
         store_quantised(normed, row_ptr, scales_ptr + place, columns, mask, largest, smallest_scale)
@@ -110,7 +110,7 @@ def store_norm(  # type: ignore[no-untyped-def]
 def _advance(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, target_ptrs,
     cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
-    num_tokens, x_way_stride, num_rows,
+    num_tokens, x_way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr, tells: tl.constexpr,
     num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantised: tl.constexpr,
     num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
@@ -139,7 +139,7 @@ def _advance(  # type: ignore[no-untyped-def]
                     tl.store(target_ptrs[index] + places, total.to(out_ptr.dtype.element_ty), mask=mask)
             if has_norm:
                 store_norm(
-                    out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_rows, columns, mask,
+                    out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
                     has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
     if begins_round:
@@ -152,7 +152,7 @@ def _advance(  # type: ignore[no-untyped-def]
 @triton.jit
 def _see(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
-    num_tokens, x_way_stride, num_rows,
+    num_tokens, x_way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
     has_bias: tl.constexpr, is_quantised: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
     tile: tl.constexpr, epsilon: tl.constexpr, largest: tl.constexpr, smallest_scale: tl.constexpr,
@@ -181,7 +181,7 @@ def _see(  # type: ignore[no-untyped-def]
             if is_total:
                 seen -= x
             store_norm(
-                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_rows, columns, mask,
+                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
                 has_bias, is_quantised, width, epsilon, largest, smallest_scale,
             )  # fmt: skip
         else:
@@ -192,7 +192,7 @@ def _see(  # type: ignore[no-untyped-def]
                 addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
                 seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
                 store_norm(
-                    seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_rows, columns, mask,
+                    seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
                     has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
 
@@ -232,12 +232,12 @@ def advance(
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
     out_WTD = torch.empty_like(addend_WTD) if out_slot is None else out_slot[: W * T * D].view(W, T, D)
     normed = None if norm is None else empty_normed(addend_WTD, norm)
-    pointers, constants, num_rows = norm_arguments(norm, normed, out_WTD)
+    pointers, constants = norm_arguments(norm, normed, out_WTD)
     tile = triton.next_power_of_2(D)
     _advance[(T if round is None else min(T, MAX_ASKING),)](
         x_WTD, addend_WTD, out_WTD, *pointers, targets or (out_WTD,),
         *_pointers(round, out_WTD), (out_WTD,) if round is None else round.rounds.flags_of_others,
-        T, x_WTD.stride(0), num_rows,
+        T, x_WTD.stride(0),
         **_constants(round), begins_round=round is not None, awaits=round is not None and round.awaits,
         tells=round is not None and round.tells, num_targets=len(targets), has_norm=norm is not None,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
@@ -263,11 +263,11 @@ def see(
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
     a_WTD, normed = torch.empty_like(addend_WTD), empty_normed(addend_WTD, norm)
-    pointers, constants, num_rows = norm_arguments(norm, normed, a_WTD)
+    pointers, constants = norm_arguments(norm, normed, a_WTD)
     cell, _, _, flags_P = _pointers(round, a_WTD)
     tile = triton.next_power_of_2(D)
     _see[(T if round is None else min(T, MAX_ASKING),)](
-        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P, T, x_WTD.stride(0), num_rows,
+        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P, T, x_WTD.stride(0),
         **_constants(round), waits=round is not None, num_parts=len(parts), is_total=is_total,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
@@ -282,11 +282,11 @@ def empty_normed(like_WTD: Tensor, norm: Norm) -> Normed:
 
 def norm_arguments(
     norm: Norm | None, normed: Normed | None, anything: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any], int]:
-    """What `store_norm` wants: where it writes, gains and biases; constants; the rows that a way has there."""
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
+    """What `store_norm` wants: where it writes, gains and biases; and constants."""
     values = scales = gain = bias = anything
     if norm is not None and normed is not None:
-        values, scales = (normed, anything) if isinstance(normed, Tensor) else (normed.values_WRI, normed.scales_WR1)
+        values, scales = (normed, anything) if isinstance(normed, Tensor) else (normed.values_WTI, normed.scales_WT1)
         gain = norm.weight_WD
         bias = gain if norm.bias_WD is None else norm.bias_WD
     constants = {
@@ -296,7 +296,7 @@ def norm_arguments(
         "largest": LARGEST,
         "smallest_scale": SMALLEST_SCALE,
     }
-    return (values, scales, gain, bias), constants, values.shape[1]
+    return (values, scales, gain, bias), constants
 
 
 def num_warps(tile: int) -> int:

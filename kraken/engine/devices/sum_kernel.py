@@ -67,7 +67,7 @@ def _wait(cell_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # 
 
 @triton.jit
 def _add_parts(  # type: ignore[no-untyped-def]
-    x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr, num_rows,
+    x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
     is_quantised: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
@@ -86,7 +86,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + places, rounded, mask=mask)
     if has_norm:
         store_norm(
-            rounded.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_rows, columns, mask,
+            rounded.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, 0, columns, mask,
             has_bias, is_quantised, width, epsilon, largest, smallest_scale,
         )  # fmt: skip
 
@@ -151,10 +151,10 @@ class Signals:
         T, D = out_TD.shape
         tile = triton.next_power_of_2(D)
         normed = None if norm is None else residual_kernel.empty_normed(out_TD[None], norm)
-        pointers, constants, num_rows = residual_kernel.norm_arguments(norm, normed, out_TD)
+        pointers, constants = residual_kernel.norm_arguments(norm, normed, out_TD)
         cell, _, _, flags_P = self._rounds.pointers(turn)
         _add_parts[(T,)](
-            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, cell, flags_P, num_rows,
+            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, cell, flags_P,
             **self._rounds.constants, has_x=x_TD is not None, has_norm=norm is not None,
             width=D, tile=tile, num_warps=num_warps(tile), **constants,
         )  # fmt: skip
