@@ -139,8 +139,8 @@ def _advance(  # type: ignore[no-untyped-def]
                     tl.store(target_ptrs[index] + places, total.to(out_ptr.dtype.element_ty), mask=mask)
             if has_norm:
                 store_norm(
-                    out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
-                    has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+                    out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns,
+                    mask, has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
     if begins_round:
         if tells:
