@@ -20,6 +20,9 @@ from kraken.ways import WayGroup
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}
 """Logits that exist at a time: on a CPU about what its cache holds, on a GPU enough to fill it."""
 
+KERNEL_TYPES = (torch.float32, torch.bfloat16)
+"""Types of logits that a kernel turns into their gradient, on CUDA."""
+
 ChunkGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -66,9 +69,14 @@ def chunked_cross_entropy(
     Products are in autocast's type where it is on, softmax and sums in float32, or float64 where the inputs are.
 
     Args:
-        gradient: `chunk_gradient`, or the same compiled; used where one process holds the whole vocabulary.
+        gradient: `chunk_gradient`, or the same compiled; used where one process holds the whole vocabulary, and there
+            is no kernel.
         ways: the processes that hold a part of `vocab_size` rows each; hidden states and loss are equal on all.
     """
+    if hidden_TD.is_cuda and compute_dtype(hidden_TD) in KERNEL_TYPES:
+        from kraken import loss_kernel  # which imports Triton, and only CUDA has that
+
+        gradient = loss_kernel.chunk_gradient
     if ways.size > 1:
         gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size)
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, gradient, ways, vocab_size)

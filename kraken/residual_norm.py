@@ -104,7 +104,7 @@ def _outputs(
     "kraken::residual_norm_backward",
     mutates_args=(),
     schema="(Tensor? grad_a, Tensor grad_n, Tensor? grad_sum, Tensor n, Tensor inverse_std, int width, "
-    "bool sees_others) -> (Tensor, Tensor)",
+    "bool sees_others) -> (Tensor, Tensor, Tensor)",
 )
 def _residual_norm_backward(
     grad_a: Tensor | None,
@@ -114,14 +114,14 @@ def _residual_norm_backward(
     inverse_std: Tensor,
     width: int,
     sees_others: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the addend [W, B, T, P], zeros behind the width, which is also that of x unless a way sees the
-    others; and where one does, that of S, float32 [1, B, T, D]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x [W, B, T, D], the addend [W, B, T, P] with zeros behind the width, and S, float32
+    [1, B, T, D]. Empty are x's where a way sees the others, the addend's without `grad_a`, S's where no way does."""
     from kraken import residual_norm_kernel
 
-    grad, grad_total = _gradients(grad_a, grad_n, grad_sum, n, inverse_std, width, sees_others)
-    residual_norm_kernel.backward(grad_a, grad_n, grad_sum, n, inverse_std, grad, grad_total, width)
-    return grad, grad_total
+    grad_x, grad_addend, grad_total = _gradients(grad_a, grad_n, grad_sum, n, inverse_std, width, sees_others)
+    residual_norm_kernel.backward(grad_a, grad_n, grad_sum, n, inverse_std, grad_x, grad_addend, grad_total, width)
+    return grad_x, grad_addend, grad_total
 
 
 @_residual_norm_backward.register_fake
@@ -133,9 +133,15 @@ def _gradients(
     inverse_std: Tensor,
     width: int,
     sees_others: bool,
-) -> tuple[Tensor, Tensor]:
-    total_shape = (1, *n.shape[1:-1], width) if sees_others else (0,)
-    return torch.empty_like(n), n.new_empty(total_shape, dtype=torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
+    nothing = n.new_empty(0)
+    # x's lie in memory as those of a do, which is how a compiled layer wants them
+    like_a = n.new_empty(*n.shape[:-1], width) if grad_a is None else torch.empty_like(grad_a)
+    return (
+        nothing if sees_others else like_a,
+        nothing if grad_a is None else torch.empty_like(n),
+        n.new_empty((1, *n.shape[1:-1], width) if sees_others else (0,), dtype=torch.float32),
+    )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -146,7 +152,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _differentiate(ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
     n, inverse_std = ctx.saved_tensors
-    grad, grad_total = torch.ops.kraken.residual_norm_backward(
+    grad_x, grad_addend, grad_total = torch.ops.kraken.residual_norm_backward(
         grad_a if ctx.adds else None,
         grad_n,
         grad_sum if ctx.is_summed else None,
@@ -156,8 +162,8 @@ def _differentiate(ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: T
         ctx.sees_others,
     )
     if ctx.sees_others:  # of seen = x + addend + (S - x) only S and the addend are left, and x is in a
-        return grad_a, grad, grad_total, None, None
-    return grad[..., : ctx.width], grad if ctx.adds else None, None, None, None
+        return grad_a, grad_addend, grad_total, None, None
+    return grad_x, grad_addend if ctx.adds else None, None, None, None
 
 
 _residual_norm.register_autograd(_differentiate, setup_context=_remember)

@@ -69,11 +69,13 @@ def backward(
     grad_sum: Tensor | None,
     n: Tensor,
     inverse_std: Tensor,
-    grad: Tensor,
+    grad_x: Tensor,
+    grad_addend: Tensor,
     grad_total: Tensor,
     width: int,
 ) -> None:
-    """Fill `grad`, contiguous [W, B, T, P], and `grad_total` [1, B, T, D] unless it is empty.
+    """Fill `grad_x` [W, B, T, D] of any strides, and contiguous `grad_addend` [W, B, T, P] and `grad_total`
+    [1, B, T, D]; all but those that are empty.
 
     Args:
         grad_a, grad_n: of any strides.
@@ -83,26 +85,32 @@ def backward(
     grad_a = None if grad_a is None else _with_unit_stride(grad_a)
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_a_step, grad_n_step = 1 if grad_a is None else _common_step(grad_a), _common_step(grad_n)
+    has_x = grad_x.numel() > 0
+    grad_x_step = _common_step(grad_x) if has_x else 1
     _backward[(B * T,)](
         grad_n if grad_a is None else grad_a,
         grad_n,
         inverse_std if grad_sum is None else grad_sum,
         n,
         inverse_std,
-        grad,
+        grad_x,
+        grad_addend,
         grad_total,
         W,
         T,
         B * T,
         *_steps(grad_a, grad_a_step),
         *_steps(grad_n, grad_n_step),
+        *_steps(grad_x if has_x else None, grad_x_step),
         D=width,
         P=P,
         ADDS=grad_a is not None,
         IS_SUMMED=grad_sum is not None,
         SEES_OTHERS=grad_total.numel() > 0,
+        HAS_X=has_x,
         GRAD_A_STEP=grad_a_step,
         GRAD_N_STEP=grad_n_step,
+        GRAD_X_STEP=grad_x_step,
         **_blocks(W, P),
     )
 
@@ -169,11 +177,13 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    grad_a_ptr, grad_n_ptr, grad_sum_ptr, n_ptr, inverse_std_ptr, grad_ptr, grad_total_ptr,
+    grad_a_ptr, grad_n_ptr, grad_sum_ptr, n_ptr, inverse_std_ptr, grad_x_ptr, grad_addend_ptr, grad_total_ptr,
     W, T, num_tokens,
     grad_a_way, grad_a_sequence, grad_a_token, grad_n_way, grad_n_sequence, grad_n_token,
+    grad_x_way, grad_x_sequence, grad_x_token,
     D: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, IS_SUMMED: tl.constexpr, SEES_OTHERS: tl.constexpr,
-    GRAD_A_STEP: tl.constexpr, GRAD_N_STEP: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
+    HAS_X: tl.constexpr, GRAD_A_STEP: tl.constexpr, GRAD_N_STEP: tl.constexpr, GRAD_X_STEP: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     b, t = index // T, index % T
@@ -197,5 +207,9 @@ def _backward(  # type: ignore[no-untyped-def]
     if IS_SUMMED:  # each way of a real column is in the sum once
         grad_sum_1P = tl.load(grad_sum_ptr + index * D + columns_1P, mask=columns_1P < D, other=0.0)
         grad_WP += grad_sum_1P.to(tl.float32)
-    is_stored = (ways_W1 < W) & (columns_1P < P)
-    tl.store(grad_ptr + rows_W1 * P + columns_1P, grad_WP.to(grad_ptr.dtype.element_ty), mask=is_stored)
+    if HAS_X:
+        grad_x_rows_W1 = (ways_W1 * grad_x_way + b * grad_x_sequence + t * grad_x_token) * GRAD_X_STEP
+        tl.store(grad_x_ptr + grad_x_rows_W1 + columns_1P, grad_WP.to(grad_x_ptr.dtype.element_ty), mask=is_real)
+    if ADDS:
+        grad_WP = tl.where(is_real, grad_WP, 0.0).to(grad_addend_ptr.dtype.element_ty)
+        tl.store(grad_addend_ptr + rows_W1 * P + columns_1P, grad_WP, mask=(ways_W1 < W) & (columns_1P < P))

@@ -1,0 +1,47 @@
+"""The GPU kernel of `kraken/loss.py`, in Triton: one program a token, which reads its logits twice and writes once.
+
+The second reading comes from the cache, since a row is small beside it. Sums are in float32. V is the vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = 8192
+"""Logits that a program holds at a time."""
+NUM_WARPS = 16
+
+
+@triton.jit
+def _chunk_gradient(  # type: ignore[no-untyped-def]
+    logits_ptr, targets_ptr, losses_ptr, row_stride, V: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+    largest = float("-inf")
+    total = 0.0  # of the exponentials, less the largest so far
+    for start in range(0, V, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        new_largest = tl.maximum(largest, tl.max(logits, axis=0))
+        total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(logits - new_largest), axis=0)
+        largest = new_largest
+    target = tl.load(targets_ptr + row)
+    tl.store(losses_ptr + row, largest + tl.log(total) - tl.load(row_ptr + target).to(tl.float32))
+    tl.debug_barrier()  # the target's logit has been read before it is written over
+    for start in range(0, V, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        logits = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        gradient = tl.exp(logits - largest) / total - tl.where(columns == target, 1.0, 0.0)
+        tl.store(row_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < V)
+
+
+def chunk_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """See `kraken.loss.chunk_gradient`; the gradient takes the place of the logits."""
+    T, V = logits_TV.shape
+    losses_T = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
+    _chunk_gradient[(T,)](
+        logits_TV, targets_T, losses_T, logits_TV.stride(0), V=V, COLUMNS=COLUMNS, num_warps=NUM_WARPS
+    )
+    return losses_T.sum(), logits_TV
