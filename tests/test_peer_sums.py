@@ -44,11 +44,11 @@ class PlainSignals:
     def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
         self._begin(turn, awaits)
         slot[: x_RC.numel()] = x_RC.flatten()
-        self.tell(turn)
+        self._tell()
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+        out_slot: Tensor | None, turn: int, awaits: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out_WTD = x_WTD + addend_WTD
         self._begin(turn, awaits)
@@ -57,18 +57,16 @@ class PlainSignals:
         if out_slot is not None:
             out_slot[: out_WTD.numel()] = out_WTD.flatten()
             out_WTD = out_slot[: out_WTD.numel()].view(out_WTD.shape)
-        if tells:
-            self.tell(turn)
         return out_WTD, None if norm is None else norm(out_WTD)
 
-    def tell(self, turn: int) -> None:
-        assert self.round % 2 != turn, "the first round's turn is 0"
-        for flag in self.flags_of_others:
-            flag.fill_(self.round)
+    def meet(self, turn: int) -> None:
+        self._tell()
+        self.wait(turn)
 
     def skip(self, turn: int) -> None:
         self.round += 1
-        self.tell(turn)
+        assert self.round % 2 != turn, "the first round's turn is 0"
+        self._tell()
 
     def wait(self, turn: int) -> None:
         assert self.round % 2 != turn
@@ -86,9 +84,13 @@ class PlainSignals:
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]:
         if turn is not None:
-            self.wait(turn)
+            self.meet(turn)
         others = sum(part.flatten()[: x_WTD[0].numel()].view(x_WTD[0].shape) for part in parts)
         return x_WTD + addend_WTD, norm(addend_WTD + x_WTD.sum(0) + others)
+
+    def _tell(self) -> None:
+        for flag in self.flags_of_others:
+            flag.fill_(self.round)
 
     def _begin(self, turn: int, awaits: bool) -> None:
         if awaits:
@@ -201,30 +203,24 @@ class SimulatedRank:
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
-        self.sends: list[tuple[int, int, int]] = []
-        """What the stream that sends has still to do: slot, the round, and whether it copies before it tells."""
+        self.copy: tuple[int, int] | None = None
+        """What the stream that copies has to do: slot and round."""
 
     def can_write(self) -> bool:
         return all(told >= self.round for told in self.world.told)
-
-    def tell(self, round_: int) -> None:
-        assert self.world.told[self.rank] == round_ - 1, "rounds are told out of their order"
-        self.world.told[self.rank] = round_
 
     def main_stream(self, num_passes: int) -> Iterator[str]:
         """What is done in its order; each `yield` is where others may go on, with what is waited for."""
         choices = random.Random(7)  # the same on every rank: all compute the same passes
         world = self.world
+        others = [peer for peer in range(len(world.told)) if peer != self.rank]
         for _ in range(num_passes):
             slot = 0
             for _ in range(choices.randrange(5)):
                 kind = choices.choice(["publish", "gather", "direct", "copied"])
-                while kind in ("publish", "gather") and self.sends:
-                    yield "joining"
                 while not self.can_write():
                     yield "write"
                 self.round += 1
-                others = [peer for peer in range(len(world.told)) if peer != self.rank]
                 if kind == "direct":
                     for peer in others:
                         world.received[peer][self.rank][slot] = self.round
@@ -232,41 +228,40 @@ class SimulatedRank:
                 else:
                     world.published[self.rank][slot] = self.round
                     yield "publishing"
+                if kind == "copied":
+                    self.copy = (slot, self.round)
                 if kind in ("direct", "copied"):
-                    self.sends.append((slot, self.round, kind == "copied"))
-                else:
-                    self.tell(self.round)
+                    yield "attention"
+                    while self.copy is not None:
+                        yield "joining"
+                world.told[self.rank] = self.round
                 if kind != "gather" or self.rank == 0:  # columns are gathered by the leader
-                    while min(told for peer, told in enumerate(world.told) if peer != self.rank) < self.round:
+                    while min(world.told[peer] for peer in others) < self.round:
                         yield "read"
                     for _ in range(2):
                         for peer in others:
-                            place = world.received[self.rank][peer] if kind in ("direct", "copied") else None
-                            world.read(world.published[peer] if place is None else place, slot, self.round)
+                            is_sent = kind in ("direct", "copied")
+                            place = world.received[self.rank][peer] if is_sent else world.published[peer]
+                            world.read(place, slot, self.round)
                         yield "reading"
                 slot = 1 - slot
-            while self.sends:
-                yield "joining"
             if slot:
                 self.round += 1
-                self.tell(self.round)
+                world.told[self.rank] = self.round
 
-    def sending_stream(self) -> Iterator[str]:
+    def copying_stream(self) -> Iterator[str]:
         """Likewise, for ever."""
         while True:
-            while not self.sends:
+            while self.copy is None:
                 yield "nothing"
-            slot, round_, copies = self.sends[0]
+            slot, round_ = self.copy
             for peer in range(len(self.world.told)):
-                if copies and peer != self.rank:
+                if peer != self.rank:
                     self.world.read(self.world.published[self.rank], slot, round_)
                     yield "copying"
-                    self.world.read(self.world.published[self.rank], slot, round_)
                     self.world.received[peer][self.rank][slot] = round_
-                    yield "copied"
-            self.tell(round_)
-            del self.sends[0]
-            yield "told"
+            self.copy = None
+            yield "copied"
 
 
 class SimulatedWorld:
@@ -285,7 +280,7 @@ def test_no_slot_is_written_while_it_is_read(num_ranks: int) -> None:
     for seed in range(60):
         world, numbers = SimulatedWorld(num_ranks), random.Random(seed)
         ranks = [SimulatedRank(rank, world) for rank in range(num_ranks)]
-        streams = [*(rank.main_stream(40) for rank in ranks), *(rank.sending_stream() for rank in ranks)]
+        streams = [*(rank.main_stream(40) for rank in ranks), *(rank.copying_stream() for rank in ranks)]
         unfinished = set(range(num_ranks))
         favourite = numbers.randrange(len(streams))  # who runs as far ahead as it can
         for _ in range(200_000):

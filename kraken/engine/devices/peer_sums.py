@@ -1,22 +1,17 @@
 """Sums over peer memory: a rank writes its part where the others can read it, and whoever needs the sum reads them all.
 
 Every sum, and every gathering of columns, is a *round*. In one kind of it a rank *publishes*: it writes its part into
-a slot of its own memory, which the others read over the link. In the other, for sums that are in flight while something
-else is computed, it *sends*: it writes its part into a slot that every other rank keeps for it, so that whoever needs
-the sum finds all of it at home. In round n a rank waits until all others have published or sent n - 1, writes into
-slot n mod 2, and tells them. Whoever needs the parts waits until all have told round n, and reads. That no slot is
-written while it is read follows from two facts:
+a slot of its own memory, tells the others, and they read it over the link. In the other, for sums that are in flight
+while something else is computed, it *sends*: it writes its part into a slot that every other rank keeps for it, or has
+a copy engine bring it there, and tells them when it needs the sum itself, of which it then finds all at home. In round
+n a rank waits until all others have told n - 1, writes into slot n mod 2, and tells n. Whoever needs the parts waits
+until all have told round n, and reads. That no slot is written while it is read follows from two facts:
 
-* A rank tells a round after it has read all that it will read of the rounds before: what tells is behind the reading in
-  the order of streams.
+* A rank tells a round after it has read all that it will read of the rounds before, since both are in the order of one
+  stream; copies on another stream are joined before what they bring is told.
 * So when all others have told n - 1, they have read n - 2, which is what slot n mod 2 still holds, here and there.
 
 A rank that has needed the parts of round n - 1 has waited already, and does not ask again (`_is_settled`).
-
-What is sent is told on a stream of its own, and copied there where a copy engine carries it, so that nothing waits
-until the link has taken it. Whoever tells on the main stream first joins the two: rounds are told in their order. A
-copy's source, slot n mod 2 of this rank's own, is free for round n + 2: the others tell n + 1 after they have seen n,
-which they were told behind the copy.
 
 It does not matter who waits for a round and who does not: the followers publish columns that only the leader reads, and
 wait for the leader when they write next.
@@ -29,8 +24,7 @@ or left without sums. Rounds themselves are counted on the device, see `kraken/e
 Shape letters as in `kraken/model.py`, and: R rows, C columns.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,10 +49,10 @@ class Signals(Protocol):
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+        out_slot: Tensor | None, turn: int, awaits: bool,
     ) -> tuple[Tensor, Normed | None]: ...  # fmt: skip
 
-    def tell(self, turn: int) -> None: ...
+    def meet(self, turn: int) -> None: ...
 
     def skip(self, turn: int) -> None: ...
 
@@ -81,10 +75,25 @@ class PeerSum:
     parts: tuple[Tensor, ...]
     turn: int | None
     """Of the round; None where it has been waited for."""
+    copies: torch.cuda.Stream | None = None
+    """The stream that brings this rank's part to the others."""
+
+    def finish(self) -> None:
+        """Wait until all parts are there."""
+        self._join()
+        if self.turn is not None:
+            self.peers.meet(self.turn)
+            self.turn = None
 
     def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`."""
+        self._join()
         return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.turn)
+
+    def _join(self) -> None:
+        if self.copies is not None:
+            torch.cuda.current_stream(self.copies.device).wait_stream(self.copies)
+            self.copies = None
 
 
 class PeerSums:
@@ -129,9 +138,7 @@ class PeerSums:
         self._is_settled = False
         """Whether the main stream has waited for all ranks' last round."""
         on_cuda = self._device.type == "cuda"
-        self._sends, self._releases = (torch.cuda.Stream(self._device) if on_cuda else None for _ in range(2))
-        self._is_sending = False
-        """Whether the stream that sends has not been joined."""
+        self._copies, self._releases = (torch.cuda.Stream(self._device) if on_cuda else None for _ in range(2))
         self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64, pin_memory=on_cuda)
 
     def advance(
@@ -143,35 +150,41 @@ class PeerSums:
             method: `direct` has the kernel that computes it write it into the others' memory; `copied` has a copy
                 engine bring it there.
         """
-        if is_waited_for:
-            self._join()
         turn, awaits = self._begin()
         sent, own = self._sent[turn], self._published[turn][self._rank]
-        targets, out_slot = sent, None
+        targets, out_slot, copies = sent, None, None
         if method == "copied":  # one way is itself where it is copied from
             targets, out_slot = ((), own) if len(x_WTD) == 1 else ((own,), None)
-        tells = is_waited_for and method == "direct"
-        out_WTD, normed_WTD = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits, tells)
-        if not tells:
-            with self._sending():
-                if method == "copied":
-                    for target in sent:
-                        target[: x_WTD[0].numel()].copy_(own[: x_WTD[0].numel()], non_blocking=True)
-                self._signals.tell(turn)
+        out_WTD, normed = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits)
+        if method == "copied":
+            copies = self._copy(own[: x_WTD[0].numel()], sent)
+        pending = PeerSum(self, self._received[turn], turn, copies)
         if is_waited_for:
-            self._signals.wait(turn)
-            self._is_settled = True
-        return out_WTD, normed_WTD, PeerSum(self, self._received[turn], None if is_waited_for else turn)
+            pending.finish()
+        return out_WTD, normed, pending
+
+    def _copy(self, own: Tensor, targets: tuple[Tensor, ...]) -> torch.cuda.Stream | None:
+        """Begin to bring the others what the main stream has computed; gives the stream that does."""
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            for target in targets:
+                target[: own.numel()].copy_(own, non_blocking=True)
+        return self._copies
 
     def start_sum(self, own_RD: Tensor, is_waited_for: bool) -> PeerSum:
         """The sum over the ranks of few rows, begun: the others read them here."""
         turn = self._publish(own_RD)
-        if is_waited_for:
-            self._signals.wait(turn)
-            self._is_settled = True
         parts = self._published[turn]
-        others = parts[: self._rank] + parts[self._rank + 1 :]
-        return PeerSum(self, others, None if is_waited_for else turn)
+        pending = PeerSum(self, parts[: self._rank] + parts[self._rank + 1 :], turn)
+        if is_waited_for:
+            pending.finish()
+        return pending
+
+    def meet(self, turn: int) -> None:
+        """Tell the last round, and wait for it."""
+        self._signals.meet(turn)
+        self._is_settled = True
 
     def see(
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
@@ -212,7 +225,6 @@ class PeerSums:
 
     def end_pass(self) -> None:
         """After every forward pass: the next one begins with slot 0."""
-        self._join()
         if self._turn:
             self._signals.skip(self._turn)
             self._turn = 0
@@ -229,7 +241,6 @@ class PeerSums:
 
     def _publish(self, x_RC: Tensor) -> int:
         """A round; gives its turn."""
-        self._join()
         turn, awaits = self._begin()
         self._signals.publish(x_RC, self._published[turn][self._rank], turn, awaits)
         return turn
@@ -239,21 +250,6 @@ class PeerSums:
         turn, awaits = self._turn, not self._is_settled
         self._turn, self._is_settled = 1 - turn, False
         return turn, awaits
-
-    @contextmanager
-    def _sending(self) -> Iterator[None]:
-        """On the stream that sends, after what the main stream has been given so far; on a CPU all is in order."""
-        if self._sends is not None:
-            self._sends.wait_stream(torch.cuda.current_stream(self._device))
-            self._is_sending = True
-        with torch.cuda.stream(self._sends):
-            yield
-
-    def _join(self) -> None:
-        """Go on only after everything that was sent has been told."""
-        if self._is_sending and self._sends is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._sends)
-        self._is_sending = False
 
 
 def num_slot_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.dtype) -> int:
