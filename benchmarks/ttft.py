@@ -262,6 +262,8 @@ def names_of(args: argparse.Namespace) -> list[Name]:
         for sums in every.get(architecture, (BEST_SUMS,))
         for mode in MODES[architecture]
         if mode != "none" or sums == BEST_SUMS
+        # in brief, Kraken waits for NCCL's sums only, and overlaps the best ones only
+        if not args.brief or architecture != "kraken" or mode == "none" or (mode == "blocking") == (sums == PLAIN_SUMS)
     ]
 
 
@@ -327,6 +329,7 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
         for architecture, sums in dict.fromkeys(name[:2] for name in names):
             found = {name[2]: name for name in names if name[:2] == (architecture, sums)}
             found.setdefault("none", (architecture, BEST_SUMS, "none"))
+            found.setdefault("blocking", (architecture, PLAIN_SUMS, "blocking"))
             ttft_ms = {mode: statistics.median(ttft_s[name, prompt_tokens]) * 1e3 for mode, name in found.items()}
             tpot_ms = {
                 mode: {str(batch): round(statistics.median(tpot_s[name, batch]) * 1e3, 3) for batch in args.batches}
@@ -446,6 +449,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, divided among the processes")
     parser.add_argument("--rounds", type=int, default=5, help="of prompts (5)")
     parser.add_argument("--decode-rounds", type=int, default=3, help="of batches that decode (3)")
+    parser.add_argument(
+        "--brief", action="store_true", help="on CUDA, only the modes of Kraken that speed-up and exposed_vs_nccl need"
+    )
     parser.add_argument("--apart", action="store_true", help="one engine in memory at a time")
     parser.add_argument("--figure", type=Path, help="PNG to draw")
     args = parser.parse_args()
