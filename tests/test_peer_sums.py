@@ -44,11 +44,11 @@ class PlainSignals:
     def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
         self._begin(turn, awaits)
         slot[: x_RC.numel()] = x_RC.flatten()
-        self._tell()
+        self.tell(turn)
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool,
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out_WTD = x_WTD + addend_WTD
         self._begin(turn, awaits)
@@ -57,16 +57,18 @@ class PlainSignals:
         if out_slot is not None:
             out_slot[: out_WTD.numel()] = out_WTD.flatten()
             out_WTD = out_slot[: out_WTD.numel()].view(out_WTD.shape)
+        if tells:
+            self.tell(turn)
         return out_WTD, None if norm is None else norm(out_WTD)
 
-    def meet(self, turn: int) -> None:
-        self._tell()
-        self.wait(turn)
+    def tell(self, turn: int) -> None:
+        assert self.round % 2 != turn, "the first round's turn is 0"
+        for flag in self.flags_of_others:
+            flag.fill_(self.round)
 
     def skip(self, turn: int) -> None:
         self.round += 1
-        assert self.round % 2 != turn, "the first round's turn is 0"
-        self._tell()
+        self.tell(turn)
 
     def wait(self, turn: int) -> None:
         assert self.round % 2 != turn
@@ -84,13 +86,9 @@ class PlainSignals:
         self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
     ) -> tuple[Tensor, Tensor]:
         if turn is not None:
-            self.meet(turn)
+            self.wait(turn)
         others = sum(part.flatten()[: x_WTD[0].numel()].view(x_WTD[0].shape) for part in parts)
         return x_WTD + addend_WTD, norm(addend_WTD + x_WTD.sum(0) + others)
-
-    def _tell(self) -> None:
-        for flag in self.flags_of_others:
-            flag.fill_(self.round)
 
     def _begin(self, turn: int, awaits: bool) -> None:
         if awaits:
@@ -204,10 +202,14 @@ class SimulatedRank:
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
         self.copy: tuple[int, int] | None = None
-        """What the stream that copies has to do: slot and round."""
+        """What the stream that copies has to do, and then to tell: slot and round."""
 
     def can_write(self) -> bool:
         return all(told >= self.round for told in self.world.told)
+
+    def tell(self, round_: int) -> None:
+        assert self.world.told[self.rank] == round_ - 1, "rounds are told out of their order"
+        self.world.told[self.rank] = round_
 
     def main_stream(self, num_passes: int) -> Iterator[str]:
         """What is done in its order; each `yield` is where others may go on, with what is waited for."""
@@ -230,11 +232,12 @@ class SimulatedRank:
                     yield "publishing"
                 if kind == "copied":
                     self.copy = (slot, self.round)
+                else:
+                    self.tell(self.round)
                 if kind in ("direct", "copied"):
                     yield "attention"
                     while self.copy is not None:
                         yield "joining"
-                world.told[self.rank] = self.round
                 if kind != "gather" or self.rank == 0:  # columns are gathered by the leader
                     while min(world.told[peer] for peer in others) < self.round:
                         yield "read"
@@ -247,7 +250,7 @@ class SimulatedRank:
                 slot = 1 - slot
             if slot:
                 self.round += 1
-                world.told[self.rank] = self.round
+                self.tell(self.round)
 
     def copying_stream(self) -> Iterator[str]:
         """Likewise, for ever."""
@@ -260,6 +263,7 @@ class SimulatedRank:
                     self.world.read(self.world.published[self.rank], slot, round_)
                     yield "copying"
                     self.world.received[peer][self.rank][slot] = round_
+            self.tell(round_)
             self.copy = None
             yield "copied"
 

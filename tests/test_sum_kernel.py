@@ -75,18 +75,15 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
 def test_a_layer_of_ways_divided_among_ranks(
     num_ranks: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The output has a slot or none; every other rank gets the sum. Whoever needs it tells and waits, or another kernel
-    does before."""
+    """The kernel tells, or another does; the output has a slot or none; every other rank gets the sum."""
     from kraken.engine import residual_kernel
 
     monkeypatch.setattr(residual_kernel, "MAX_ASKING", 3)  # so that a program has several tokens
     torch.manual_seed(0)
     T, D = 4, 40
     ranks, norm = make_ranks(num_ranks), make_norm(num_ways, D, has_bias)
-    for signals in ranks[1:]:
-        signals._max_meeting = 3  # fewer than there are tokens
     for round_ in range(4):
-        turn = round_ % 2
+        turn, tells = round_ % 2, round_ < 2
         received = [slots(num_ranks, T * D) for _ in range(num_ranks)]  # from every rank, though none from itself
         a_RWTD, y_RWTD, z_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(3))
         x_RWTD = []
@@ -95,7 +92,7 @@ def test_a_layer_of_ways_divided_among_ranks(
             (out_slot,) = slots(1, num_ways * T * D + 8)
             x_WTD, normed_WTD = signals.advance(
                 a_RWTD[rank], y_RWTD[rank], norm if round_ else None, targets, out_slot if round_ == 2 else None,
-                turn, awaits=round_ != 1,
+                turn, awaits=round_ != 1, tells=tells,
             )  # fmt: skip
             assert torch.equal(x_WTD, a_RWTD[rank] + y_RWTD[rank])
             assert (x_WTD.data_ptr() == out_slot.data_ptr()) == (round_ == 2)
@@ -104,22 +101,18 @@ def test_a_layer_of_ways_divided_among_ranks(
             for target in targets:
                 torch.testing.assert_close(target, x_WTD.sum(0).flatten(), rtol=0, atol=1e-5)
             x_RWTD.append(x_WTD)
+        for signals in ranks:
+            assert tells == (int(signals._rounds.flags_of_others[0]) == round_ + 1)
+            if not tells:
+                signals.tell(turn)
         total_TD = torch.stack(x_RWTD).sum((0, 1))
         for rank, (signals, x_WTD) in enumerate(zip(ranks, x_RWTD, strict=True)):
             parts = received[rank][:rank] + received[rank][rank + 1 :]
             expected_WTD = norm(x_WTD + z_RWTD[rank] + total_TD - x_WTD)
-            own, told = signals._rounds.flags_P, signals._rounds.flags_of_others
-            assert all(int(flag) == round_ for flag in told)
-            own[:] = round_ + 1  # as if the others had come first
-            for met in (turn, None):
-                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, met)
+            for waited_for in (turn, None):
+                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, waited_for)
                 assert torch.equal(next_WTD, x_WTD + z_RWTD[rank])
                 torch.testing.assert_close(normed_WTD, expected_WTD, rtol=0, atol=5e-5)
-                assert all(int(flag) == round_ + 1 for flag in told)
-            for flag in (own, *told):
-                flag.fill_(round_)  # as before, for the next rank
-        for signals in ranks:
-            signals._rounds.flags_P[:] = round_ + 1
 
 
 def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@
 their equations. A program computes one token, in float32.
 
 With several devices whose memory is shared, `advance` also writes the ways' sum where the others read it, and `see`
-tells them and reads what they wrote, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program
-of `see` waits after it has done all that needs nobody else.
+reads what they wrote, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program of `see` waits
+after it has done all that needs nobody else.
 
 Shape letters as in `kraken/model.py`, and: P ranks.
 """
@@ -24,7 +24,7 @@ from kraken.engine.quantized_kernel import store_quantised
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_ASKING = 512
-"""Programs of `advance` that wait for the others. More would fill no GPU better, and each of them asks."""
+"""Programs of a kernel that wait for the others. More would fill no GPU better, and each of them asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +109,9 @@ def store_norm(  # type: ignore[no-untyped-def]
 @triton.jit
 def _advance(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, target_ptrs,
-    cell_ptr, last_cell_ptr, flags_ptr, num_tokens, x_way_stride,
-    rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr,
+    cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
+    num_tokens, x_way_stride,
+    rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr, tells: tl.constexpr,
     num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantised: tl.constexpr,
     num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
@@ -141,58 +142,59 @@ def _advance(  # type: ignore[no-untyped-def]
                     out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns,
                     mask, has_bias, is_quantised, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
-    if begins_round and tl.program_id(0) == 0:
-        tl.store(cell_ptr, round)
+    if begins_round:
+        if tells:
+            tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, tl.num_programs(0))
+        elif tl.program_id(0) == 0:
+            tl.store(cell_ptr, round)
 
 
 @triton.jit
 def _see(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
-    flag_ptrs, num_tokens, x_way_stride,
-    rank: tl.constexpr, num_ranks: tl.constexpr, meets: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
+    num_tokens, x_way_stride,
+    rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
     has_bias: tl.constexpr, is_quantised: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
     tile: tl.constexpr, epsilon: tl.constexpr, largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
     way_stride = num_tokens * tl.full((), width, tl.int64)
-    token = tl.program_id(0)
-    if meets:  # noqa: SIM102 - which the compiler knows, and of the other it does not
-        if token == 0:  # the kernels before this one have written what is told
-            tell_round(flag_ptrs, tl.load(cell_ptr))
-    places = token * tl.full((), width, tl.int64) + columns
-    held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
-    for way in tl.static_range(num_ways):
-        x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-        a = (x + addend).to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + way * way_stride + places, a, mask=mask)
-        held += x
-    if meets:
-        await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
-    parts = tl.zeros((tile,), tl.float32)
-    for index in tl.static_range(num_parts):
-        parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
-    if num_ways == 1:
-        # of what each program has still in its registers
-        seen = a.to(tl.float32) + parts
-        if is_total:
-            seen -= x
-        store_norm(
-            seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
-            has_bias, is_quantised, width, epsilon, largest, smallest_scale,
-        )  # fmt: skip
-    else:
-        if not is_total:
-            parts += held
+    for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
+        places = token * tl.full((), width, tl.int64) + columns
+        held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
         for way in tl.static_range(num_ways):
             x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
             addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-            seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+            a = (x + addend).to(a_ptr.dtype.element_ty)
+            tl.store(a_ptr + way * way_stride + places, a, mask=mask)
+            held += x
+        if waits:  # noqa: SIM102 - which the compiler knows, and of the other it does not
+            if token == tl.program_id(0):
+                await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
+        parts = tl.zeros((tile,), tl.float32)
+        for index in tl.static_range(num_parts):
+            parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
+        if num_ways == 1:
+            # of what each program has still in its registers
+            seen = a.to(tl.float32) + parts
+            if is_total:
+                seen -= x
             store_norm(
-                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
+                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
                 has_bias, is_quantised, width, epsilon, largest, smallest_scale,
             )  # fmt: skip
+        else:
+            if not is_total:
+                parts += held
+            for way in tl.static_range(num_ways):
+                x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
+                addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+                seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+                store_norm(
+                    seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
+                    has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +204,13 @@ class Round:
     Args:
         turn: 0 or 1, of one round and the next.
         awaits: whether what the others were given two rounds ago may not have been read by all of them.
+        tells: whether the kernel that begins the round tells the others; else somebody does who comes after it.
     """
 
     rounds: Rounds
     turn: int
     awaits: bool = True
+    tells: bool = True
 
 
 def advance(
@@ -229,13 +233,13 @@ def advance(
     out_WTD = torch.empty_like(addend_WTD) if out_slot is None else out_slot[: W * T * D].view(W, T, D)
     normed = None if norm is None else empty_normed(addend_WTD, norm)
     pointers, constants = norm_arguments(norm, normed, out_WTD)
-    cell, last_cell, _, flags_P = _pointers(round, out_WTD)
     tile = triton.next_power_of_2(D)
     _advance[(T if round is None else min(T, MAX_ASKING),)](
         x_WTD, addend_WTD, out_WTD, *pointers, targets or (out_WTD,),
-        cell, last_cell, flags_P, T, x_WTD.stride(0),
+        *_pointers(round, out_WTD), (out_WTD,) if round is None else round.rounds.flags_of_others,
+        T, x_WTD.stride(0),
         **_constants(round), begins_round=round is not None, awaits=round is not None and round.awaits,
-        num_targets=len(targets), has_norm=norm is not None,
+        tells=round is not None and round.tells, num_targets=len(targets), has_norm=norm is not None,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
     return out_WTD, normed
@@ -254,7 +258,7 @@ def see(
     Args:
         parts: of x's type, [T * D] values or more each.
         is_total: whether the ways held here are in the parts.
-        round: whose parts they are: it is told, and every program waits for the others; None where they are there.
+        round: whose parts they are, to be waited for; None where they are there.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
@@ -262,10 +266,9 @@ def see(
     pointers, constants = norm_arguments(norm, normed, a_WTD)
     cell, _, _, flags_P = _pointers(round, a_WTD)
     tile = triton.next_power_of_2(D)
-    _see[(T,)](
-        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P,
-        (a_WTD,) if round is None else round.rounds.flags_of_others, T, x_WTD.stride(0),
-        **_constants(round), meets=round is not None, num_parts=len(parts), is_total=is_total,
+    _see[(T if round is None else min(T, MAX_ASKING),)](
+        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P, T, x_WTD.stride(0),
+        **_constants(round), waits=round is not None, num_parts=len(parts), is_total=is_total,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
     return a_WTD, normed

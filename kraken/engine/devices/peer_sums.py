@@ -1,17 +1,21 @@
 """Sums over peer memory: a rank writes its part where the others can read it, and whoever needs the sum reads them all.
 
 Every sum, and every gathering of columns, is a *round*. In one kind of it a rank *publishes*: it writes its part into
-a slot of its own memory, tells the others, and they read it over the link. In the other, for sums that are in flight
-while something else is computed, it *sends*: it writes its part into a slot that every other rank keeps for it, or has
-a copy engine bring it there, and tells them when it needs the sum itself, of which it then finds all at home. In round
-n a rank waits until all others have told n - 1, writes into slot n mod 2, and tells n. Whoever needs the parts waits
-until all have told round n, and reads. That no slot is written while it is read follows from two facts:
+a slot of its own memory, which the others read over the link. In the other, for sums that are in flight while something
+else is computed, it *sends*: it writes its part into a slot that every other rank keeps for it, or has a copy engine
+bring it there, so that whoever needs the sum finds all of it at home. In round n a rank waits until all others have
+told n - 1, writes into slot n mod 2, and tells n as soon as that is there. Whoever needs the parts waits until all have
+told round n, and reads. That no slot is written while it is read follows from two facts:
 
-* A rank tells a round after it has read all that it will read of the rounds before, since both are in the order of one
-  stream; copies on another stream are joined before what they bring is told.
+* A rank tells a round after it has read all that it will read of the rounds before: what tells is behind the reading in
+  the order of streams.
 * So when all others have told n - 1, they have read n - 2, which is what slot n mod 2 still holds, here and there.
 
 A rank that has needed the parts of round n - 1 has waited already, and does not ask again (`_is_settled`).
+
+Nobody waits for ever, because whoever waits for round n comes behind what tells n here: in the order of the main stream
+where a kernel tells, and else since the stream that copies and then tells is joined first. A kernel that waits may keep
+every multiprocessor from everything else on its device.
 
 It does not matter who waits for a round and who does not: the followers publish columns that only the leader reads, and
 wait for the leader when they write next.
@@ -49,10 +53,10 @@ class Signals(Protocol):
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool,
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
     ) -> tuple[Tensor, Normed | None]: ...  # fmt: skip
 
-    def meet(self, turn: int) -> None: ...
+    def tell(self, turn: int) -> None: ...
 
     def skip(self, turn: int) -> None: ...
 
@@ -82,7 +86,7 @@ class PeerSum:
         """Wait until all parts are there."""
         self._join()
         if self.turn is not None:
-            self.peers.meet(self.turn)
+            self.peers.wait(self.turn)
             self.turn = None
 
     def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
@@ -138,7 +142,9 @@ class PeerSums:
         self._is_settled = False
         """Whether the main stream has waited for all ranks' last round."""
         on_cuda = self._device.type == "cuda"
-        self._copies, self._releases = (torch.cuda.Stream(self._device) if on_cuda else None for _ in range(2))
+        # before the kernels beside it
+        self._copies = torch.cuda.Stream(self._device, priority=-1) if on_cuda else None
+        self._releases = torch.cuda.Stream(self._device) if on_cuda else None
         self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64, pin_memory=on_cuda)
 
     def advance(
@@ -155,21 +161,23 @@ class PeerSums:
         targets, out_slot, copies = sent, None, None
         if method == "copied":  # one way is itself where it is copied from
             targets, out_slot = ((), own) if len(x_WTD) == 1 else ((own,), None)
-        out_WTD, normed = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits)
+        tells = method == "direct"
+        out_WTD, normed = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits, tells)
         if method == "copied":
-            copies = self._copy(own[: x_WTD[0].numel()], sent)
+            copies = self._copy(own[: x_WTD[0].numel()], sent, turn)
         pending = PeerSum(self, self._received[turn], turn, copies)
         if is_waited_for:
             pending.finish()
         return out_WTD, normed, pending
 
-    def _copy(self, own: Tensor, targets: tuple[Tensor, ...]) -> torch.cuda.Stream | None:
-        """Begin to bring the others what the main stream has computed; gives the stream that does."""
+    def _copy(self, own: Tensor, targets: tuple[Tensor, ...], turn: int) -> torch.cuda.Stream | None:
+        """Begin to bring the others what the main stream has computed, and to tell them; gives the stream that does."""
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             for target in targets:
                 target[: own.numel()].copy_(own, non_blocking=True)
+            self._signals.tell(turn)
         return self._copies
 
     def start_sum(self, own_RD: Tensor, is_waited_for: bool) -> PeerSum:
@@ -181,9 +189,9 @@ class PeerSums:
             pending.finish()
         return pending
 
-    def meet(self, turn: int) -> None:
-        """Tell the last round, and wait for it."""
-        self._signals.meet(turn)
+    def wait(self, turn: int) -> None:
+        """Hold the main stream until all ranks have told the last round."""
+        self._signals.wait(turn)
         self._is_settled = True
 
     def see(
@@ -215,8 +223,7 @@ class PeerSums:
         for piece_RC in x_RC.split(max(1, self._num_values // x_RC.shape[1])):
             turn = self._publish(piece_RC)
             if self._rank == 0:
-                self._signals.wait(turn)
-                self._is_settled = True
+                self.wait(turn)
                 columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in self._published[turn]]
                 pieces.append(torch.cat(columns, dim=1))
         if self._rank > 0:

@@ -5,9 +5,7 @@ number of its last rounds and a count of the programs that are done; its *flags*
 that this rank has published, and are written by the others. `kraken/engine/devices/peer_sums.py` says why nothing is
 written over while somebody reads it.
 
-A wait is a loop, in every program that needs it. It must not block what the others wait for in turn: so each rank tells
-before it waits, in the same kernel or in one that comes before it, and where telling is one of many programs, all of
-them are on the device at once.
+A wait is a loop, in every program that needs it.
 
 Shape letters as in `kraken/model.py`, and: P ranks' parts, R rows of any message, C columns.
 """
@@ -50,17 +48,15 @@ def _publish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _tell(cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
+    tell_round(flag_ptrs, tl.load(cell_ptr))
+
+
+@triton.jit
 def _skip(cell_ptr, last_cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
     round = tl.load(last_cell_ptr) + 1
     tl.store(cell_ptr, round)
     tell_round(flag_ptrs, round)
-
-
-@triton.jit
-def _meet(cell_ptr, flags_ptr, flag_ptrs, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
-    round = tl.load(cell_ptr)
-    tell_round(flag_ptrs, round)
-    await_round(flags_ptr, round, rank, num_ranks)
 
 
 @triton.jit
@@ -105,8 +101,6 @@ class Signals:
     def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
         cells = torch.zeros(3, 2, dtype=torch.int64, device=flags_P.device)
         self._rounds = Rounds(rank, cells, flags_P, flags_of_others)
-        self._max_meeting = num_multiprocessors(flags_P.device)
-        """Programs that are certainly on the device at once."""
 
     def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
         """Begin a round with x, at the start of a slot of its type, and tell the others.
@@ -123,21 +117,22 @@ class Signals:
 
     def advance(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool,
+        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
     ) -> tuple[Tensor, Normed | None]:  # fmt: skip
         """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of each target of x's
-        type; gives x + addend, in the slot where there is one, and its norm. Nobody is told yet.
+        type; gives x + addend, in the slot where there is one, and its norm.
 
         Args:
             awaits: whether the others may still be reading what is there.
+            tells: whether the others are told; else `tell` must follow.
         """
-        round = Round(self._rounds, turn, awaits)
+        round = Round(self._rounds, turn, awaits, tells)
         return residual_kernel.advance(x_WTD, addend_WTD, norm, round, targets, out_slot)
 
-    def meet(self, turn: int) -> None:
-        """Tell this round, and hold the stream until every rank has told it."""
-        cell, _, _, flags_P = self._rounds.pointers(turn)
-        _meet[(1,)](cell, flags_P, self._rounds.flags_of_others, **self._rounds.constants, num_warps=1)
+    def tell(self, turn: int) -> None:
+        """Tell the others that what was written in this round, before this in the order of streams, is there."""
+        cell = self._rounds.pointers(turn)[0]
+        _tell[(1,)](cell, self._rounds.flags_of_others, num_warps=1)
 
     def skip(self, turn: int) -> None:
         """A round without a part."""
@@ -170,15 +165,7 @@ class Signals:
         """x + addend, and of each way held here, the norm of that, the other ways' x and the parts.
 
         Args:
-            turn: of the round that the parts are of, to be told and waited for; None where they are there.
+            turn: of the round that the parts are of, to be waited for; None where they are there.
         """
-        if turn is not None and x_WTD.shape[1] > self._max_meeting:
-            self.meet(turn)
-            turn = None
         round = None if turn is None else Round(self._rounds, turn)
         return residual_kernel.see(x_WTD, addend_WTD, norm, parts, round=round)
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; in the interpreter programs run one after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
