@@ -72,7 +72,7 @@ class Network:
         self.group.end_pass()
         return logits_RV
 
-    def first_layers(self, x_WTD: Tensor) -> None:
+    def first_layers(self, x_WTD: Tensor, num_layers: int = NUM_FIRST_LAYERS) -> None:
         """What a few layers do with any states, each token attending over those before it, without a cache: for
         measuring."""
 
@@ -82,7 +82,7 @@ class Network:
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
         state = _State(x_WTD, self._layers[0].ln_1(x_WTD))
-        for layer in self._layers[:NUM_FIRST_LAYERS]:
+        for layer in self._layers[:num_layers]:
             state = layer(state, heads, sums_next=self.config.architecture == "kraken")
         if state.pending is not None:  # nothing may be left in flight
             norm = self._layers[0].ln_2

@@ -189,6 +189,13 @@ def _open_peers(
     return peers, ""
 
 
+def open_peers(
+    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, timeout_s: float
+) -> tuple[PeerSums | None, str]:
+    """Memory that all ranks of the group reach, or why there is none; at the same time on every rank."""
+    return _open_peers(_Ranks(group, store), device, messages, "auto", timeout_s)
+
+
 def _problem(dtype: torch.dtype) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -224,14 +231,15 @@ def _seconds(
 
     try:
         with torch.inference_mode():
-            run = _graph_of(work, device, timeout_s) if is_graphed else work
+            run = graph_of(work, device, timeout_s) if is_graphed else work
             return min(_time_of(run, device, timeout_s) for _ in range(NUM_TIMES))
     except RuntimeError:
         group.abort()
         raise
 
 
-def _graph_of(work: Callable[[], None], device: torch.device, timeout_s: float) -> Callable[[], None]:
+def graph_of(work: Callable[[], None], device: torch.device, timeout_s: float) -> Callable[[], None]:
+    """What replays the work as a CUDA graph; with several ranks, at the same time on all of them."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
