@@ -266,3 +266,29 @@ def test_one_engine_after_the_other_over_nccl(source: Source, alone: list[list[O
     """Graphs hold sums, and whoever closes an engine gives them back first; else the second one waits for ever."""
     for _ in range(2):
         assert_equal(run(source, requests(8), "nccl", num_devices=2, cuda_graph_sizes=(1, 4, 16)), alone)
+
+
+@pytest.mark.skipif(not HAS_TWO, reason="for several GPUs")
+def test_kernels_that_fill_the_device_wait_for_nothing_behind_them() -> None:
+    """Rows so wide, and so many, that whoever waits keeps every multiprocessor: all methods and sizes are tried."""
+    shape = ModelConfig(
+        num_layers=6, width=3520, num_heads=110, num_ways=2, ffn_multiple=1, context_length=2048, vocab_size=128
+    )
+    config = EngineConfig(
+        device="cuda", dtype="bfloat16", num_devices=2, max_batch_size=1, max_step_tokens=2048, kv_cache_tokens=4096,
+        cuda_graph_sizes=(2048,), prefix_reuse=False,
+    )  # fmt: skip
+    info = dataclasses.replace(INFO, context_length=2048)
+
+    async def main() -> None:
+        engine = TorchEngine.from_shape(shape, info, config)
+        try:
+            for index in range(50):
+                sampling = SamplingParams(max_tokens=1, temperature=0.0)
+                prompt = tuple(numbers.randrange(NUM_IDS) for _ in range(2000))
+                assert len(await collect(engine, Request(id=str(index), prompt_ids=prompt, sampling=sampling))) == 1
+        finally:
+            await engine.close()
+
+    numbers = random.Random(0)
+    asyncio.run(main())
