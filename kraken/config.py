@@ -344,7 +344,8 @@ class EngineConfig:
     quantization: Quantization = "none"
     """`fp8`: the layers' linears with weights and inputs in float8, scaled by output and by token: half the memory for
     weights and up to twice the speed, on a GPU of compute capability 8.9 or newer; log-probabilities change in the
-    second digit. On a CPU it computes the same, without being faster. In bfloat16 only."""
+    second digit, so that deployment needs an `evaluate.parity_tolerance` of about 0.3. On a CPU it computes the same,
+    without being faster. In bfloat16 only."""
     num_threads: int = 0
     """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
     num_devices: int = 1

@@ -1,4 +1,4 @@
-"""Ray for the pipelines: connecting, and resources per stage.
+"""Ray for the pipelines: connecting, resources per stage, and cancelling.
 
 The only caller of `ray.init`.
 """
@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -170,3 +170,11 @@ def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
 def _nodes() -> list[dict[str, float]]:
     """The resources of every node that lives."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def cancel_unfinished(references: Iterable[Any]) -> None:
+    """Cancel tasks, but none that has ended: Ray's process would die of it ("tried to complete task that was not
+    pending") where the end has been seen and not yet written down, as that of a task whose error has just come."""
+    for reference in references:
+        if not ray.wait([reference], timeout=0)[0]:
+            ray.cancel(reference)

@@ -126,8 +126,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                     if not isinstance(error, Exception):
                         end_training(stop, references)
                 finally:
-                    for reference in references.values():
-                        ray.cancel(reference)
+                    cluster.cancel_unfinished(references.values())
                 raise
             headlines = {
                 name: float(result.manifest.value(name))

@@ -17,6 +17,7 @@ from kraken.data.corpora import Corpus, Piece, open_corpus
 from kraken.data.pieces import PieceRecord, tokenize_piece
 from kraken.storage import Storage
 from kraken.tokenizer import META_NAME, RANKS_NAME, Tokenizer, require_same_tokenizer
+from pipelines.cluster import cancel_unfinished
 from pipelines.stage import Work
 
 TASKS_PER_CPU = 2
@@ -59,8 +60,7 @@ class PieceTasks:
                     storage.fetch_files(record.paths(folder))
                     yield record
         finally:
-            for reference in running:
-                ray.cancel(reference)
+            cancel_unfinished(running)
 
     def _most_at_once(self) -> int:
         if self._max_workers is not None:

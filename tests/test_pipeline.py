@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import tiny
 
 from kraken.config import ConfigError, RunConfig
@@ -130,11 +131,14 @@ def test_changing_a_setting_reruns_only_what_depends_on_it(
 
 
 def test_failed_parity_refuses_deployment_and_loses_nothing(
-    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cancelled: list[ray.ObjectRef] = []  # all stages have ended; Ray may die of the cancellation of one that has
+    monkeypatch.setattr(ray, "cancel", lambda reference, **options: cancelled.append(reference))
     strict = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, parity_tolerance=1e-30))
     with pytest.raises(ArtefactError, match="deployment is refused: parity failed"):
         end_to_end.run(strict)
+    assert not cancelled
     states = {(run.info.run_name, run.info.status) for run in mlflow_runs(storage)}
     assert ("deploy", "FAILED") in states and ("evaluate", "FINISHED") in states
     assert not [state for state in states if state[1] == "RUNNING"]
