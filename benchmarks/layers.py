@@ -85,7 +85,7 @@ class Rank:
             )
             meeting = dist.PrefixStore(f"{size}/peers", store)
             overlapped = self._networks["overlapped"].group
-            self._peers, problem = open_peers(overlapped, meeting, self._device, messages, TIMEOUT_S)
+            self._peers, problem = open_peers(overlapped, meeting, self._device, messages, "auto", TIMEOUT_S)
             if self._peers is None and rank == 0:
                 print(f"no sums over peer memory: {problem}", flush=True)
 

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ttft import Contestant
+from benchmarks.ttft import Contestant, sums_of
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.devices.meeting import Meeting
@@ -159,8 +159,8 @@ def time_attention(contestant: Contestant) -> list[float]:
 
 def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
     """Bytes that one of two ranks sends in the sums of a prefill's layers."""
-    num_sums = shape.num_layers - 1 if shape.architecture == "kraken" else 2 * shape.num_layers
-    return num_sums * prompt_tokens * shape.width * 4
+    num_sums, message = sums_of(shape, prompt_tokens)
+    return num_sums * math.prod(message) * 4
 
 
 def ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_rounds: int) -> dict[str, list[float]]:
@@ -241,7 +241,7 @@ def measure_point(
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
         "exposed_communication": round(exposed_s / waited_s, 4),
         "attention_ms": round(statistics.median(attention_s) * 1e3, 3),
-        "sum_ms": round(waited_s / max(1, models["kraken"].num_layers - 1) * 1e3, 3),
+        "sum_ms": round(waited_s / max(1, sums_of(models["kraken"], args.prompt_tokens)[0]) * 1e3, 3),
         "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
     }
     ms = point["ttft_ms"]

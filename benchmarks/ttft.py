@@ -170,8 +170,8 @@ def shapes(size: str, num_devices: int, context: int, vocabulary: int) -> dict[s
 
 
 def sums_of(shape: ModelConfig, prompt_tokens: int) -> tuple[int, tuple[int, int, int]]:
-    """How many sums the layers of a prefill need, and the shape of each."""
-    layers = shape.num_layers
+    """How many sums over all tokens a prefill needs, and the shape of each; the last layer's are of one token."""
+    layers = shape.num_layers - 1
     count = {"kraken": layers - 1, "standard": 2 * layers, "parallel": layers}[shape.architecture]
     return count, (1, prompt_tokens, shape.width)
 

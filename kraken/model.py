@@ -266,7 +266,8 @@ class Kraken(nn.Module):
         self.recomputes = True
 
     def compile_parts(self) -> None:
-        """`torch.compile` each layer and the loss: layers of one kind share one compilation, however many there are."""
+        """`torch.compile` each layer, of which those of one kind share one compilation, however many there are; and the
+        loss, where no kernel computes it."""
         for layer in self.h:
             layer.compile()
         self.chunk_gradient = torch.compile(chunk_gradient)

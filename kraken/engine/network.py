@@ -185,13 +185,9 @@ class _NetworkLayer:
             x_WTD = x_WTD.index_select(1, rows_R)
             if self.reads_others and len(rows_R):
                 pending = self._group.start_sum(x_WTD)
-        q, k, v = self.c_attn(normed).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
-        attended_WTD = heads(q, k, v).flatten(2)
-        if rows_R is not None:
-            if not len(rows_R):
-                return _State(x_WTD, None)
-            attended_WTD = attended_WTD.index_select(1, rows_R)
-        attended_WTD = self.attn_proj(attended_WTD)
+        attended_WTD = self._attention(normed, heads, rows_R)
+        if not attended_WTD.shape[1]:
+            return _State(x_WTD, None)
         if self.ln_2 is None:
             normed = normed if rows_R is None else select(normed, rows_R)
             return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
@@ -205,6 +201,15 @@ class _NetworkLayer:
             a_WTD, normed = pending.see(x_WTD, attended_WTD, self.ln_2)
         assert normed is not None
         return _State(*self._group.advance(a_WTD, self._mlp(normed), self.next_norm, sums_next))
+
+    def _attention(
+        self, normed: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor], rows_R: Tensor | None
+    ) -> Tensor:
+        q, k, v = self.c_attn(normed).unflatten(-1, (3, self.num_heads, self.head_size)).unbind(dim=2)
+        attended_WTD = heads(q, k, v).flatten(2)
+        if rows_R is not None:
+            attended_WTD = attended_WTD.index_select(1, rows_R)
+        return self.attn_proj(attended_WTD) if attended_WTD.shape[1] else attended_WTD
 
     def _mlp(self, normed: Normed) -> Tensor:
         y_WTF = self.c_fc(normed)

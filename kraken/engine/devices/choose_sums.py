@@ -67,8 +67,7 @@ def choose_sums(
     """
     if device.type != "cuda" or wanted == "nccl":
         return
-    ranks = _Ranks(group, store)
-    peers, problem = _open_peers(ranks, device, messages, wanted, timeout_s)
+    peers, problem = open_peers(group, store, device, messages, wanted, timeout_s)
     if peers is None:
         if wanted == "peers":
             raise RanksError(f"engine.sums=peers does not work here: {problem}; choose auto or nccl")
@@ -88,8 +87,9 @@ def choose_sums(
         ]
         for method in methods
     }
+    said = _Ranks(group, store).exchange("times", times)
     slowest = {
-        method: [max(values) for values in zip(*(said[method] for said in ranks.exchange("times", times)), strict=True)]
+        method: [max(values) for values in zip(*(of_rank[method] for of_rank in said), strict=True)]
         for method in methods
     }
     chosen = [min(methods, key=lambda method: slowest[method][index]) for index in range(len(sizes))]
@@ -147,10 +147,11 @@ class _Ranks:
         return [json.loads(self.store.get(f"sums/{what}/{rank}")) for rank in range(self.size)]
 
 
-def _open_peers(
-    ranks: _Ranks, device: torch.device, messages: Messages, wanted: Sums, timeout_s: float
+def open_peers(
+    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, wanted: Sums, timeout_s: float
 ) -> tuple[PeerSums | None, str]:
-    """Peer memory, or why there is none."""
+    """Sums over memory that all ranks of the group reach, or why there are none; at the same time on every rank."""
+    ranks = _Ranks(group, store)
     here = {
         "problem": _problem(messages.dtype),
         "host": [socket.gethostname(), BOOT_ID.read_text() if BOOT_ID.exists() else ""],
@@ -187,13 +188,6 @@ def _open_peers(
         if problem:
             return None, f"rank {rank}: {problem.splitlines()[0]}"
     return peers, ""
-
-
-def open_peers(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, timeout_s: float
-) -> tuple[PeerSums | None, str]:
-    """Memory that all ranks of the group reach, or why there is none; at the same time on every rank."""
-    return _open_peers(_Ranks(group, store), device, messages, "auto", timeout_s)
 
 
 def _problem(dtype: torch.dtype) -> str:
