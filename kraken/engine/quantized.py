@@ -24,6 +24,8 @@ SMALLEST_SCALE = 1e-12
 """For rows of zeros."""
 MULTIPLE = 16
 """What inputs and outputs of a product are multiples of, in the kernels that there are."""
+SCALES_ALIGNMENT = 16
+"""Bytes; cuBLAS has no product for others."""
 MIN_CAPABILITY = (8, 9)
 """Of CUDA devices that multiply float8."""
 
@@ -81,14 +83,19 @@ class Fp8Linear:
     def __call__(self, x: Tensor | Rows) -> Tensor:
         rows = quantise(x, self._gelu_before) if isinstance(x, Tensor) else x
         ways = [
-            torch._scaled_mm(values_TI, weight_IO, scales_T1, scales_1O, out_dtype=self._dtype, use_fast_accum=True)
-            for values_TI, scales_T1, (weight_IO, scales_1O) in zip(
-                rows.values_WTI, rows.scales_WT1, self._weights, strict=True
-            )
+            self._product(values_TI, scales_T1, *weight)
+            for values_TI, scales_T1, weight in zip(rows.values_WTI, rows.scales_WT1, self._weights, strict=True)
         ]
         y_WTO = ways[0][None] if len(ways) == 1 else torch.stack(ways)
         # cuBLAS refuses products of few rows that have a bias
         return y_WTO if self._bias_WO is None else y_WTO + self._bias_WO[:, None]
+
+    def _product(self, values_TI: Tensor, scales_T1: Tensor, weight_IO: Tensor, scales_1O: Tensor) -> Tensor:
+        if not values_TI.is_cuda:  # the operator scales by row in some releases of torch only
+            return (values_TI.float() @ weight_IO.float() * scales_T1 * scales_1O).to(self._dtype)
+        if scales_T1.data_ptr() % SCALES_ALIGNMENT:  # of a way that is not the first, and few tokens
+            scales_T1 = scales_T1.clone()
+        return torch._scaled_mm(values_TI, weight_IO, scales_T1, scales_1O, out_dtype=self._dtype, use_fast_accum=True)
 
 
 def require_quantisable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
