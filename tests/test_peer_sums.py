@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import SimpleNamespace
@@ -201,11 +202,11 @@ class SimulatedRank:
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
-        self.copy: tuple[int, int] | None = None
-        """What the stream that copies has to do, and then to tell: slot and round."""
+        self.copies: deque[tuple[int, int]] = deque()
+        """What the stream that copies has to do, and then to tell: slots and rounds."""
 
     def can_write(self) -> bool:
-        return all(told >= self.round for told in self.world.told)
+        return all(told >= self.round for peer, told in enumerate(self.world.told) if peer != self.rank)
 
     def tell(self, round_: int) -> None:
         assert self.world.told[self.rank] == round_ - 1, "rounds are told out of their order"
@@ -220,6 +221,8 @@ class SimulatedRank:
             slot = 0
             for _ in range(choices.randrange(5)):
                 kind = choices.choice(["publish", "gather", "direct", "copied"])
+                while kind != "copied" and self.copies:  # what the kernel tells comes behind them
+                    yield "joining"
                 while not self.can_write():
                     yield "write"
                 self.round += 1
@@ -231,13 +234,11 @@ class SimulatedRank:
                     world.published[self.rank][slot] = self.round
                     yield "publishing"
                 if kind == "copied":
-                    self.copy = (slot, self.round)
+                    self.copies.append((slot, self.round))
                 else:
                     self.tell(self.round)
                 if kind in ("direct", "copied"):
                     yield "attention"
-                    while self.copy is not None:
-                        yield "joining"
                 if kind != "gather" or self.rank == 0:  # columns are gathered by the leader
                     while min(world.told[peer] for peer in others) < self.round:
                         yield "read"
@@ -248,6 +249,8 @@ class SimulatedRank:
                             world.read(place, slot, self.round)
                         yield "reading"
                 slot = 1 - slot
+            while self.copies:
+                yield "joining"
             if slot:
                 self.round += 1
                 self.tell(self.round)
@@ -255,16 +258,16 @@ class SimulatedRank:
     def copying_stream(self) -> Iterator[str]:
         """Likewise, for ever."""
         while True:
-            while self.copy is None:
+            while not self.copies:
                 yield "nothing"
-            slot, round_ = self.copy
+            slot, round_ = self.copies[0]
             for peer in range(len(self.world.told)):
                 if peer != self.rank:
                     self.world.read(self.world.published[self.rank], slot, round_)
                     yield "copying"
                     self.world.received[peer][self.rank][slot] = round_
             self.tell(round_)
-            self.copy = None
+            self.copies.popleft()
             yield "copied"
 
 

@@ -7,15 +7,17 @@ bring it there, so that whoever needs the sum finds all of it at home. In round 
 told n - 1, writes into slot n mod 2, and tells n as soon as that is there. Whoever needs the parts waits until all have
 told round n, and reads. That no slot is written while it is read follows from two facts:
 
-* A rank tells a round after it has read all that it will read of the rounds before: what tells is behind the reading in
-  the order of streams.
+* A rank tells a round after it has read all that it will read of the rounds before, and after it has told those: what
+  tells is behind both in the order of streams.
 * So when all others have told n - 1, they have read n - 2, which is what slot n mod 2 still holds, here and there.
 
 A rank that has needed the parts of round n - 1 has waited already, and does not ask again (`_is_settled`).
 
-Nobody waits for ever, because whoever waits for round n comes behind what tells n here: in the order of the main stream
-where a kernel tells, and else since the stream that copies and then tells is joined first. A kernel that waits may keep
-every multiprocessor from everything else on its device.
+Nobody waits for ever, because whatever tells a round comes about without whoever waits for it. A kernel that waits may
+keep every multiprocessor from everything else on its device, so nothing that tells may need one: a kernel that tells is
+before it in the order of the main stream, and what copy engines bring the others is told by a copy engine too. For the
+main stream to join the copies in every layer would do as well, but costs 5 us each time. It joins them before a kernel
+tells a later round, and when a pass ends.
 
 It does not matter who waits for a round and who does not: the followers publish columns that only the leader reads, and
 wait for the leader when they write next.
@@ -79,25 +81,16 @@ class PeerSum:
     parts: tuple[Tensor, ...]
     turn: int | None
     """Of the round; None where it has been waited for."""
-    copies: torch.cuda.Stream | None = None
-    """The stream that brings this rank's part to the others."""
 
     def finish(self) -> None:
         """Wait until all parts are there."""
-        self._join()
         if self.turn is not None:
             self.peers.wait(self.turn)
             self.turn = None
 
     def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`."""
-        self._join()
         return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.turn)
-
-    def _join(self) -> None:
-        if self.copies is not None:
-            torch.cuda.current_stream(self.copies.device).wait_stream(self.copies)
-            self.copies = None
 
 
 class PeerSums:
@@ -141,6 +134,8 @@ class PeerSums:
         self._turn = 0
         self._is_settled = False
         """Whether the main stream has waited for all ranks' last round."""
+        self._is_copying = False
+        """Whether copies were begun that the main stream has not joined."""
         on_cuda = self._device.type == "cuda"
         # before the kernels beside it
         self._copies = torch.cuda.Stream(self._device, priority=-1) if on_cuda else None
@@ -156,29 +151,37 @@ class PeerSums:
             method: `direct` has the kernel that computes it write it into the others' memory; `copied` has a copy
                 engine bring it there.
         """
+        if method == "direct":
+            self._join_copies()
         turn, awaits = self._begin()
         sent, own = self._sent[turn], self._published[turn][self._rank]
-        targets, out_slot, copies = sent, None, None
+        targets, out_slot = sent, None
         if method == "copied":  # one way is itself where it is copied from
             targets, out_slot = ((), own) if len(x_WTD) == 1 else ((own,), None)
         tells = method == "direct"
         out_WTD, normed = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits, tells)
         if method == "copied":
-            copies = self._copy(own[: x_WTD[0].numel()], sent, turn)
-        pending = PeerSum(self, self._received[turn], turn, copies)
+            self._copy(own[: x_WTD[0].numel()], sent, turn)
+        pending = PeerSum(self, self._received[turn], turn)
         if is_waited_for:
             pending.finish()
         return out_WTD, normed, pending
 
-    def _copy(self, own: Tensor, targets: tuple[Tensor, ...], turn: int) -> torch.cuda.Stream | None:
-        """Begin to bring the others what the main stream has computed, and to tell them; gives the stream that does."""
+    def _copy(self, own: Tensor, targets: tuple[Tensor, ...], turn: int) -> None:
+        """Begin to bring the others what the main stream has computed, and to tell them."""
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             for target in targets:
                 target[: own.numel()].copy_(own, non_blocking=True)
             self._signals.tell(turn)
-        return self._copies
+        self._is_copying = True
+
+    def _join_copies(self) -> None:
+        """What the main stream does from now on comes behind all copies."""
+        if self._is_copying and self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        self._is_copying = False
 
     def start_sum(self, own_RD: Tensor, is_waited_for: bool) -> PeerSum:
         """The sum over the ranks of few rows, begun: the others read them here."""
@@ -232,6 +235,7 @@ class PeerSums:
 
     def end_pass(self) -> None:
         """After every forward pass: the next one begins with slot 0."""
+        self._join_copies()
         if self._turn:
             self._signals.skip(self._turn)
             self._turn = 0
@@ -247,7 +251,8 @@ class PeerSums:
                 flags_P.copy_(self._forever_P, non_blocking=True)
 
     def _publish(self, x_RC: Tensor) -> int:
-        """A round; gives its turn."""
+        """A round that a kernel tells; gives its turn."""
+        self._join_copies()
         turn, awaits = self._begin()
         self._signals.publish(x_RC, self._published[turn][self._rank], turn, awaits)
         return turn

@@ -48,11 +48,6 @@ def _publish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _tell(cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
-    tell_round(flag_ptrs, tl.load(cell_ptr))
-
-
-@triton.jit
 def _skip(cell_ptr, last_cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
     round = tl.load(last_cell_ptr) + 1
     tl.store(cell_ptr, round)
@@ -130,9 +125,13 @@ class Signals:
         return residual_kernel.advance(x_WTD, addend_WTD, norm, round, targets, out_slot)
 
     def tell(self, turn: int) -> None:
-        """Tell the others that what was written in this round, before this in the order of streams, is there."""
+        """Tell the others that what was written in this round, before this in the order of streams, is there.
+
+        By a copy of the round's number, which needs no multiprocessor.
+        """
         cell = self._rounds.pointers(turn)[0]
-        _tell[(1,)](cell, self._rounds.flags_of_others, num_warps=1)
+        for flag in self._rounds.flags_of_others:
+            flag.copy_(cell[:1], non_blocking=True)
 
     def skip(self, turn: int) -> None:
         """A round without a part."""
