@@ -29,7 +29,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Ours:
         prompt = torch.randint(self._vocab_size, (prompt_tokens,)).tolist()
         return Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
 
-    def _timed_forward(self, chunks: list[Chunk]) -> Tensor:
+    def _timed_forward(self, chunks: Sequence[Chunk]) -> Tensor:
         started_at = time.perf_counter()
         logits_RV = self._forward(chunks)
         wait(logits_RV.device)
@@ -124,7 +124,8 @@ class Transformers:
             eos_token_id=0,
         )
         self.version = transformers.__version__
-        self._model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+        self._model = transformers.GPT2LMHeadModel(config).eval()
+        self._model.to(device=device, dtype=dtype)
         self._vocab_size, self._device = shape.vocab_size, device
 
     @torch.inference_mode()

@@ -8,8 +8,9 @@ Each device is a process with random weights of a few layers, of the shapes of `
 graph, replayed twice in a row; all ways take turns, and the ranks begin each turn together. Where `benchmarks.ttft` has
 whole requests, this has nothing but layers, and takes a minute.
 
-The last line is JSON: rows of size, prompt, microseconds of one layer for each way (medians), and `exposed`, for each
-overlapped way its time above none over that of waiting for the library's sums above none. The ways:
+The last line is JSON: rows of size, prompt, microseconds of one layer for each way (medians, of the slowest rank, since
+without sums no rank waits for it), and `exposed`, for each overlapped way its time above none over that of waiting for
+the library's sums above none. The ways:
 
     none               no sums, so that the result is WRONG
     blocking_library   gloo's or NCCL's sums, waited for; on CUDA NCCL leaves no room for others here
@@ -29,7 +30,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.ttft import SIZES, shapes
 from kraken.engine.devices.choose_sums import Messages, graph_of, open_peers
@@ -52,7 +53,7 @@ TIMEOUT_S = 120.0
 class Rank:
     """One device's layers of a size, and what they take."""
 
-    def __init__(self, rank: int, args: argparse.Namespace, store: dist.Store, size: str, turns: Any):
+    def __init__(self, rank: int, args: argparse.Namespace, store: Store, size: str, turns: Any):
         self._args, self._rank, self._turns = args, rank, turns
         dtype = getattr(torch, args.dtype)
         self._device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
@@ -63,7 +64,7 @@ class Rank:
         message_bytes = max(args.prompts) * shape.width * dtype.itemsize
 
         def group(overlap: Any) -> DeviceGroup:
-            meeting, leaves_room = dist.PrefixStore(f"{size}/{overlap}", store), overlap == "overlapped"
+            meeting, leaves_room = PrefixStore(f"{size}/{overlap}", store), overlap == "overlapped"
             return join_group(
                 meeting, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S, overlap, leaves_room, message_bytes
             )
@@ -83,7 +84,7 @@ class Rank:
                 dtype=dtype,
                 is_kraken=True,
             )
-            meeting = dist.PrefixStore(f"{size}/peers", store)
+            meeting = PrefixStore(f"{size}/peers", store)
             overlapped = self._networks["overlapped"].group
             self._peers, problem = open_peers(overlapped, meeting, self._device, messages, "auto", TIMEOUT_S)
             if self._peers is None and rank == 0:
@@ -151,12 +152,12 @@ def measure(rank: int, port: int, args: argparse.Namespace, turns: Any, answers:
     torch.set_num_threads(1)
     if args.device == "cuda":
         torch.cuda.set_device(rank)
-    store = dist.TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=TIMEOUT_S), wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=TIMEOUT_S), wait_for_workers=False)
     rows = []
     for size in args.sizes:
         ours = Rank(rank, args, store, size, turns)
         for prompt_tokens in args.prompts:
-            found = ours.microseconds(prompt_tokens)
+            found = slowest(store, f"{size}/{prompt_tokens}", rank, args.devices, ours.microseconds(prompt_tokens))
             rows.append(row_of(size, ours.part.config.width, prompt_tokens, found))
             if rank == 0:
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
@@ -164,6 +165,13 @@ def measure(rank: int, port: int, args: argparse.Namespace, turns: Any, answers:
         del ours
     if rank == 0:
         answers.put(rows)
+
+
+def slowest(store: Store, case: str, rank: int, num_ranks: int, ours: dict[str, float]) -> dict[str, float]:
+    """Of each way, the time of the rank that takes longest."""
+    store.set(f"times/{case}/{rank}", json.dumps(ours))
+    said = [json.loads(store.get(f"times/{case}/{other}")) for other in range(num_ranks)]
+    return {name: max(times[name] for times in said) for name in ours}
 
 
 def row_of(size: str, width: int, prompt_tokens: int, found: dict[str, float]) -> dict[str, Any]:

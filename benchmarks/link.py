@@ -235,7 +235,7 @@ def measure_point(
     ttft_s = {name: statistics.median(values) for name, values in rounds_s.items()}
     waited_s = median_difference(rounds_s["kraken blocking"], rounds_s["kraken none"])
     exposed_s = median_difference(rounds_s["kraken"], rounds_s["kraken none"])
-    point = {
+    point: dict[str, Any] = {
         "link_mb_per_s": round(bytes_per_s / 1e6, 3),
         "share": round(1 - ttft_s["standard none"] / ttft_s["standard"], 4),
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),

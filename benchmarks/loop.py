@@ -5,6 +5,8 @@ with `kraken/model.py`, which makes it a second opinion on the arithmetic too.
 """
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +74,10 @@ class LoopKraken(nn.Module):
     def __init__(self, config: ModelConfig, composed: bool = False):
         super().__init__()
         self.config = config
+        wte = nn.Embedding(config.vocab_size, config.width)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.width),
+                "wte": wte,
                 "wpe": nn.Embedding(config.context_length, config.width),
                 "h": nn.ModuleList(
                     nn.ModuleList(LoopBlock(config, composed) for _ in range(config.num_layers))
@@ -85,7 +88,7 @@ class LoopKraken(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = wte.weight
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -94,9 +97,10 @@ class LoopKraken(nn.Module):
         positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.transformer["wte"](ids_BT) + self.transformer["wpe"](positions)
         ways = [x_BTD] * self.config.num_ways
+        blocks_of_ways = cast("Sequence[nn.ModuleList]", self.transformer["h"])
         for layer in range(self.config.num_layers):
             outputs = []
-            for way, blocks in enumerate(self.transformer["h"]):
+            for way, blocks in enumerate(blocks_of_ways):
                 others = [x for other, x in enumerate(ways) if other != way] if layer > 0 else []
                 outputs.append(blocks[layer](ways[way], others))
             ways = outputs

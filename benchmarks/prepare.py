@@ -157,7 +157,7 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     import numpy as np
 
     from kraken.config import DataConfig
-    from kraken.data.corpora import open_corpus, split_of
+    from kraken.data.corpora import Split, open_corpus, split_of
     from kraken.data.shards import TokenShards
     from kraken.tokenizer import Tokenizer
 
@@ -170,7 +170,8 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     lengths = np.diff(ends, prepend=0)
     assert len(lengths) == len(is_held_out), "the two have different numbers of documents"
     held_out = np.repeat(is_held_out, lengths)
-    for split, expected in (("train", theirs[~held_out]), ("validation", theirs[held_out])):
+    splits: tuple[tuple[Split, np.ndarray], ...] = (("train", theirs[~held_out]), ("validation", theirs[held_out]))
+    for split, expected in splits:
         shards = TokenShards(ours, split, num_ids)
         assert np.array_equal(shards.read(0, shards.num_tokens), expected), f"the {split} tokens differ"
     return len(theirs)

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,9 @@ RATIOS = {
 Step = Callable[[int, Tensor, Tensor], object]
 
 
-def our_step(model: ModelConfig, config: TrainConfig, device: torch.device, compile_setting: str) -> Step:
+def our_step(
+    model: ModelConfig, config: TrainConfig, device: torch.device, compile_setting: Literal["auto", "on", "off"]
+) -> Step:
     step = TrainingStep(model, dataclasses.replace(config, compile=compile_setting), Mesh(device))
     step.start(num_steps=config.steps)
     return step
@@ -80,7 +83,7 @@ def loop_step(model: ModelConfig, config: TrainConfig, device: torch.device, com
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
     if compiled:
-        network = torch.compile(network)
+        network = cast("nn.Module", torch.compile(network))
 
     def step(index: int, inputs_BT: Tensor, targets_BT: Tensor) -> object:
         with precision.autocast(device):

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from benchmarks.engine import bandwidth, best_seconds, matrix_rate
 from kraken import plan
@@ -179,7 +179,7 @@ def sums_of(shape: ModelConfig, prompt_tokens: int) -> tuple[int, tuple[int, int
 def sum_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], answers: Any) -> None:
     """One rank that does nothing but sums; rank 0 answers with the median seconds of each case."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=60), wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=60), wait_for_workers=False)
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
         torch.cuda.set_device(device)

@@ -13,15 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from kraken.engine.attention import PagedCache
 from kraken.engine.chunk import Chunk, GraphSizes, Numbers
 from kraken.engine.network import Network
-from kraken.engine.paged_kernel import num_parts_for, paged_decode, paged_store
-from kraken.model import FASTEST_ATTENTION_FIRST
+from kraken.engine.paged_kernel import num_parts_for, paged_decode
+from kraken.engine.prompt_kernel import attend_prompt
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
@@ -109,10 +107,8 @@ class GraphedForward:
         ids_T, slots_T, last_1 = inputs_C[:size], inputs_C[size : 2 * size], inputs_C[-1:]
 
         def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-            paged_store(k_TNH, v_TNH, self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer], slots_T)
-            q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
-            with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+            keys, values = self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer]
+            return attend_prompt(q_TNH, k_TNH, v_TNH, keys, values, slots_T)
 
         positions_T = torch.arange(size, device=inputs_C.device)
         return self._network(ids_T, positions_T, attend, last_1)

@@ -11,7 +11,6 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from kraken.config import Quantization
 from kraken.engine import residual
@@ -19,10 +18,11 @@ from kraken.engine.attention import PagedAttend
 from kraken.engine.devices.collectives import DeviceGroup, PendingSum
 from kraken.engine.devices.partition import Part, Weights
 from kraken.engine.devices.peer_sums import PeerSum
+from kraken.engine.kernels import has_kernels
 from kraken.engine.linear import Activation, Linear, make_linear
 from kraken.engine.norm import Norm, Normed, select
 from kraken.engine.quantized import Fp8Linear
-from kraken.model import FASTEST_ATTENTION_FIRST, rotate, rotation_of
+from kraken.model import rotate, rotation_of
 
 NUM_FIRST_LAYERS = 5
 """Enough for several sums, and for times that differ by more than chance."""
@@ -77,9 +77,15 @@ class Network:
         measuring."""
 
         def heads(*qkv_WTNH: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in qkv_WTNH)
-            with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            q, k, v = (_side_by_side(x_WTNH) for x_WTNH in qkv_WTNH)
+            if has_kernels(q):
+                from kraken.engine.prompt_kernel import attend_prompt  # which imports Triton, and only CUDA has that
+
+                out_TNH = attend_prompt(q, k, v)
+            else:
+                q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+                out_TNH = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+            return _apart(out_TNH, len(x_WTD))
 
         state = _State(x_WTD, self._layers[0].ln_1(x_WTD))
         for layer in self._layers[:num_layers]:
@@ -104,8 +110,8 @@ class Network:
             def heads(q_WTNH: Tensor, k_WTNH: Tensor, v_WTNH: Tensor, index: int = index) -> Tensor:
                 if rotation is not None:
                     q_WTNH, k_WTNH = rotate(q_WTNH, rotation), rotate(k_WTNH, rotation)
-                q, k, v = (x.permute(1, 0, 2, 3).flatten(1, 2) for x in (q_WTNH, k_WTNH, v_WTNH))
-                return attend(index, q, k, v).unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
+                q, k, v = (_side_by_side(x_WTNH) for x_WTNH in (q_WTNH, k_WTNH, v_WTNH))
+                return _apart(attend(index, q, k, v), num_ways)
 
             # the last layer sums over what is read out only
             following = self._layers[index + 1 : -1 if rows_R is not None else None][:1]
@@ -217,6 +223,16 @@ class _NetworkLayer:
             gate, y_WTF = y_WTF.chunk(2, dim=-1)
             return self.mlp_proj(F.silu(gate) * y_WTF)
         return self.mlp_proj(y_WTF)
+
+
+def _side_by_side(x_WTNH: Tensor) -> Tensor:
+    """The heads of all ways as one way's, [T, N, H]."""
+    return x_WTNH.permute(1, 0, 2, 3).flatten(1, 2)
+
+
+def _apart(x_TNH: Tensor, num_ways: int) -> Tensor:
+    """The inverse."""
+    return x_TNH.unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
 
 def _head_rows(wte_VD: Tensor, rows: range, num_ids: int) -> Tensor:

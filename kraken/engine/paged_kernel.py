@@ -112,7 +112,7 @@ def _store(  # type: ignore[no-untyped-def]
 
 def paged_store(k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
     """Store each token's key and value in its slot; a negative slot stores nothing."""
-    k, v = _alike(k_TNH, v_TNH)
+    k, v = alike(k_TNH, v_TNH)
     T, N, H = k.shape
     _store[triton.cdiv(T, TOKENS_PER_STORE), N](
         k, v, keys_NSH, values_NSH, slots_T, T, k.stride(0), k.stride(1), keys_NSH.shape[1],
@@ -120,7 +120,7 @@ def paged_store(k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tens
     )  # fmt: skip
 
 
-def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with equal strides and neighbouring channels."""
     first = tensors[0]
     if first.stride(-1) == 1 and all(x.stride() == first.stride() for x in tensors):
@@ -158,7 +158,7 @@ def paged_decode(
         [B, N, H] in q's type, contiguous.
     """
     B, N, H = q_BNH.shape
-    q, k, v = _alike(q_BNH, k_BNH, v_BNH)
+    q, k, v = alike(q_BNH, k_BNH, v_BNH)
     out_BNH = torch.empty(B, N, H, dtype=q_BNH.dtype, device=q_BNH.device)
     padded_size = triton.next_power_of_2(H)
     parts, weights = out_BNH, lengths_B  # unread where there is one part
