@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.cpu_kernels import MAX_TOP_K, NOT_FINITE, UNDECIDED, CpuKernels, cpu_kernels
+from kraken.engine.kernels import has_kernels
 from kraken.engine.protocol import SamplingParams, TokenLogprobs
 
 IDS_PER_GROUP = 256
@@ -44,15 +45,25 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
     kernels = cpu_kernels() if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32 else None
     if kernels is not None:
         chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
-        sound_B = chosen_B != NOT_FINITE
     else:
-        best_B, chosen_B = logits_BV.max(dim=-1)
+        chosen_B = _most_likely(logits_BV)
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
-        sound_B = best_B.abs() < torch.inf  # also not so where it is not a number
     if rows:
+        sound_B = chosen_B != NOT_FINITE
         chosen_B[rows] = _draw(logits_BV if len(rows) == len(draws) else logits_BV[rows], [draws[row] for row in rows])
+        chosen_B = chosen_B.where(sound_B, NOT_FINITE)
     # one tensor, since from a device each would be waited for
-    return [None if token < 0 else token for token in chosen_B.where(sound_B, -1).tolist()]
+    return [None if token < 0 else token for token in chosen_B.tolist()]
+
+
+def _most_likely(logits_BV: Tensor) -> Tensor:
+    """int64 [B], the first of equally likely ones; `NOT_FINITE` where the logits are no numbers."""
+    if has_kernels(logits_BV):
+        from kraken.engine import sampling_kernel  # which imports Triton, and only CUDA has that
+
+        return sampling_kernel.best_ids(logits_BV)
+    best_B, chosen_B = logits_BV.max(dim=-1)
+    return chosen_B.where(best_B.abs() < torch.inf, NOT_FINITE)  # also where it is not a number
 
 
 def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:

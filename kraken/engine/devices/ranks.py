@@ -74,9 +74,11 @@ class LeadRunner(Runner):
         """
         with self._together(self._config.startup_timeout_s):
             super().record(sizes)
+        with self.reading():
+            pass
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """See `Runner.forward`.
+        """See `Runner.forward`; on CUDA it may still be computed, and is watched over until it has been read.
 
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
@@ -86,18 +88,32 @@ class LeadRunner(Runner):
             return super().forward(chunks)
 
     @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """See `Runner.reading`."""
+        device = self.network.device
+        if device.type == "cpu":  # whatever was computed is there
+            yield
+            return
+        with self._explained():
+            yield
+            torch.cuda.current_stream(device).synchronize()
+            self._followers.deadline = None
+            self._require_sound()
+
+    @contextlib.contextmanager
     def _together(self, timeout_s: float) -> Iterator[None]:
         """What all ranks compute at the same time."""
-        device = self.network.device
-        try:
+        with self._explained():
             self._require_sound()
-            if device.type == "cuda":  # a device waits for another for ever
+            if self.network.device.type == "cuda":  # a device waits for another for ever
                 self._followers.deadline = time.monotonic() + timeout_s
             yield
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-                self._followers.deadline = None
-                self._require_sound()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors are those of the rank that failed first."""
+        try:
+            yield
         except RanksError:
             raise
         except Exception as error:
