@@ -60,15 +60,15 @@ def test_parts_fill_the_device_and_no_more() -> None:
     assert num_parts_for(1, 12, 132) == 16 and num_parts_for(8, 12, 132) == 2 and num_parts_for(64, 12, 132) == 1
 
 
-def test_paged_store_writes_the_slots_and_nothing_for_a_negative_one() -> None:
-    from kraken.engine.paged_kernel import paged_store
+def test_paged_store_writes_a_sequence_and_nothing_behind_its_end() -> None:
+    from kraken.engine.paged_kernel import Shelf, paged_store
 
     torch.manual_seed(0)
     keys_NSH, values_NSH = (torch.randn(2, 12, 24, device=DEVICE) for _ in range(2))
-    k_TNH, v_NTH = torch.randn(4, 2, 24, device=DEVICE), torch.randn(2, 4, 24, device=DEVICE)
+    k_TNH, v_NTH = torch.randn(6, 2, 24, device=DEVICE), torch.randn(2, 6, 24, device=DEVICE)
     expected_keys, expected_values = keys_NSH.clone(), values_NSH.clone()
-    expected_keys[:, [7, 0, 11]] = k_TNH[[0, 1, 3]].transpose(0, 1)
-    expected_values[:, [7, 0, 11]] = v_NTH[:, [0, 1, 3]]
-    slots_T = torch.tensor([7, 0, -1, 11], dtype=torch.int32, device=DEVICE)
-    paged_store(k_TNH, v_NTH.transpose(0, 1), keys_NSH, values_NSH, slots_T)  # two layouts
+    expected_keys[:, [8, 9, 10, 11, 0]] = k_TNH[:5].transpose(0, 1)
+    expected_values[:, [8, 9, 10, 11, 0]] = v_NTH[:, :5]
+    blocks_M, last_1 = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([2, 0, 77], [4]))
+    paged_store(k_TNH, v_NTH.transpose(0, 1), Shelf(keys_NSH, values_NSH, blocks_M, last_1, 4))  # two layouts
     assert torch.equal(keys_NSH, expected_keys) and torch.equal(values_NSH, expected_values)

@@ -17,6 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torc
 @pytest.mark.parametrize("head_size", [8, 24, 64])
 @pytest.mark.parametrize("num_tokens", [1, 16, 45, 130, 300])  # the last too long for the kernel
 def test_a_prompt_equals_plain_attention(num_tokens: int, head_size: int, dtype: torch.dtype) -> None:
+    from kraken.engine.paged_kernel import Shelf
     from kraken.engine.prompt_kernel import attend_prompt
 
     torch.manual_seed(0)
@@ -24,12 +25,12 @@ def test_a_prompt_equals_plain_attention(num_tokens: int, head_size: int, dtype:
     q, k, v = torch.randn(T, 3, N, H, device=DEVICE, dtype=dtype).unbind(1)
     keys_NSH, values_NSH = torch.randn(2, N, 400, H, device=DEVICE, dtype=dtype)
     expected_keys, expected_values = keys_NSH.clone(), values_NSH.clone()
-    slots_T = torch.randperm(400)[:T].to(torch.int32).to(DEVICE)
-    slots_T[T // 2] = -1
-    kept = slots_T >= 0
-    expected_keys[:, slots_T[kept].long()] = k[kept].transpose(0, 1)
-    expected_values[:, slots_T[kept].long()] = v[kept].transpose(0, 1)
-    out_TNH = attend_prompt(q, k, v, keys_NSH, values_NSH, slots_T)
+    blocks_M = torch.randperm(100)[: -(-T // 4)].to(torch.int32).to(DEVICE)
+    last_1 = torch.tensor([T // 2], dtype=torch.int32, device=DEVICE)  # behind it a graph's prompt is filled up
+    slots_T = (blocks_M.long()[:, None] * 4 + torch.arange(4, device=DEVICE)).flatten()[: T // 2 + 1]
+    expected_keys[:, slots_T] = k[: T // 2 + 1].transpose(0, 1)
+    expected_values[:, slots_T] = v[: T // 2 + 1].transpose(0, 1)
+    out_TNH = attend_prompt(q, k, v, Shelf(keys_NSH, values_NSH, blocks_M, last_1, 4))
     assert out_TNH.shape == (T, N, H) and out_TNH.dtype == dtype
     assert torch.equal(keys_NSH, expected_keys) and torch.equal(values_NSH, expected_values)
     exact = F.scaled_dot_product_attention(*(x.transpose(0, 1).double() for x in (q, k, v)), is_causal=True)

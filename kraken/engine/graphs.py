@@ -11,14 +11,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kraken.engine.attention import PagedCache
-from kraken.engine.chunk import Chunk, GraphSizes, Numbers
+from kraken.engine.chunk import Chunk, GraphSizes
 from kraken.engine.network import Network
-from kraken.engine.paged_kernel import num_parts_for, paged_decode
+from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
 from kraken.engine.prompt_kernel import attend_prompt
 
 WARM_UP_RUNS = 2
@@ -56,9 +55,8 @@ class GraphedForward:
             if index == len(self._batch_sizes):
                 return None
             recording = self._decodes[self._batch_sizes[index]]
-            recording.host.zero_()
-            rows = recording.host.numpy()
-            for row, chunk in zip(rows, chunks, strict=False):
+            recording.values[len(chunks) :, 1] = 0
+            for row, chunk in zip(recording.values, chunks, strict=False):
                 length = chunk.start + 1
                 num_used = -(-length // self._cache.tokens_per_block)
                 row[0], row[1], row[2 : 2 + num_used] = chunk.token_ids[0], length, chunk.blocks[:num_used]
@@ -72,22 +70,17 @@ class GraphedForward:
             return None
         size = self._prompt_sizes[index]
         recording = self._prompts[size]
-        values = recording.host.numpy()
-        values[:size], values[size : 2 * size], values[-1] = 0, -1, num_tokens - 1
-        values[:num_tokens] = chunk.token_ids
-        values[size : size + num_tokens] = self._slots(chunk.blocks, num_tokens)
+        num_used = -(-num_tokens // self._cache.tokens_per_block)
+        # what an earlier prompt left behind the end is computed, and read by nobody
+        recording.values[:num_tokens] = chunk.token_ids
+        recording.values[size : size + num_used] = chunk.blocks[:num_used]
+        recording.values[-1] = num_tokens - 1
         return recording.replay()
 
     def close(self) -> None:
         """Give everything back; a step that is on the device still ends. NCCL's groups cannot end before this."""
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
-
-    def _slots(self, blocks: Numbers, num_tokens: int) -> np.ndarray:
-        """Where a sequence's first tokens are in the cache."""
-        size = self._cache.tokens_per_block
-        first_slots = np.asarray(blocks[: -(-num_tokens // size)], dtype=np.int32) * size
-        return (first_slots[:, None] + np.arange(size, dtype=np.int32)).reshape(-1)[:num_tokens]
 
     def _decode(self, inputs_BC: Tensor) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
@@ -102,13 +95,13 @@ class GraphedForward:
         return self._network(ids_B, (lengths_B - 1).clamp(min=0), attend, None)
 
     def _prompt(self, inputs_C: Tensor) -> Tensor:
-        """A prompt from its first token on: ids, slots (negative behind the end), and the last token's index."""
-        size = len(inputs_C) // 2
-        ids_T, slots_T, last_1 = inputs_C[:size], inputs_C[size : 2 * size], inputs_C[-1:]
+        """A prompt from its first token on: ids, blocks, and the last token's index."""
+        size, tokens_per_block = len(inputs_C) // 2, self._cache.tokens_per_block
+        ids_T, blocks_M, last_1 = inputs_C[:size], inputs_C[size:-1], inputs_C[-1:]
 
         def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
             keys, values = self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer]
-            return attend_prompt(q_TNH, k_TNH, v_TNH, keys, values, slots_T)
+            return attend_prompt(q_TNH, k_TNH, v_TNH, Shelf(keys, values, blocks_M, last_1, tokens_per_block))
 
         positions_T = torch.arange(size, device=inputs_C.device)
         return self._network(ids_T, positions_T, attend, last_1)
@@ -118,11 +111,10 @@ class _Recording:
     """One graph, what it reads and what it writes."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], pool: Any, device: torch.device):
-        self.host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
-        """The inputs, to be filled before a replay."""
+        self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
+        self.values = self._host.numpy()
+        """The inputs, to be filled before a replay, and not before the last one's results were read."""
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=device)
-        if len(shape) == 1:
-            self._inputs[shape[0] // 2 : -1] = -1  # no slot: a recording stores nothing
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.inference_mode():
@@ -136,7 +128,7 @@ class _Recording:
 
     def replay(self) -> Tensor:
         """float32 logits, overwritten by the next replay of any recording of the pool."""
-        self._inputs.copy_(self.host, non_blocking=True)
+        self._inputs.copy_(self._host, non_blocking=True)
         self._graph.replay()
         return self._logits
 

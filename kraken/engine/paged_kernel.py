@@ -8,6 +8,8 @@ the device, several programs share the walk, and a second kernel puts their part
 Shape letters as in `kraken/engine/attention.py`, and: P parts that share a walk, M blocks that a table has room for.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -93,16 +95,24 @@ def _join_parts(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def slots_of(tokens, blocks_ptr, last_ptr, tokens_per_block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a sequence's tokens are in the cache, and whether they belong to it."""
+    is_here = tokens <= tl.load(last_ptr)
+    blocks = tl.load(blocks_ptr + tokens // tokens_per_block, mask=is_here, other=0).to(tl.int64)
+    return blocks * tokens_per_block + tokens % tokens_per_block, is_here
+
+
+@triton.jit
 def _store(  # type: ignore[no-untyped-def]
-    k_ptr, v_ptr, keys_ptr, values_ptr, slots_ptr,
-    num_tokens, token_stride, head_stride, num_slots,
-    head_size: tl.constexpr, padded_size: tl.constexpr, tile: tl.constexpr,
+    k_ptr, v_ptr, keys_ptr, values_ptr, blocks_ptr, last_ptr,
+    token_stride, head_stride, num_slots,
+    tokens_per_block: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     channels = tl.arange(0, padded_size)
-    slots = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1).to(tl.int64)
-    mask = (slots >= 0)[:, None] & (channels < head_size)[None, :]
+    slots, is_here = slots_of(tokens, blocks_ptr, last_ptr, tokens_per_block)
+    mask = is_here[:, None] & (channels < head_size)[None, :]
     sources = tokens[:, None] * token_stride + head * head_stride + channels[None, :]
     targets = (head * num_slots + slots)[:, None] * head_size + channels[None, :]
     keys, values = tl.load(k_ptr + sources, mask=mask), tl.load(v_ptr + sources, mask=mask)
@@ -110,12 +120,29 @@ def _store(  # type: ignore[no-untyped-def]
     tl.store(values_ptr + targets, values, mask=mask)
 
 
-def paged_store(k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
-    """Store each token's key and value in its slot; a negative slot stores nothing."""
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Where the cache of one layer keeps a sequence, from its first token on.
+
+    Args:
+        blocks_M: int32, enough for its tokens.
+        last_1: int32, its last token's position; nothing is stored of tokens behind it.
+    """
+
+    keys_NSH: Tensor
+    values_NSH: Tensor
+    blocks_M: Tensor
+    last_1: Tensor
+    tokens_per_block: int
+
+
+def paged_store(k_TNH: Tensor, v_TNH: Tensor, shelf: Shelf) -> None:
+    """Store each token's key and value."""
     k, v = alike(k_TNH, v_TNH)
     T, N, H = k.shape
     _store[triton.cdiv(T, TOKENS_PER_STORE), N](
-        k, v, keys_NSH, values_NSH, slots_T, T, k.stride(0), k.stride(1), keys_NSH.shape[1],
+        k, v, shelf.keys_NSH, shelf.values_NSH, shelf.blocks_M, shelf.last_1,
+        k.stride(0), k.stride(1), shelf.keys_NSH.shape[1], tokens_per_block=shelf.tokens_per_block,
         head_size=H, padded_size=triton.next_power_of_2(H), tile=TOKENS_PER_STORE, num_warps=4,
     )  # fmt: skip
 

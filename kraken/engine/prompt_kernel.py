@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from kraken.engine.paged_kernel import alike, paged_store
+from kraken.engine.paged_kernel import Shelf, alike, paged_store, slots_of
 from kraken.model import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048
@@ -53,9 +53,10 @@ def _walk(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, values_ptr, slots_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, keys_ptr, values_ptr, blocks_ptr, last_ptr,
     num_tokens, stride, head_stride, v_stride, v_head_stride, num_slots, num_heads, scale,
-    head_size: tl.constexpr, padded_size: tl.constexpr, rows: tl.constexpr, tile: tl.constexpr, stores: tl.constexpr,
+    tokens_per_block: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr, rows: tl.constexpr,
+    tile: tl.constexpr, stores: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * rows
@@ -82,8 +83,8 @@ def _attend(  # type: ignore[no-untyped-def]
     out_places = (queries.to(tl.int64)[:, None] * num_heads + head) * head_size + channels[None, :]
     tl.store(out_ptr + out_places, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_here)
     if stores:
-        slots = tl.load(slots_ptr + queries, mask=queries < num_tokens, other=-1).to(tl.int64)
-        mask = (slots >= 0)[:, None] & is_channel[None, :]
+        slots, is_kept = slots_of(queries, blocks_ptr, last_ptr, tokens_per_block)
+        mask = is_kept[:, None] & is_here
         targets = (head * num_slots + slots)[:, None] * head_size + channels[None, :]
         v_places = queries.to(tl.int64)[:, None] * v_stride + channels[None, :]
         tl.store(keys_ptr + targets, tl.load(k_ptr + places, mask=mask), mask=mask)
@@ -94,14 +95,10 @@ def attend_prompt(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
-    keys_NSH: Tensor | None = None,
-    values_NSH: Tensor | None = None,
-    slots_T: Tensor | None = None,
+    shelf: Shelf | None = None,
 ) -> Tensor:
-    """Causal attention over T tokens; stores each token's key and value in its slot of the cache, where there is one.
+    """Causal attention over a sequence's first T tokens, whose keys and values are stored where there is a shelf.
 
-    Args:
-        slots_T: int32; a negative one stores nothing.
     Returns:
         [T, N, H] in q's type.
     """
@@ -109,24 +106,22 @@ def attend_prompt(
     padded_size = max(16, triton.next_power_of_2(H))
     most = MAX_TOKENS if padded_size == H and q_TNH.element_size() == 2 else MAX_TOKENS_OF_OTHERS
     if most < T:
-        if keys_NSH is not None and values_NSH is not None and slots_T is not None:
-            paged_store(k_TNH, v_TNH, keys_NSH, values_NSH, slots_T)
+        if shelf is not None:
+            paged_store(k_TNH, v_TNH, shelf)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
         with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     q, k = alike(q_TNH, k_TNH)
     (v,) = alike(v_TNH)
     out_TNH = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
-    keys = values = slots = out_TNH  # neither read nor written where there is no cache
-    num_slots = 0
-    if keys_NSH is not None and values_NSH is not None and slots_T is not None:
-        keys, values, slots, num_slots = keys_NSH, values_NSH, slots_T, keys_NSH.shape[1]
+    # neither read nor written where there is no shelf
+    held = Shelf(out_TNH, out_TNH, out_TNH, out_TNH, 1) if shelf is None else shelf
     # tokens of a program, keys that it holds at a time, and stages of its loads
     rows, tile, num_stages = (64, 64, 2 if T <= 2 * 64 else 3) if q.element_size() == 2 else (16, 16, 1)
     _attend[N, triton.cdiv(T, rows)](
-        q, k, v, out_TNH, keys, values, slots,
-        T, q.stride(0), q.stride(1), v.stride(0), v.stride(1), num_slots, N, H**-0.5 * LOG2_E,
-        head_size=H, padded_size=padded_size, rows=rows, tile=tile, stores=keys_NSH is not None,
-        num_warps=4, num_stages=num_stages,
+        q, k, v, out_TNH, held.keys_NSH, held.values_NSH, held.blocks_M, held.last_1,
+        T, q.stride(0), q.stride(1), v.stride(0), v.stride(1), held.keys_NSH.shape[1], N, H**-0.5 * LOG2_E,
+        tokens_per_block=held.tokens_per_block, head_size=H, padded_size=padded_size, rows=rows, tile=tile,
+        stores=shelf is not None, num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out_TNH

@@ -66,6 +66,8 @@ class Runner:
             RanksError: of several ranks, one failed meanwhile, this one included.
         """
         yield
+        if self.network.device.type == "cuda":
+            torch.cuda.current_stream(self.network.device).synchronize()
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -90,13 +90,12 @@ class LeadRunner(Runner):
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """See `Runner.reading`."""
-        device = self.network.device
-        if device.type == "cpu":  # whatever was computed is there
+        if self.network.device.type == "cpu":  # whatever was computed is there
             yield
             return
         with self._explained():
-            yield
-            torch.cuda.current_stream(device).synchronize()
+            with super().reading():
+                yield
             self._followers.deadline = None
             self._require_sound()
 
