@@ -4,6 +4,7 @@ Ranks are threads here, and wait on a CPU; `tests/test_sum_kernel.py` has the ke
 """
 
 import json
+import math
 import random
 import threading
 import time
@@ -314,10 +315,11 @@ class TestChoice:
         assert found == ["direct", "direct", "library", "library", "copied", "copied", "copied"]
 
     def test_what_was_chosen_is_one_line(self) -> None:
-        times: Any = {"library": [2e-5, 3e-5], "direct": [1e-5, 4e-5]}
+        times: Any = {"library": [2e-5, 3e-5], "direct": [1e-5, 4e-5], "copied": [math.inf, 5e-5]}
         assert choose_sums.describe([1, 512], ["direct", "library"], times) == (
             "peer memory (direct) up to 1 tokens, NCCL up to 512 tokens (microseconds of some layers: "
-            "1 tokens NCCL 20.0, peer memory (direct) 10.0; 512 tokens NCCL 30.0, peer memory (direct) 40.0)"
+            "1 tokens NCCL 20.0, peer memory (direct) 10.0; 512 tokens NCCL 30.0, peer memory (direct) 40.0, "
+            "peer memory (copied) 50.0)"
         )
 
     @pytest.mark.parametrize("wanted", ["auto", "peers"])

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import socket
 import time
 from bisect import bisect_left
@@ -30,6 +31,9 @@ from kraken.engine.devices.peer_sums import PeerSums, num_memory_bytes, num_slot
 log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MIN_COPIED_BYTES = 128 * 1024
+"""Of a message that copy engines bring. A smaller one is written as fast, and a graph then has fewer nodes to launch,
+which the times below do not show."""
 NUM_TIMES = 7
 """Of which the shortest counts."""
 POLL_S = 0.0005
@@ -83,7 +87,10 @@ def choose_sums(
         return
     times = {
         method: [
-            _seconds(group, peers, method, device, messages, layers, size, is_graphed, timeout_s) for size in sizes
+            _seconds(group, peers, method, device, messages, layers, size, is_graphed, timeout_s)
+            if method != "copied" or size * messages.width * messages.dtype.itemsize >= MIN_COPIED_BYTES
+            else math.inf
+            for size in sizes
         ]
         for method in methods
     }
@@ -118,7 +125,8 @@ def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[fl
         if index + 1 == len(sizes) or chosen[index + 1] != method:
             ranges.append(f"{_name(method)} up to {size} tokens")
     ends = [
-        f"{size} tokens " + ", ".join(f"{_name(method)} {values[index] * 1e6:.1f}" for method, values in times.items())
+        f"{size} tokens "
+        + ", ".join(f"{_name(m)} {values[index] * 1e6:.1f}" for m, values in times.items() if values[index] < math.inf)
         for index, size in ((0, sizes[0]), (-1, sizes[-1]))
     ]
     return f"{', '.join(ranges)} (microseconds of some layers: {'; '.join(ends)})"
