@@ -1,13 +1,15 @@
 """The PyTorch engine: continuous batching on one device or several; the embedded default, and the oracle for others.
 
-One task on the event loop plans the steps; one thread of its own runs them, so that the loop stays free to serve.
+A thread of its own plans the steps and runs them, one behind the other: the event loop tells it of requests that come
+and go, and hands out what a step yields while the next one runs.
 """
 
 import asyncio
 import contextlib
 import secrets
+import threading
+from collections import deque
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +88,7 @@ class _Result:
 
 
 class TorchEngine:
-    """An `Engine`. Its task starts with the first `generate`, on the event loop of that call.
+    """An `Engine`. Its thread starts with the first `generate`, and answers on the event loop of that call.
 
     Args:
         runner: the model on its device, with `num_blocks` of cache.
@@ -105,16 +107,13 @@ class TorchEngine:
             MAX_STEP_LOGITS,
         )
         self._flights: dict[str, _Flight] = {}
+        """The event loop's, by the id of the request."""
         self._flight_of: dict[Sequence, _Flight] = {}
-        self._aborted: list[_Flight] = []
-        self._thread = ThreadPoolExecutor(
-            max_workers=1,
-            thread_name_prefix="kraken-engine",
-            initializer=torch.set_num_threads,  # OpenMP keeps the number per thread
-            initargs=(threads_of_a_rank(config),),
-        )
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        """The thread's, as the scheduler is."""
+        self._news: deque[_Flight] = deque()
+        """From the event loop to the thread: flights that begin, and those that have ended."""
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._num_failed_steps = 0
@@ -214,10 +213,14 @@ class TorchEngine:
                 yield PromptOutput(logprobs=(None,) if request.prompt_logprobs else (), logits_TV=logits_TV)
             self._num_finished += 1
             return
-        if (num_queued := self._scheduler.num_queued) >= self._config.max_queued_requests:
+        num_queued = sum(not flight.sequence.was_admitted for flight in self._flights.values())
+        if num_queued >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{num_queued} requests are waiting already; try again later")
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._serve())
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._serve, args=(asyncio.get_running_loop(),), name="kraken-engine", daemon=True
+            )
+            self._thread.start()
         flight = self._begin(Sequence(request, list(fed), scores_prompt))
         try:
             while (output := await flight.outputs.get()) is not None:
@@ -235,15 +238,14 @@ class TorchEngine:
         if flight is not None:
             self._end(flight)
             self._num_aborted += 1
-            self._aborted.append(flight)
             flight.outputs.put_nowait(None)
-            self._wake.set()
+            self._tell(flight)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         return EngineStats(
             num_running=len(scheduler.running),
-            num_queued=len(scheduler.waiting),
+            num_queued=len(scheduler.waiting) + sum(not flight.ended for flight in [*self._news]),
             num_finished=self._num_finished,
             num_aborted=self._num_aborted,
             prompt_tokens=scheduler.num_prompt_tokens,
@@ -260,13 +262,11 @@ class TorchEngine:
         if self._closed:
             return
         self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
         self._fail_all(EngineError("it was closed"))
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.close)
-        self._thread.shutdown(wait=True)
+        if self._thread is not None:
+            self._wake.set()
+            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._runner.close)
 
     def _require_healthy(self) -> None:
         if self._closed:
@@ -284,47 +284,20 @@ class TorchEngine:
         flight = _Flight(sequence, seed, asyncio.Queue())
         if sampling.repetition_penalty != 1.0:
             flight.seen_ids.update(sequence.request.prompt_ids)
-        self._flights[sequence.request.id] = self._flight_of[sequence] = flight
-        self._scheduler.add(sequence)
-        self._wake.set()
+        self._flights[sequence.request.id] = flight
+        self._tell(flight)
         return flight
 
     def _end(self, flight: _Flight) -> None:
         """The request is nobody's any more; its sequence may still be in the step that runs."""
         flight.ended = True
         del self._flights[flight.request.id]
-        del self._flight_of[flight.sequence]
 
-    def _fail_all(self, error: BaseException) -> None:
-        for flight in [*self._flights.values()]:
-            self._end(flight)
-            self._scheduler.remove(flight.sequence, forget=True)
-            flight.outputs.put_nowait(_error_of("the engine failed", error))
-        self._drop_aborted()
+    def _tell(self, flight: _Flight) -> None:
+        self._news.append(flight)
+        self._wake.set()
 
-    def _drop_aborted(self) -> None:
-        for flight in self._aborted:
-            self._scheduler.remove(flight.sequence)
-        self._aborted.clear()
-
-    async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while True:
-                self._drop_aborted()
-                step = self._scheduler.schedule()
-                if not step:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                flights = [self._flight_of[scheduled.sequence] for scheduled in step]
-                result = await loop.run_in_executor(self._thread, self._run, step, flights)
-                self._deliver(result)
-        except Exception as error:  # whatever it was, nobody may wait for ever
-            self._failure = error
-            self._fail_all(error)
-
-    def _deliver(self, result: _Result) -> None:
+    def _hand_out(self, result: _Result) -> None:
         for flight, output in result.outputs:
             if not flight.ended:
                 flight.outputs.put_nowait(output)
@@ -333,18 +306,63 @@ class TorchEngine:
             if not flight.ended:
                 self._end(flight)
                 self._num_finished += 1
-                self._scheduler.remove(flight.sequence)
                 flight.outputs.put_nowait(None)
         for flight, error in result.failed:
             if not flight.ended:
                 self._end(flight)
-                self._scheduler.remove(flight.sequence, forget=True)
                 flight.outputs.put_nowait(_error_of("the request failed", error))
-        for flight in reversed(result.stale):  # each goes to the front of the queue
-            if not flight.ended:
-                self._scheduler.preempt(flight.sequence, forget=True)
+
+    def _fail_all(self, error: BaseException) -> None:
+        for flight in [*self._flights.values()]:
+            self._end(flight)
+            flight.outputs.put_nowait(_error_of("the engine failed", error))
 
     # -- on the engine's thread --------------------------------------------------------------------------------------
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        torch.set_num_threads(threads_of_a_rank(self._config))  # OpenMP keeps the number per thread
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to answer
+            try:
+                while not self._closed:
+                    self._take_in()
+                    step = self._scheduler.schedule()
+                    if not step:
+                        self._wake.wait()
+                        self._wake.clear()
+                        continue
+                    result = self._run(step, [self._flight_of[scheduled.sequence] for scheduled in step])
+                    self._settle(result)
+                    loop.call_soon_threadsafe(self._hand_out, result)
+            except Exception as error:  # whatever it was, nobody may wait for ever
+                self._failure = error
+                loop.call_soon_threadsafe(self._fail_all, error)
+            finally:
+                for sequence in [*self._flight_of]:
+                    self._drop(sequence, forget=True)
+
+    def _take_in(self) -> None:
+        """Whoever has begun is planned for, and whoever has ended since the last step gives its blocks back."""
+        while self._news:
+            flight = self._news.popleft()
+            if flight.ended:
+                self._drop(flight.sequence)
+            else:
+                self._flight_of[flight.sequence] = flight
+                self._scheduler.add(flight.sequence)
+
+    def _settle(self, result: _Result) -> None:
+        """The blocks of sequences that end are free before anybody hears of it."""
+        for flight in result.done:
+            self._drop(flight.sequence)
+        for flight, _ in result.failed:
+            self._drop(flight.sequence, forget=True)
+        for flight in reversed(result.stale):  # each goes to the front of the queue
+            self._scheduler.preempt(flight.sequence, forget=True)
+
+    def _drop(self, sequence: Sequence, forget: bool = False) -> None:
+        """It is not planned for any more; of one that is not, nothing."""
+        if self._flight_of.pop(sequence, None) is not None:
+            self._scheduler.remove(sequence, forget)
 
     def _run(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
         """One forward pass, and what follows from it for each request."""
