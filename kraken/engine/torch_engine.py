@@ -321,24 +321,25 @@ class TorchEngine:
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
         torch.set_num_threads(threads_of_a_rank(self._config))  # OpenMP keeps the number per thread
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to answer
-            try:
-                while not self._closed:
-                    self._take_in()
-                    step = self._scheduler.schedule()
-                    if not step:
-                        self._wake.wait()
-                        self._wake.clear()
-                        continue
-                    result = self._run(step, [self._flight_of[scheduled.sequence] for scheduled in step])
-                    self._settle(result)
-                    loop.call_soon_threadsafe(self._hand_out, result)
-            except Exception as error:  # whatever it was, nobody may wait for ever
-                self._failure = error
-                loop.call_soon_threadsafe(self._fail_all, error)
-            finally:
-                for sequence in [*self._flight_of]:
-                    self._drop(sequence, forget=True)
+        failure: Exception | None = None
+        try:
+            while not self._closed:
+                self._take_in()
+                step = self._scheduler.schedule()
+                if not step:
+                    self._wake.wait()
+                    self._wake.clear()
+                    continue
+                result = self._run(step, [self._flight_of[scheduled.sequence] for scheduled in step])
+                self._settle(result)
+                loop.call_soon_threadsafe(self._hand_out, result)
+        except Exception as error:  # whatever it was, nobody may wait for ever
+            self._failure = failure = error
+        for sequence in [*self._flight_of]:
+            self._drop(sequence, forget=True)
+        if failure is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to be told
+                loop.call_soon_threadsafe(self._fail_all, failure)
 
     def _take_in(self) -> None:
         """Whoever has begun is planned for, and whoever has ended since the last step gives its blocks back."""
