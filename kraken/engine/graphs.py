@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,8 +56,9 @@ class GraphedForward:
             if index == len(self._batch_sizes):
                 return None
             recording = self._decodes[self._batch_sizes[index]]
-            recording.values[len(chunks) :, 1] = 0
-            for row, chunk in zip(recording.values, chunks, strict=False):
+            rows = recording.inputs()
+            rows[len(chunks) :, 1] = 0
+            for row, chunk in zip(rows, chunks, strict=False):
                 length = chunk.start + 1
                 num_used = -(-length // self._cache.tokens_per_block)
                 row[0], row[1], row[2 : 2 + num_used] = chunk.token_ids[0], length, chunk.blocks[:num_used]
@@ -72,9 +74,10 @@ class GraphedForward:
         recording = self._prompts[size]
         num_used = -(-num_tokens // self._cache.tokens_per_block)
         # what an earlier prompt left behind the end is computed, and read by nobody
-        recording.values[:num_tokens] = chunk.token_ids
-        recording.values[size : size + num_used] = chunk.blocks[:num_used]
-        recording.values[-1] = num_tokens - 1
+        values = recording.inputs()
+        values[:num_tokens] = chunk.token_ids
+        values[size : size + num_used] = chunk.blocks[:num_used]
+        values[-1] = num_tokens - 1
         return recording.replay()
 
     def close(self) -> None:
@@ -112,8 +115,8 @@ class _Recording:
 
     def __init__(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], pool: Any, device: torch.device):
         self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
-        self.values = self._host.numpy()
-        """The inputs, to be filled before a replay, and not before the last one's results were read."""
+        self._values = self._host.numpy()
+        self._were_read = torch.cuda.Event()
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -126,9 +129,15 @@ class _Recording:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
             self._logits = forward(self._inputs)
 
+    def inputs(self) -> np.ndarray:
+        """To be filled before a replay; waits until the last one has read them."""
+        self._were_read.synchronize()
+        return self._values
+
     def replay(self) -> Tensor:
         """float32 logits, overwritten by the next replay of any recording of the pool."""
         self._inputs.copy_(self._host, non_blocking=True)
+        self._were_read.record()
         self._graph.replay()
         return self._logits
 

@@ -1,7 +1,6 @@
 """The runner: one forward pass over pieces of any lengths, prompts and single tokens mixed."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -57,17 +56,6 @@ class Runner:
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """While what `forward` gave is read; it can be relied on once this has ended.
-
-        Raises:
-            RanksError: of several ranks, one failed meanwhile, this one included.
-        """
-        yield
-        if self.network.device.type == "cuda":
-            torch.cuda.current_stream(self.network.device).synchronize()
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -375,8 +375,7 @@ class TorchEngine:
             return self._run_apart(step, flights)
         self._num_failed_steps = 0
         result = _Result()
-        with self._runner.reading():
-            self._finish(step, flights, logits_RV, result)
+        self._finish(step, flights, logits_RV, result)
         return result
 
     def _run_apart(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
@@ -400,8 +399,7 @@ class TorchEngine:
                 result.failed.append((flight, error))
                 distrusted.update(blocks)
             else:
-                with self._runner.reading():
-                    self._finish([scheduled], [flight], logits_RV, result)
+                self._finish([scheduled], [flight], logits_RV, result)
         has_sound = len(result.failed) + len(result.stale) < len(step)
         self._num_failed_steps = 0 if has_sound else self._num_failed_steps + 1
         if self._num_failed_steps == MAX_FAILED_STEPS:

@@ -74,11 +74,9 @@ class LeadRunner(Runner):
         """
         with self._together(self._config.startup_timeout_s):
             super().record(sizes)
-        with self.reading():
-            pass
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """See `Runner.forward`; on CUDA it may still be computed, and is watched over until it has been read.
+        """See `Runner.forward`.
 
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
@@ -88,31 +86,18 @@ class LeadRunner(Runner):
             return super().forward(chunks)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """See `Runner.reading`."""
-        if self.network.device.type == "cpu":  # whatever was computed is there
-            yield
-            return
-        with self._explained():
-            with super().reading():
-                yield
-            self._followers.deadline = None
-            self._require_sound()
-
-    @contextlib.contextmanager
     def _together(self, timeout_s: float) -> Iterator[None]:
         """What all ranks compute at the same time."""
-        with self._explained():
+        device = self.network.device
+        try:
             self._require_sound()
-            if self.network.device.type == "cuda":  # a device waits for another for ever
+            if device.type == "cuda":  # a device waits for another for ever
                 self._followers.deadline = time.monotonic() + timeout_s
             yield
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Errors are those of the rank that failed first."""
-        try:
-            yield
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+                self._followers.deadline = None
+                self._require_sound()
         except RanksError:
             raise
         except Exception as error:
