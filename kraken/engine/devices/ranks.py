@@ -95,6 +95,8 @@ class LeadRunner(Runner):
                 self._followers.deadline = time.monotonic() + timeout_s
             yield
             if device.type == "cuda":
+                # before anything else is launched: loading a kernel may wait for the whole device, and hold whoever
+                # would release it from a rank that is gone
                 torch.cuda.current_stream(device).synchronize()
                 self._followers.deadline = None
                 self._require_sound()
