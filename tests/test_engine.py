@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -130,17 +131,27 @@ def with_model_tokens(artefacts: Artefacts, prompts: list[list[int]], num_tokens
     return completions
 
 
-async def next_step(engine: TorchEngine) -> int:
-    """Wait until another step has begun; returns the tokens that the only request then has in the cache."""
-    (sequence,) = engine._scheduler.running or [None]
-    before = sequence.num_computed if sequence else 0
-    while sequence is None or sequence.num_computed == before:
-        await asyncio.sleep(0)
-        running = engine._scheduler.running
-        if sequence is not None and not running:
-            return before
-        sequence = running[0] if running else None
-    return sequence.num_computed
+class Gate:
+    """Holds every step of an engine, once planned, until it may go on."""
+
+    def __init__(self, engine: TorchEngine):
+        self.num_begun = 0
+        self._may_go_on = threading.Semaphore(0)
+        self._forward = engine._runner.forward
+        engine._runner.forward = self._held  # type: ignore[method-assign]
+
+    def _held(self, chunks: Any) -> torch.Tensor:
+        self.num_begun += 1
+        assert self._may_go_on.acquire(timeout=30), "a step was not let through"
+        return self._forward(chunks)
+
+    def go_on(self) -> None:
+        self._may_go_on.release()
+
+    async def until_begun(self, step: int) -> None:
+        async with asyncio.timeout(30):
+            while self.num_begun < step:
+                await asyncio.sleep(0.001)
 
 
 async def tokens_of(engine: TorchEngine, request: Request) -> list[int]:
@@ -521,21 +532,25 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 20)
 
         async def use(engine: TorchEngine) -> None:
+            gate = Gate(engine)
             task = asyncio.create_task(collect(engine, make_request("r", prompt, max_tokens=12)))
             await asyncio.sleep(0)  # queued
-            if aborted_at != "queued":
-                assert await next_step(engine) == 4  # tokens in the cache: a part of the prompt
-            if aborted_at == "decode":
-                while await next_step(engine) < len(prompt):
-                    pass
+            step, num_computed = {"queued": (0, 0), "prefill": (1, 4), "decode": (6, 21)}[aborted_at]
+            for index in range(1, step + 1):
+                await gate.until_begun(index)
+                if index < step:
+                    gate.go_on()
+            if step:
+                assert [sequence.num_computed for sequence in engine._scheduler.running] == [num_computed]
             engine.abort("r")
-            if aborted_at != "queued":
-                await next_step(engine)
-            await asyncio.sleep(0)
+            gate.go_on()
             await task
-            await asyncio.sleep(0.01)
+            async with asyncio.timeout(30):
+                while engine.stats().num_free_blocks < engine.stats().num_blocks:  # until the step that ran has ended
+                    await asyncio.sleep(0.001)
             stats = engine.stats()
             assert stats.num_free_blocks == stats.num_blocks and (stats.num_running, stats.num_queued) == (0, 0)
+            assert gate.num_begun <= max(step, 1)  # and no other was begun for it
 
         with_engine(artefacts.exchange, use, max_step_tokens=4, max_batch_size=4)
 

@@ -325,7 +325,8 @@ class TestScheduling:
         assert [s for s, _, _ in self.steps(scheduler)] == [old, new]
         assert [s for s, _, _ in self.steps(scheduler)] == [old, new]
         assert self.steps(scheduler) == [(old, 3, 4)]
-        assert list(scheduler.waiting) == [new, queued] and scheduler.num_queued == 1
+        assert list(scheduler.waiting) == [new, queued]
+        assert [sequence.was_admitted for sequence in scheduler.waiting] == [True, False]
         scheduler.remove(old)
         assert self.steps(scheduler)[0] == (new, 0, 4)
 

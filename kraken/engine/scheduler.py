@@ -77,11 +77,6 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    @property
-    def num_queued(self) -> int:
-        """Sequences that have not begun; a preempted one has its place already."""
-        return sum(not sequence.was_admitted for sequence in self.waiting)
-
     def remove(self, sequence: Sequence, forget: bool = False) -> None:
         """A sequence has ended, however: its blocks are free at once.
 

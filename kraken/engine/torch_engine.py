@@ -213,6 +213,7 @@ class TorchEngine:
                 yield PromptOutput(logprobs=(None,) if request.prompt_logprobs else (), logits_TV=logits_TV)
             self._num_finished += 1
             return
+        # a preempted one has its place already
         num_queued = sum(not flight.sequence.was_admitted for flight in self._flights.values())
         if num_queued >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{num_queued} requests are waiting already; try again later")
