@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 import pytest
 import tiny
 import torch
+from gate import Gate
 from safetensors.torch import load_file, save_file
 
 from kraken.checkpoint.reader import load_model
@@ -129,29 +129,6 @@ def with_model_tokens(artefacts: Artefacts, prompts: list[list[int]], num_tokens
                 ids.append(int(model(torch.tensor([ids]))[0, -1, :301].argmax()))
         completions.append(ids[len(prompt) :])
     return completions
-
-
-class Gate:
-    """Holds every step of an engine, once planned, until it may go on."""
-
-    def __init__(self, engine: TorchEngine):
-        self.num_begun = 0
-        self._may_go_on = threading.Semaphore(0)
-        self._forward = engine._runner.forward
-        engine._runner.forward = self._held  # type: ignore[method-assign]
-
-    def _held(self, chunks: Any) -> torch.Tensor:
-        self.num_begun += 1
-        assert self._may_go_on.acquire(timeout=30), "a step was not let through"
-        return self._forward(chunks)
-
-    def go_on(self) -> None:
-        self._may_go_on.release()
-
-    async def until_begun(self, step: int) -> None:
-        async with asyncio.timeout(30):
-            while self.num_begun < step:
-                await asyncio.sleep(0.001)
 
 
 async def tokens_of(engine: TorchEngine, request: Request) -> list[int]:
@@ -475,16 +452,17 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> None:
-            endless = [make_request(f"r{i}", prompt, max_tokens=28) for i in range(3)]
-            started = []
-            for request in endless:
-                outputs = engine.generate(request)
-                await anext(outputs)
-                started.append(outputs)
+            gate = Gate(engine)
+            started = [engine.generate(make_request(f"r{i}", prompt, max_tokens=28)) for i in range(3)]
+            firsts = asyncio.gather(*(anext(outputs) for outputs in started))
+            await asyncio.sleep(0)  # all are queued, and some of them in the first step
+            gate.go_on(2)
+            await firsts
             await started[1].aclose()
             engine.abort("r0")
             engine.abort("r0")
             engine.abort("unknown")
+            gate.open()
             survivor = [o.token_id async for o in started[2] if isinstance(o, TokenOutput)]
             assert len(survivor) == 27  # its first token was taken above
             alone = await tokens_of(engine, make_request("again", prompt, max_tokens=28))
@@ -499,12 +477,15 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> None:
-            tasks = [
-                asyncio.create_task(collect(engine, make_request(f"r{i}", prompt, max_tokens=8))) for i in range(20)
-            ]
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            refused = [r for r in results if isinstance(r, EngineOverloaded)]
-            assert len(refused) == 18 and all(len(r) == 8 for r in results if isinstance(r, list))
+            gate = Gate(engine)
+            running = asyncio.create_task(collect(engine, make_request("running", prompt)))
+            await gate.until_begun(1)
+            tasks = [asyncio.create_task(collect(engine, make_request(f"r{i}", prompt))) for i in range(20)]
+            await asyncio.sleep(0)
+            gate.open()
+            *queued, refused = await asyncio.gather(*tasks[:2], asyncio.gather(*tasks[2:], return_exceptions=True))
+            assert all(isinstance(error, EngineOverloaded) for error in refused)
+            assert [len(outputs) for outputs in [await running, *queued]] == [8, 8, 8]
 
         with_engine(artefacts.exchange, use, max_batch_size=1, max_queued_requests=2)
 
@@ -598,8 +579,14 @@ class TestLifetime:
                 return forward(chunks)
 
             monkeypatch.setattr(engine._runner, "forward", broken)
+            gate = Gate(engine)
+            before = asyncio.create_task(collect(engine, make_request("before", [1], max_tokens=1)))
+            await gate.until_begun(1)
             tasks = [collect(engine, make_request(f"r{i}", p, max_tokens=4)) for i, p in enumerate(prompts)]
-            bad, *good = await asyncio.gather(*tasks, return_exceptions=True)
+            together = asyncio.gather(before, *tasks, return_exceptions=True)
+            await asyncio.sleep(0)  # all three are queued, and planned together once that step is over
+            gate.open()
+            _, bad, *good = await together
             assert isinstance(bad, EngineError) and "no such kernel" in str(bad)
             assert [[o.token_id for o in outputs] for outputs in good] == expected[1:]
             stats = engine.stats()

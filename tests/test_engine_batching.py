@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from gate import Gate
 
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.kv_cache import BlockPool, BlockTable
@@ -97,7 +98,11 @@ def requests(count: int, **sampling: Any) -> list[Request]:
 
 def together(made: list[Request]) -> Callable[[TorchEngine], Awaitable[list[list[Output]]]]:
     async def use(engine: TorchEngine) -> list[list[Output]]:
-        return await asyncio.gather(*(collect(engine, request) for request in made))
+        gate = Gate(engine)
+        results = asyncio.gather(*(collect(engine, request) for request in made))
+        await asyncio.sleep(0)  # all are queued
+        gate.open()
+        return await results
 
     return use
 

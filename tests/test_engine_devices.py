@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gate import Gate
 from safetensors.torch import save_file
 from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_equal, requests, run, together
 
@@ -76,15 +77,21 @@ def test_two_processes_equal_one_and_a_killed_one_is_told() -> None:
 
     async def use(engine: TorchEngine) -> list[list[Output]]:
         results = await together(made)(engine)
+        gate = Gate(engine)
         aborted = asyncio.create_task(collect(engine, a_request("aborted")))
-        await until(lambda: engine.stats().num_running == 1)
+        await gate.until_begun(1)
         engine.abort("aborted")
+        gate.open()
         await aborted
         await until(lambda: engine.stats().num_free_blocks == engine.stats().num_blocks)
         (process,) = processes_of(engine)
+        gate = Gate(engine)
         tasks = [asyncio.create_task(collect(engine, a_request(f"k{n}", max_tokens=40))) for n in range(2)]
-        await until(lambda: engine.stats().num_running == 2)
+        await asyncio.sleep(0)  # both are queued
+        gate.go_on()
+        await gate.until_begun(2)
         os.kill(process.pid, signal.SIGKILL)
+        gate.open()
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(o, EngineError) and "rank 1 was ended by SIGKILL" in str(o) for o in outcomes), outcomes
         assert not engine.stats().healthy
