@@ -14,7 +14,7 @@ from kraken.engine.sampling import Draw, sample
 
 @pytest.fixture(scope="module")
 def kernels() -> CpuKernels:
-    found = cpu_kernels()
+    found = cpu_kernels(torch.float32)
     if found is None:
         pytest.skip("no C compiler with OpenMP")
     return found
@@ -82,7 +82,7 @@ def test_attention_equals_torchs(
         pieces.append(Piece(start, count, [order.pop() for _ in range(num)]))
     arguments = (2, num_heads, head_size, num_blocks, tokens_per_block, torch.float32, torch.device("cpu"))
     ours = PagedCache(*arguments)
-    monkeypatch.setattr(attention, "cpu_kernels", lambda: None)
+    monkeypatch.setattr(attention, "cpu_kernels", lambda dtype: None)
     theirs = PagedCache(*arguments)
     for cache in (ours, theirs):
         torch.manual_seed(2)
@@ -96,12 +96,12 @@ def test_attention_equals_torchs(
 
 def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert cpu_kernels.__wrapped__() is None
+    assert cpu_kernels.__wrapped__(torch.float32) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1100, 512)])
 def test_zeros_in_large_pages_are_zeros_and_can_be_written(shape: tuple[int, ...]) -> None:
-    zeros = huge_zeros(shape)
+    zeros = huge_zeros(shape, torch.float32)
     assert zeros.shape == shape and not zeros.any()
     zeros += 1.0
     assert zeros.sum() == zeros.numel()
@@ -137,7 +137,7 @@ def test_draws_equal_torchs(kernels: CpuKernels, kind: str, num_ids: int, monkey
             draws = [Draw(kinds[row % 4], row, top_k) for row in range(6)]
             found = sample(padded, draws)
             with monkeypatch.context() as patch:
-                patch.setattr(sampling, "cpu_kernels", lambda: None)
+                patch.setattr(sampling, "cpu_kernels", lambda dtype: None)
                 assert found == sample(logits, draws)
 
 

@@ -62,12 +62,12 @@ class PagedCache:
     ):
         shape = (num_layers, num_heads, num_blocks * tokens_per_block, head_size)
         self.tokens_per_block = tokens_per_block
-        self._kernels = cpu_kernels() if device.type == "cpu" and dtype == torch.float32 else None
+        self._kernels = cpu_kernels(dtype) if device.type == "cpu" else None
         if self._kernels is None:
             self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
             self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)
         else:
-            self.keys_LNSH, self.values_LNSH = huge_zeros(shape), huge_zeros(shape)
+            self.keys_LNSH, self.values_LNSH = huge_zeros(shape, dtype), huge_zeros(shape, dtype)
 
     def attend(self, pieces: Sequence[Piece]) -> PagedAttend:
         """Attention for one batch. Pieces are stored before any of them reads, so one may hold another's blocks."""

@@ -1,8 +1,12 @@
-/* Kernels of the engine on a CPU, float32; `cpu_kernels.py` compiles and calls them.
+/* Kernels of the engine on a CPU; `cpu_kernels.py` compiles and calls them, for tensors of float32, or of bfloat16 where
+   BFLOAT16 is defined. Both compute in float32.
 
    Written with vector extensions of GCC and Clang, so that one source serves every instruction set. A vector is as wide
    as the machine's, and the accumulators of one tile fill its registers. */
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -25,7 +29,6 @@ enum {
     MAX_KEYS = 512,          /* keys whose weights are held at a time */
     KEYS_AHEAD = 16,         /* keys between the one that is used and the one that is fetched */
     COLUMNS = 2 * LANES,     /* of values that are summed together */
-    LINE = 64 / sizeof(float),
     GROUP = 64,          /* ids whose largest logit is looked for first */
     MAX_CANDIDATES = 512,
     NOT_FINITE = -1,
@@ -34,12 +37,68 @@ enum {
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
 int32_t kraken_panel(void) { return PANEL; }
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
+
+/* stored: a value of a tensor.
+   word: what a linear multiplies at a time, 32 bits of a tensor, handled as if they were one float32. */
+#ifdef BFLOAT16
+
+typedef uint16_t stored;
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+
+INLINE vec load_stored(const stored *from) {
+    return (vec)(__builtin_convertvector(*(const halves *)from, uvec) << 16);
+}
+
+INLINE float widen(stored value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+/* To the nearest, of two equally near to the even one; NaN stays NaN. */
+INLINE stored narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, not_a_number = bits >> 16 | 0x40;
+    return (stored)((bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded);
+}
+
+/* sums + the products of the numbers in the words: two of x with two of each lane of w */
+INLINE vec add_products(vec sums, float x, vec w) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uvec pair = (uvec){0} + bits;
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)pair, (__m512bh)w);
+#else
+    sums += (vec)(pair << 16) * (vec)((uvec)w << 16);
+    return sums + (vec)(pair & 0xffff0000u) * (vec)((uvec)w & 0xffff0000u);
+#endif
+}
+
+#else
+
+typedef float stored;
+
+INLINE vec load_stored(const stored *from) { return load(from); }
+
+INLINE float widen(stored value) { return value; }
+
+INLINE stored narrow(float value) { return value; }
+
+INLINE vec add_products(vec sums, float x, vec w) { return sums + x * w; }
+
+#endif
+
+enum { LINE = 64 / sizeof(stored) };
 
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
@@ -72,9 +131,10 @@ INLINE float sum_of(vec x) {
     return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-/* sums[rows, width] (+)= x[rows, depth] w[depth, width] with a width of so many vectors; `ahead` as AHEAD, or 0 */
+/* sums[rows, width] (+)= x[rows, depth] w[depth, width] with a width of so many vectors, of words or else of float32;
+   `ahead` as AHEAD, or 0 */
 INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, const float *w, int64_t depth, int rows,
-                 int vectors, int ahead, float *sums, int is_first) {
+                 int vectors, int is_words, int ahead, float *sums, int is_first) {
     vec a[ROWS][VECTORS];
     const int width = vectors * LANES;
 #pragma GCC unroll 8
@@ -87,12 +147,16 @@ INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, cons
         for (int v = 0; v < vectors; v++) b[v] = load(w + v * LANES);
         if (ahead)
 #pragma GCC unroll 4
-            for (int i = 0; i < width; i += LINE) __builtin_prefetch(w + ahead + i, 0, 2);
+            for (int i = 0; i < width; i += 16) __builtin_prefetch(w + ahead + i, 0, 2); /* a line of memory */
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             float value = x[r * row_stride + k * column_stride];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) a[r][v] += value * b[v];
+            for (int v = 0; v < vectors; v++)
+                if (is_words)
+                    a[r][v] = add_products(a[r][v], value, b[v]);
+                else
+                    a[r][v] += value * b[v];
         }
     }
 #pragma GCC unroll 8
@@ -104,15 +168,15 @@ INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, cons
 static void tile_of_few(const float *x, int64_t row_stride, const float *w, int64_t depth, int rows, float *sums,
                         int is_first) {
     switch (rows) {
-        case 1: tile(x, row_stride, 1, w, depth, 1, VECTORS, AHEAD, sums, is_first); break;
-        case 2: tile(x, row_stride, 1, w, depth, 2, VECTORS, AHEAD, sums, is_first); break;
-        case 3: tile(x, row_stride, 1, w, depth, 3, VECTORS, AHEAD, sums, is_first); break;
-        case 4: tile(x, row_stride, 1, w, depth, 4, VECTORS, AHEAD, sums, is_first); break;
-        case 5: tile(x, row_stride, 1, w, depth, 5, VECTORS, AHEAD, sums, is_first); break;
-        case 6: tile(x, row_stride, 1, w, depth, 6, VECTORS, AHEAD, sums, is_first); break;
+        case 1: tile(x, row_stride, 1, w, depth, 1, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 2: tile(x, row_stride, 1, w, depth, 2, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 3: tile(x, row_stride, 1, w, depth, 3, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 4: tile(x, row_stride, 1, w, depth, 4, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 5: tile(x, row_stride, 1, w, depth, 5, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 6: tile(x, row_stride, 1, w, depth, 6, VECTORS, 1, AHEAD, sums, is_first); break;
 #if !defined(__x86_64__) || defined(__AVX512F__)
-        case 7: tile(x, row_stride, 1, w, depth, 7, VECTORS, AHEAD, sums, is_first); break;
-        case 8: tile(x, row_stride, 1, w, depth, 8, VECTORS, AHEAD, sums, is_first); break;
+        case 7: tile(x, row_stride, 1, w, depth, 7, VECTORS, 1, AHEAD, sums, is_first); break;
+        case 8: tile(x, row_stride, 1, w, depth, 8, VECTORS, 1, AHEAD, sums, is_first); break;
 #endif
     }
 }
@@ -126,20 +190,27 @@ static void arrange(const float *x, int64_t num_rows, int64_t num_inputs, float 
         }
 }
 
-static void finish(const float *sums, const float *bias, float *y, int64_t num_outputs, int applies_gelu) {
+static void finish(const float *sums, const float *bias, void *y, int64_t first, int64_t num_outputs, int is_wide,
+                   int applies_gelu) {
     float whole[PANEL] __attribute__((aligned(64)));
+    stored narrowed[PANEL];
     memcpy(whole, sums, sizeof whole);
     if (bias)
         for (int64_t i = 0; i < num_outputs; i++) whole[i] += bias[i];
     if (applies_gelu)
         for (int v = 0; v < VECTORS; v++) *(vec *)(whole + v * LANES) = gelu(load(whole + v * LANES));
-    memcpy(y, whole, num_outputs * sizeof(float));
+    for (int i = 0; i < PANEL; i++) narrowed[i] = narrow(whole[i]);
+    if (is_wide)
+        memcpy((float *)y + first, whole, num_outputs * sizeof(float));
+    else
+        memcpy((stored *)y + first, narrowed, num_outputs * sizeof(stored));
 }
 
-/* y[T, O] = x[T, I] W^T + bias, then GELU if asked. `w` holds [panels, I, PANEL], zeros past O; `bias` may be null.
-   Returns 0, or 1 where there is no memory. */
-int32_t kraken_linear(const float *x, const float *w, const float *bias, float *y, int64_t num_rows, int64_t num_inputs,
-                      int64_t num_outputs, int32_t applies_gelu, int32_t num_threads) {
+/* y[T, O] = x[T, I] W^T + bias, then GELU if asked. x and w are words, and I is counted in them; `w` holds
+   [panels, I, PANEL], zeros past O; `bias` may be null; y is float32 if it is wide. Returns 0, or 1 where there is no
+   memory. */
+int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y, int64_t num_rows, int64_t num_inputs,
+                      int64_t num_outputs, int32_t is_wide, int32_t applies_gelu, int32_t num_threads) {
     int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
     int64_t chunk = CHUNK_VALUES / num_inputs < MAX_CHUNK_ROWS ? CHUNK_VALUES / num_inputs : MAX_CHUNK_ROWS;
     chunk = chunk < ROWS ? ROWS : chunk / ROWS * ROWS;
@@ -171,8 +242,8 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, float *
                 for (int64_t m = 0; m < rows; m += ROWS) {
                     float *to = sums + m * PANEL;
                     if (is_arranged)
-                        tile(arranged + m * num_inputs + k * ROWS, 1, ROWS, weights, depth, ROWS, VECTORS, AHEAD, to,
-                             k == 0);
+                        tile(arranged + m * num_inputs + k * ROWS, 1, ROWS, weights, depth, ROWS, VECTORS, 1, AHEAD,
+                             to, k == 0);
                     else
                         tile_of_few(x + (first + m) * num_inputs + k, num_inputs, weights, depth,
                                     rows - m < ROWS ? rows - m : ROWS, to, k == 0);
@@ -180,8 +251,8 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, float *
             }
             int64_t start = panel * PANEL, width = num_outputs - start < PANEL ? num_outputs - start : PANEL;
             for (int64_t m = 0; m < rows; m++)
-                finish(sums + m * PANEL, bias ? bias + start : NULL, y + (first + m) * num_outputs + start, width,
-                       applies_gelu);
+                finish(sums + m * PANEL, bias ? bias + start : NULL, y, (first + m) * num_outputs + start, width,
+                       is_wide, applies_gelu);
         }
         free(sums);
         free(arranged);
@@ -190,27 +261,27 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, float *
 }
 
 /* keys[N, S, H] and values at slot slots[t] become k[t] and v[t]. */
-void kraken_store(const float *k, const float *v, int64_t token_stride, int64_t head_stride, float *keys, float *values,
-                  int64_t num_slots, const int64_t *slots, int64_t num_tokens, int64_t num_heads, int64_t head_size) {
+void kraken_store(const stored *k, const stored *v, int64_t token_stride, int64_t head_stride, stored *keys,
+                  stored *values, int64_t num_slots, const int64_t *slots, int64_t num_tokens, int64_t num_heads, int64_t head_size) {
     for (int64_t n = 0; n < num_heads; n++)
         for (int64_t t = 0; t < num_tokens; t++) {
             int64_t from = t * token_stride + n * head_stride, to = (n * num_slots + slots[t]) * head_size;
-            memcpy(keys + to, k + from, head_size * sizeof(float));
-            memcpy(values + to, v + from, head_size * sizeof(float));
+            memcpy(keys + to, k + from, head_size * sizeof(stored));
+            memcpy(values + to, v + from, head_size * sizeof(stored));
         }
 }
 
-INLINE float dot(const float *a, const float *b, int64_t size) {
+INLINE float dot(const float *a, const stored *b, int64_t size) {
     vec sum = {0};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) sum += load(a + i) * load(b + i);
+    for (; i + LANES <= size; i += LANES) sum += load(a + i) * load_stored(b + i);
     float total = sum_of(sum);
-    for (; i < size; i++) total += a[i] * b[i];
+    for (; i < size; i++) total += a[i] * widen(b[i]);
     return total;
 }
 
 /* out[i] += sum over keys of weights[j] values[j, i] */
-INLINE void weigh(const float *weights, const float *values, int64_t num_keys, int64_t size, float *out) {
+INLINE void weigh(const float *weights, const stored *values, int64_t num_keys, int64_t size, float *out) {
     enum { WIDTH = 4 * LANES };
     int64_t i = 0;
     for (; i + WIDTH <= size; i += WIDTH) {
@@ -219,39 +290,39 @@ INLINE void weigh(const float *weights, const float *values, int64_t num_keys, i
         for (int v = 0; v < 4; v++) sums[v] = load(out + i + v * LANES);
         for (int64_t j = 0; j < num_keys; j++)
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; v++) sums[v] += weights[j] * load(values + j * size + i + v * LANES);
+            for (int v = 0; v < 4; v++) sums[v] += weights[j] * load_stored(values + j * size + i + v * LANES);
 #pragma GCC unroll 4
         for (int v = 0; v < 4; v++) *(vec *)(out + i + v * LANES) = sums[v];
     }
     for (; i + LANES <= size; i += LANES) {
         vec sum = load(out + i);
-        for (int64_t j = 0; j < num_keys; j++) sum += weights[j] * load(values + j * size + i);
+        for (int64_t j = 0; j < num_keys; j++) sum += weights[j] * load_stored(values + j * size + i);
         *(vec *)(out + i) = sum;
     }
     for (; i < size; i++)
-        for (int64_t j = 0; j < num_keys; j++) out[i] += weights[j] * values[j * size + i];
+        for (int64_t j = 0; j < num_keys; j++) out[i] += weights[j] * widen(values[j * size + i]);
 }
 
 /* One head of one token: out[H] over `length` keys that lie in blocks. */
-static void attend_one(const float *q, const float *keys, const float *values, const int32_t *blocks, int64_t length,
-                       int64_t tokens_per_block, int64_t head_size, float scale, float *out) {
+static void attend_one(const stored *q, const stored *keys, const stored *values, const int32_t *blocks, int64_t length,
+                       int64_t tokens_per_block, int64_t head_size, float scale, stored *out) {
     float weights[MAX_KEYS + LANES] __attribute__((aligned(64)));
-    float highest = -INFINITY, total = 0.0f;
-    memset(out, 0, head_size * sizeof(float));
+    float highest = -INFINITY, total = 0.0f, query[head_size], sums[head_size];
+    for (int64_t i = 0; i < head_size; i++) query[i] = widen(q[i]), sums[i] = 0.0f;
     for (int64_t begin = 0; begin < length; begin += MAX_KEYS) {
         int64_t end = length - begin < MAX_KEYS ? length : begin + MAX_KEYS, num_keys = end - begin;
         float chunk_highest = highest;
         for (int64_t j = begin, run; j < end; j += run) {
             int64_t offset = j % tokens_per_block;
             run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
-            const float *from = keys + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
-            const float *later = values + (from - keys); /* read after all keys, and fetched meanwhile */
+            const stored *from = keys + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
+            const stored *later = values + (from - keys); /* read after all keys, and fetched meanwhile */
             for (int64_t i = 0; i < run; i++) {
                 for (int64_t c = 0; c < head_size; c += LINE) {
                     __builtin_prefetch(from + (i + KEYS_AHEAD) * head_size + c, 0, 2);
                     __builtin_prefetch(later + i * head_size + c, 0, 2);
                 }
-                float score = scale * dot(q, from + i * head_size, head_size);
+                float score = scale * dot(query, from + i * head_size, head_size);
                 weights[j - begin + i] = score;
                 chunk_highest = score > chunk_highest ? score : chunk_highest;
             }
@@ -259,7 +330,7 @@ static void attend_one(const float *q, const float *keys, const float *values, c
         if (begin > 0 && chunk_highest > highest) {
             float shrink = expf(highest - chunk_highest);
             total *= shrink;
-            for (int64_t i = 0; i < head_size; i++) out[i] *= shrink;
+            for (int64_t i = 0; i < head_size; i++) sums[i] *= shrink;
         }
         highest = chunk_highest;
         for (int64_t j = num_keys; j < num_keys + LANES; j++) weights[j] = -INFINITY;
@@ -268,19 +339,19 @@ static void attend_one(const float *q, const float *keys, const float *values, c
         for (int64_t j = begin, run; j < end; j += run) {
             int64_t offset = j % tokens_per_block;
             run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
-            const float *from = values + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
-            weigh(weights + (j - begin), from, run, head_size, out);
+            const stored *from = values + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
+            weigh(weights + (j - begin), from, run, head_size, sums);
         }
     }
-    for (int64_t i = 0; i < head_size; i++) out[i] /= total;
+    for (int64_t i = 0; i < head_size; i++) out[i] = narrow(sums[i] / total);
 }
 
 /* One token of each of B sequences, its own key and value stored before: out[B, N, H].
    `rows` are the tokens' places in q and out, `tables` is [B, num_blocks]. */
-void kraken_attend(const float *q, int64_t token_stride, int64_t head_stride, const float *keys, const float *values,
+void kraken_attend(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys, const stored *values,
                    int64_t num_slots, const int64_t *rows, const int32_t *tables, const int64_t *lengths,
                    int64_t num_blocks, int64_t tokens_per_block, int64_t num_sequences, int64_t num_heads,
-                   int64_t head_size, float scale, float *out, int32_t num_threads) {
+                   int64_t head_size, float scale, stored *out, int32_t num_threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
     for (int64_t task = 0; task < num_sequences * num_heads; task++) {
         int64_t b = task / num_heads, n = task % num_heads;
@@ -290,22 +361,22 @@ void kraken_attend(const float *q, int64_t token_stride, int64_t head_stride, co
     }
 }
 
-static float *floats(int64_t num) { return aligned_alloc(64, (num + LINE - 1) / LINE * 64); }
+static float *floats(int64_t num) { return aligned_alloc(64, (num + 15) / 16 * 64); }
 
 /* One head's keys as [panels, H, PANEL] and values as [column panels, panels * PANEL, COLUMNS], zeros past the end. */
-static void pack(const float *keys, const float *values, const int32_t *blocks, int64_t num_keys,
+static void pack(const stored *keys, const stored *values, const int32_t *blocks, int64_t num_keys,
                  int64_t tokens_per_block, int64_t head_size, float *packed_keys, float *packed_values) {
     int64_t padded = (num_keys + PANEL - 1) / PANEL * PANEL;
     for (int64_t j = 0; j < padded; j++) {
         int64_t slot = j < num_keys ? blocks[j / tokens_per_block] * tokens_per_block + j % tokens_per_block : 0;
-        const float *key = keys + slot * head_size, *value = values + slot * head_size;
+        const stored *key = keys + slot * head_size, *value = values + slot * head_size;
         float *to = packed_keys + j / PANEL * PANEL * head_size + j % PANEL;
-        for (int64_t i = 0; i < head_size; i++) to[i * PANEL] = j < num_keys ? key[i] : 0.0f;
+        for (int64_t i = 0; i < head_size; i++) to[i * PANEL] = j < num_keys ? widen(key[i]) : 0.0f;
         for (int64_t i = 0; i < head_size; i += COLUMNS) {
             int64_t width = head_size - i < COLUMNS ? head_size - i : COLUMNS;
             to = packed_values + i * padded + j * COLUMNS;
             memset(to, 0, COLUMNS * sizeof(float));
-            if (j < num_keys) memcpy(to, value + i, width * sizeof(float));
+            for (int64_t c = 0; c < width && j < num_keys; c++) to[c] = widen(value[i + c]);
         }
     }
 }
@@ -336,10 +407,10 @@ static float softmax(float *scores, int64_t num_panels, int64_t num_seen, float 
 
 /* Neighbouring tokens of one sequence, their own keys and values stored before: out[T, N, H]; each sees the keys up to
    its own. Returns 0, or 1 where there is no memory. */
-int32_t kraken_attend_many(const float *q, int64_t token_stride, int64_t head_stride, const float *keys,
-                           const float *values, int64_t num_slots, const int32_t *blocks, int64_t tokens_per_block,
+int32_t kraken_attend_many(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys,
+                           const stored *values, int64_t num_slots, const int32_t *blocks, int64_t tokens_per_block,
                            int64_t start, int64_t num_tokens, int64_t num_heads, int64_t head_size, float scale,
-                           float *out, int32_t num_threads) {
+                           stored *out, int32_t num_threads) {
     int64_t num_keys = start + num_tokens, num_panels = (num_keys + PANEL - 1) / PANEL, padded = num_panels * PANEL;
     int64_t columns = (head_size + COLUMNS - 1) / COLUMNS * COLUMNS;
     int64_t num_tiles = (num_tokens + ROWS - 1) / ROWS;
@@ -364,12 +435,12 @@ int32_t kraken_attend_many(const float *q, int64_t token_stride, int64_t head_st
                 int64_t first = m * ROWS, rows = num_tokens - first < ROWS ? num_tokens - first : ROWS;
                 int64_t seen_panels = (start + first + rows + PANEL - 1) / PANEL;
                 float totals[ROWS];
-                for (int64_t r = 0; r < ROWS; r++) /* the last again where there are too few */
-                    memcpy(queries + r * head_size,
-                           q + (first + (r < rows ? r : rows - 1)) * token_stride + n * head_stride,
-                           head_size * sizeof(float));
+                for (int64_t r = 0; r < ROWS; r++) { /* the last again where there are too few */
+                    const stored *from = q + (first + (r < rows ? r : rows - 1)) * token_stride + n * head_stride;
+                    for (int64_t i = 0; i < head_size; i++) queries[r * head_size + i] = widen(from[i]);
+                }
                 for (int64_t p = 0; p < seen_panels; p++)
-                    tile(queries, head_size, 1, packed_keys + p * PANEL * head_size, head_size, ROWS, VECTORS, 0,
+                    tile(queries, head_size, 1, packed_keys + p * PANEL * head_size, head_size, ROWS, VECTORS, 0, 0,
                          scores + p * ROWS * PANEL, 1);
                 for (int64_t r = 0; r < ROWS; r++)
                     totals[r] = softmax(scores + r * PANEL, seen_panels,
@@ -377,11 +448,11 @@ int32_t kraken_attend_many(const float *q, int64_t token_stride, int64_t head_st
                 for (int64_t i = 0; i < head_size; i += COLUMNS) {
                     for (int64_t p = 0; p < seen_panels; p++)
                         tile(scores + p * ROWS * PANEL, PANEL, 1, packed_values + i * padded + p * PANEL * COLUMNS,
-                             PANEL, ROWS, 2, 0, sums, p == 0);
+                             PANEL, ROWS, 2, 0, 0, sums, p == 0);
                     int64_t width = head_size - i < COLUMNS ? head_size - i : COLUMNS;
                     for (int64_t r = 0; r < rows; r++) {
-                        float *to = out + ((first + r) * num_heads + n) * head_size + i;
-                        for (int64_t c = 0; c < width; c++) to[c] = sums[r * COLUMNS + c] / totals[r];
+                        stored *to = out + ((first + r) * num_heads + n) * head_size + i;
+                        for (int64_t c = 0; c < width; c++) to[c] = narrow(sums[r * COLUMNS + c] / totals[r]);
                     }
                 }
             }

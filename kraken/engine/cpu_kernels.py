@@ -1,9 +1,12 @@
-"""The engine's own kernels on a CPU, in float32: linears, attention over paged keys and values, drawing a token.
+"""The engine's own kernels on a CPU, in float32 and bfloat16: linears, attention over paged keys and values, drawing.
 
 torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values;
 drawing takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
-`cpu_kernels.c` is compiled for this machine when an engine first asks, which takes about a second; where there is no C
-compiler with OpenMP, the engine computes the same with torch's operators, slower.
+`cpu_kernels.c` is compiled for this machine and a type when an engine first asks, which takes about a second; where
+there is no C compiler with OpenMP, the engine computes the same with torch's operators, slower.
+
+In bfloat16 weights are half the bytes, which is what decoding waits for. Sums are float32, also on processors that have
+no instructions for the type.
 """
 
 import contextlib
@@ -24,6 +27,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".c")
 HUGE_PAGE = 2 << 20
+WORD_BYTES = 4
+"""What a linear multiplies at a time: one float32, or two inputs of a token in bfloat16."""
 COMPILE_TIMEOUT_S = 60.0
 MAX_TOP_K = 511
 """Of `CpuKernels.sample`."""
@@ -33,16 +38,17 @@ _logger = logging.getLogger(__name__)
 
 
 class CpuKernels:
-    """A compiled library. Tensors are float32 on the CPU; whoever calls sees to shapes and strides."""
+    """A compiled library. Tensors are of its type on the CPU; whoever calls sees to shapes and strides."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, dtype: torch.dtype):
+        self.dtype = dtype
         library = ctypes.CDLL(str(path))  # releases the interpreter's lock during a call
         pointer: Any
         count: Any
         flag: Any
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self._linear, self._store, self._attend = library.kraken_linear, library.kraken_store, library.kraken_attend
-        self._linear.argtypes = [*[pointer] * 4, *[count] * 3, flag, flag]
+        self._linear.argtypes = [*[pointer] * 4, *[count] * 3, *[flag] * 3]
         self._store.argtypes = [pointer, pointer, count, count, pointer, pointer, count, pointer, *[count] * 3]
         self._attend.argtypes = [
             *[pointer, count, count, pointer, pointer, count, pointer, pointer, pointer],
@@ -57,27 +63,39 @@ class CpuKernels:
         self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 4, flag]
         self.panel: int = library.kraken_panel()
         """Outputs of a linear that lie side by side in `arranged`."""
+        self._word = WORD_BYTES // dtype.itemsize
+
+    def can_compute(self, num_inputs: int) -> bool:
+        """Whether so many inputs of a linear are whole words."""
+        return num_inputs % self._word == 0
 
     def arranged(self, weight_OI: Tensor) -> Tensor:
-        """A linear's weights in the order in which they are read: [panels, I, outputs of a panel]."""
+        """A linear's weights in the order in which they are read: [panels, I / word, outputs of a panel, word]."""
         num_outputs, num_inputs = weight_OI.shape
-        num_panels = -(-num_outputs // self.panel)
-        arranged = huge_zeros((num_panels, num_inputs, self.panel))
-        whole = num_outputs // self.panel
-        arranged[:whole] = weight_OI[: whole * self.panel].unflatten(0, (whole, self.panel)).transpose(1, 2)
+        num_panels, whole = -(-num_outputs // self.panel), num_outputs // self.panel
+        arranged = huge_zeros((num_panels, num_inputs // self._word, self.panel, self._word), self.dtype)
+        words = weight_OI.unflatten(1, (-1, self._word)).transpose(0, 1)
+        arranged[:whole] = words[:, : whole * self.panel].unflatten(1, (whole, self.panel)).transpose(0, 1)
         if whole < num_panels:
-            arranged[whole, :, : num_outputs - whole * self.panel] = weight_OI[whole * self.panel :].t()
+            arranged[whole, :, : num_outputs - whole * self.panel] = words[:, whole * self.panel :]
         return arranged
 
     def linear(self, x_TI: Tensor, arranged: Tensor, bias_O: Tensor | None, y_TO: Tensor, gelu: bool) -> None:
-        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous, x and y also [1, T, ...]."""
+        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous, x and y also [1, T, ...].
+
+        Args:
+            bias_O: float32.
+            y_TO: float32, or of the library's type.
+        """
         failed = self._linear(
             x_TI.data_ptr(),
             arranged.data_ptr(),
             None if bias_O is None else bias_O.data_ptr(),
             y_TO.data_ptr(),
-            *x_TI.shape[-2:],
+            x_TI.shape[-2],
+            x_TI.shape[-1] // self._word,
             y_TO.shape[-1],
+            y_TO.dtype == torch.float32,
             gelu,
             torch.get_num_threads(),
         )
@@ -183,7 +201,7 @@ class CpuKernels:
         on both sides of the cut.
 
         Args:
-            logits_BV: ids side by side.
+            logits_BV: float32, whatever the library's type; ids side by side.
             top_k_B: int64; 0 takes the most likely id, and of equal ones the lowest; at most `MAX_TOP_K`.
             temperature_B: float32.
             uniform_B: float64, what each token is drawn by.
@@ -205,8 +223,11 @@ class CpuKernels:
 
 
 @functools.cache
-def cpu_kernels() -> CpuKernels | None:
-    """The kernels, compiled once per process; None where that cannot be done here."""
+def cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
+    """The kernels for tensors of a type, compiled once per process; None where that cannot be done here, and of types
+    other than float32 and bfloat16."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
     compiler = next(
         (found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None
     )
@@ -216,22 +237,24 @@ def cpu_kernels() -> CpuKernels | None:
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     with tempfile.TemporaryDirectory(prefix="kraken-kernels-") as folder:
         library = Path(folder) / "cpu_kernels.so"
-        command = [compiler, "-O3", tuning, "-fopenmp", "-shared", "-fPIC", str(SOURCE), "-o", str(library), "-lm"]
+        options = ["-O3", tuning, "-fopenmp", "-shared", "-fPIC", *(["-DBFLOAT16"] if dtype == torch.bfloat16 else [])]
+        command = [compiler, *options, str(SOURCE), "-o", str(library), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-            return CpuKernels(library)
+            return CpuKernels(library, dtype)
         except (OSError, subprocess.SubprocessError) as error:
             reason = str(getattr(error, "stderr", None) or error).strip()
             _logger.info("the engine computes with torch's operators, since %s failed: %s", compiler, reason)
             return None
 
 
-def huge_zeros(shape: tuple[int, ...]) -> Tensor:
-    """float32 zeros in pages of 2 MB, where the system has them: memory is read a fifth faster than in small ones."""
+def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in pages of 2 MB, where the system has them: memory is read a fifth faster than in small ones."""
     num_values = torch.Size(shape).numel()
-    if num_values * 4 < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=torch.float32)
-    pages = mmap.mmap(-1, -(-num_values * 4 // HUGE_PAGE) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_pages = -(-num_values * dtype.itemsize // HUGE_PAGE)
+    if num_values * dtype.itemsize < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    pages = mmap.mmap(-1, num_pages * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32, count=num_values).view(shape)
+    return torch.frombuffer(pages, dtype=dtype, count=num_values).view(shape)

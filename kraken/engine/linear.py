@@ -23,37 +23,63 @@ MAX_FEW_TOKENS = 64
 """Tokens up to which the engine's own kernel computes a linear."""
 
 
-def make_linear(weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none") -> Linear:
-    """The fastest way to these linears on the device where the weights are; weights are copied where that needs it."""
-    on_cpu = weight_WOI.device.type == "cpu"
-    if on_cpu and weight_WOI.dtype == torch.float32 and (kernels := cpu_kernels()) is not None:
-        return NativeLinear(weight_WOI, bias_WO, activation, kernels)
-    packable = on_cpu and weight_WOI.dtype in (torch.float32, torch.bfloat16)
-    if packable and torch.backends.mkldnn.is_available():
+def make_linear(
+    weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none", is_wide: bool = False
+) -> Linear:
+    """The fastest way to these linears on the device where the weights are; weights are copied where that needs it.
+
+    Args:
+        is_wide: its outputs may be float32 whatever the weights are, where the sums are.
+    """
+    kernels = cpu_kernels(weight_WOI.dtype) if weight_WOI.device.type == "cpu" else None
+    if kernels is not None and kernels.can_compute(weight_WOI.shape[2]):
+        return NativeLinear(weight_WOI, bias_WO, activation, kernels, is_wide)
+    if _is_packable(weight_WOI):
         return PackedLinear(weight_WOI, bias_WO, activation)
     return PlainLinear(weight_WOI, bias_WO, activation)
 
 
+def _is_packable(weight_WOI: Tensor) -> bool:
+    """Whether oneDNN computes with weights of its own order here."""
+    if weight_WOI.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight_WOI.dtype == torch.bfloat16:  # not on every processor
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight_WOI.dtype == torch.float32
+
+
 class NativeLinear:
-    """The engine's own kernel, on a CPU in float32.
+    """The engine's own kernel, on a CPU in float32 or bfloat16.
 
     With the few tokens of decoding it reads weights up to 1.6 times as fast as oneDNN. With those of a prompt oneDNN is
     a tenth faster, and has its own copy of the weights, where it is there: prompts are most of the work of an
-    evaluation and of a first answer, and models that are run in float32 on a CPU are small beside its memory.
+    evaluation and of a first answer, and models that are run on a CPU are small beside its memory.
     """
 
-    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation, kernels: CpuKernels):
+    def __init__(
+        self,
+        weight_WOI: Tensor,
+        bias_WO: Tensor | None,
+        activation: Activation,
+        kernels: CpuKernels,
+        is_wide: bool = False,
+    ):
         self._kernels, self._gelu, self._num_outputs = kernels, activation == "gelu", weight_WOI.shape[1]
+        self._out_dtype = torch.float32 if is_wide else weight_WOI.dtype
         self._weights = [kernels.arranged(weight_OI) for weight_OI in weight_WOI]
-        self._of_many = PackedLinear(weight_WOI, bias_WO, activation) if torch.backends.mkldnn.is_available() else None
+        self._of_many: PackedLinear | None = None
+        if self._out_dtype == weight_WOI.dtype and _is_packable(weight_WOI):
+            self._of_many = PackedLinear(weight_WOI, bias_WO, activation)
         # own copies: the kernel wants them whole
-        self._biases = [None] * len(self._weights) if bias_WO is None else [bias_O.clone() for bias_O in bias_WO]
+        self._biases: list[Tensor] | list[None] = [None] * len(self._weights)
+        if bias_WO is not None:
+            self._biases = [bias_O.to(torch.float32, copy=True) for bias_O in bias_WO]
 
     def __call__(self, x_WTI: Tensor) -> Tensor:
         if self._of_many is not None and x_WTI.shape[1] > MAX_FEW_TOKENS:
             return self._of_many(x_WTI)
         x_WTI = x_WTI.contiguous()
-        y_WTO = x_WTI.new_empty(*x_WTI.shape[:2], self._num_outputs)
+        y_WTO = x_WTI.new_empty(*x_WTI.shape[:2], self._num_outputs, dtype=self._out_dtype)
         if len(self._weights) == 1:  # taking the ways apart costs as much as a small operator
             self._kernels.linear(x_WTI, self._weights[0], self._biases[0], y_WTO, self._gelu)
             return y_WTO

@@ -57,7 +57,8 @@ class Network:
             self._conjunction_bias_D = weights.pop("conjunction.bias", None)
         bias_D = weights.pop("ln_f.bias", None)
         self._ln_f = Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
-        self._head = make_linear(_head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)[None], None)
+        head_VD = _head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)
+        self._head = make_linear(head_VD[None], None, is_wide=True)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
         """One forward pass.
@@ -125,7 +126,10 @@ class Network:
             y_TD = self.group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
             if self._conjunction_bias_D is not None:
                 y_TD = y_TD + self._conjunction_bias_D
-        logits_TV = self.group.gather_columns(self._head(self._ln_f(y_TD[None]))[0])
+        logits_TV = self._head(self._ln_f(y_TD[None]))[0]
+        if self.device.type == "cpu":  # on whichever of the ranks there are kernels
+            logits_TV = logits_TV.float()
+        logits_TV = self.group.gather_columns(logits_TV)
         return logits_TV[:, : self.num_ids].float() if self.part.rank == 0 else logits_TV
 
 
