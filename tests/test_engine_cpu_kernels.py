@@ -7,21 +7,29 @@ import torch.nn.functional as F
 from kraken.engine import attention, sampling
 from kraken.engine.attention import PagedCache, Piece
 from kraken.engine.cpu_kernels import MAX_TOP_K, CpuKernels, cpu_kernels, huge_zeros
-from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear
+from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear, make_linear
 from kraken.engine.protocol import SamplingParams
 from kraken.engine.sampling import Draw, sample
 
 
-@pytest.fixture(scope="module")
-def kernels() -> CpuKernels:
-    found = cpu_kernels(torch.float32)
+def kernels_of(dtype: torch.dtype) -> CpuKernels:
+    found = cpu_kernels(dtype)
     if found is None:
         pytest.skip("no C compiler with OpenMP")
     return found
 
 
-# several panels with a remainder, several depths, and rows below, at and past a tile and a chunk
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 6, 8, 9, 16, 17, 33, 500])
+@pytest.fixture(scope="module")
+def kernels() -> CpuKernels:
+    return kernels_of(torch.float32)
+
+
+NUMS_TOKENS = [1, 2, 5, 6, 8, 9, 16, 17, 33, 500]
+"""Below, at and past a tile and a chunk."""
+
+
+# several panels with a remainder, and several depths
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
 @pytest.mark.parametrize("num_inputs", [24, 801])
 @pytest.mark.parametrize("max_few_tokens", [0, 1000])
 @pytest.mark.parametrize("num_ways", [1, 3])
@@ -43,6 +51,36 @@ def test_linears_equal_torchs(
             torch.testing.assert_close(found, PlainLinear(weight, b, act)(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
+@pytest.mark.parametrize("num_inputs", [24, 802])
+@pytest.mark.parametrize("num_ways", [1, 3])
+def test_linears_of_bfloat16_sum_in_float32(num_tokens: int, num_inputs: int, num_ways: int) -> None:
+    """What is wide is as exact as a product of the same numbers in float32; what is not is that, rounded once."""
+    torch.manual_seed(0)
+    kernels = kernels_of(torch.bfloat16)
+    weight = (torch.randn(num_ways, 101, num_inputs) / num_inputs**0.5).bfloat16()
+    bias, x = torch.randn(num_ways, 101).bfloat16(), torch.randn(num_ways, num_tokens, num_inputs).bfloat16()
+    for b in (None, bias):
+        for act in ("none", "gelu"):
+            expected = PlainLinear(weight.float(), None if b is None else b.float(), act)(x.float())
+            wide = NativeLinear(weight, b, act, kernels, is_wide=True)(x)
+            torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-5)
+            linear = NativeLinear(weight, b, act, kernels)
+            linear._of_many = None
+            assert torch.equal(linear(x), wide.bfloat16())
+
+
+def test_parts_of_prompts_in_bfloat16_go_to_onednn_where_it_is_fast() -> None:
+    kernels = kernels_of(torch.bfloat16)
+    weight, x = torch.randn(1, 50, 40).bfloat16() / 6, torch.randn(1, 100, 40).bfloat16()
+    linear = NativeLinear(weight, None, "gelu", kernels)
+    assert (linear._of_many is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    expected = F.gelu(x.float() @ weight[0].float().T, approximate="tanh")
+    torch.testing.assert_close(linear(x).float(), expected, rtol=1e-2, atol=1e-2)
+    assert not isinstance(make_linear(weight[:, :, :39], None), NativeLinear)  # half a word would be left
+    assert make_linear(weight, None, is_wide=True)(x).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", [PackedLinear, PlainLinear])
 def test_gelu_after_a_linear_is_the_tanh_form(kind: type[PackedLinear] | type[PlainLinear]) -> None:
     weight, bias, x = torch.randn(1, 40, 24), torch.randn(1, 40), torch.randn(1, 7, 24)
@@ -56,23 +94,27 @@ def test_gelu_of_very_large_numbers(kernels: CpuKernels) -> None:
     torch.testing.assert_close(found, F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_no_number_stays_so(kernels: CpuKernels) -> None:
-    x = torch.ones(1, 3, 40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
+    x = torch.ones(1, 3, 40, dtype=dtype)
     x[0, 1, 5] = torch.nan
-    found = NativeLinear(torch.ones(1, 50, 40), None, "gelu", kernels)(x)[0]
+    found = NativeLinear(torch.ones(1, 50, 40, dtype=dtype), None, "gelu", kernels_of(dtype))(x)[0]
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("head_size", [5, 64, 113])
 @pytest.mark.parametrize("tokens_per_block", [1, 16])
 @pytest.mark.parametrize("num_heads", [1, 2, 3])  # shared by the threads in both ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_equals_torchs(
-    kernels: CpuKernels, head_size: int, tokens_per_block: int, num_heads: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, head_size: int, tokens_per_block: int, num_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Single tokens and parts of prompts in one batch, blocks out of order, more keys than are held at a time.
+    """Single tokens and parts of prompts in one batch, blocks out of order, more keys than are held at a time. Torch's
+    attention is in float32, also over what the kernels hold in bfloat16.
 
     Parts below, at and past a tile of queries, and that end within, at and past a panel of keys.
     """
+    kernels_of(dtype)
     torch.manual_seed(1)
     num_blocks = 2800 // tokens_per_block
     order = torch.randperm(num_blocks).tolist()
@@ -80,18 +122,19 @@ def test_attention_equals_torchs(
     for start, count in zip(starts, counts, strict=True):
         num = -(-(start + count) // tokens_per_block)
         pieces.append(Piece(start, count, [order.pop() for _ in range(num)]))
-    arguments = (2, num_heads, head_size, num_blocks, tokens_per_block, torch.float32, torch.device("cpu"))
-    ours = PagedCache(*arguments)
+    arguments = (2, num_heads, head_size, num_blocks, tokens_per_block)
+    ours = PagedCache(*arguments, dtype, torch.device("cpu"))
     monkeypatch.setattr(attention, "cpu_kernels", lambda dtype: None)
-    theirs = PagedCache(*arguments)
-    for cache in (ours, theirs):
-        torch.manual_seed(2)
-        cache.keys_LNSH.normal_(std=2.0)
-        cache.values_LNSH.normal_()
-    qkv = torch.randn(sum(counts), 3, num_heads, head_size).unbind(dim=1)  # strides as of one linear's output
-    found, expected = ours.attend(pieces)(1, *qkv), theirs.attend(pieces)(1, *qkv)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours.keys_LNSH, theirs.keys_LNSH) and torch.equal(ours.values_LNSH, theirs.values_LNSH)
+    theirs = PagedCache(*arguments, torch.float32, torch.device("cpu"))
+    theirs.keys_LNSH.copy_(ours.keys_LNSH.normal_(std=2.0))
+    theirs.values_LNSH.copy_(ours.values_LNSH.normal_())
+    qkv = torch.randn(sum(counts), 3, num_heads, head_size, dtype=dtype)
+    found = ours.attend(pieces)(1, *qkv.unbind(dim=1))  # strides as of one linear's output
+    expected = theirs.attend(pieces)(1, *qkv.float().unbind(dim=1))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-8  # of a value rounded once
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=1e-5)
+    assert torch.equal(ours.keys_LNSH, theirs.keys_LNSH.to(dtype))
+    assert torch.equal(ours.values_LNSH, theirs.values_LNSH.to(dtype))
 
 
 def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,12 +142,17 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     assert cpu_kernels.__wrapped__(torch.float32) is None
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (1100, 512)])
-def test_zeros_in_large_pages_are_zeros_and_can_be_written(shape: tuple[int, ...]) -> None:
-    zeros = huge_zeros(shape, torch.float32)
-    assert zeros.shape == shape and not zeros.any()
+def test_of_other_types_there_are_none() -> None:
+    assert cpu_kernels(torch.float16) is None and cpu_kernels(torch.float64) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1100, 512), (2200, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_in_large_pages_are_zeros_and_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    zeros = huge_zeros(shape, dtype)
+    assert zeros.shape == shape and zeros.dtype == dtype and not zeros.any()
     zeros += 1.0
-    assert zeros.sum() == zeros.numel()
+    assert bool((zeros == 1.0).all())
 
 
 def adversarial_logits(kind: str, num_ids: int) -> torch.Tensor:

@@ -206,11 +206,12 @@ static void finish(const float *sums, const float *bias, void *y, int64_t first,
         memcpy((stored *)y + first, narrowed, num_outputs * sizeof(stored));
 }
 
-/* y[T, O] = x[T, I] W^T + bias, then GELU if asked. x and w are words, and I is counted in them; `w` holds
-   [panels, I, PANEL], zeros past O; `bias` may be null; y is float32 if it is wide. Returns 0, or 1 where there is no
-   memory. */
-int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y, int64_t num_rows, int64_t num_inputs,
-                      int64_t num_outputs, int32_t is_wide, int32_t applies_gelu, int32_t num_threads) {
+/* y[W, T, O] = x[W, T, I] W^T + bias of every way, then GELU if asked. x and w are words, and I is counted in them; `w`
+   holds [ways, panels, I, PANEL], zeros past O; `bias`, [W, O], may be null; y is float32 if it is wide. The ways are
+   divided among the threads together, since it costs time to call them. Returns 0, or 1 where there is no memory. */
+int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y, int64_t num_ways, int64_t num_rows,
+                      int64_t num_inputs, int64_t num_outputs, int32_t is_wide, int32_t applies_gelu,
+                      int32_t num_threads) {
     int64_t num_panels = (num_outputs + PANEL - 1) / PANEL;
     int64_t chunk = CHUNK_VALUES / num_inputs < MAX_CHUNK_ROWS ? CHUNK_VALUES / num_inputs : MAX_CHUNK_ROWS;
     chunk = chunk < ROWS ? ROWS : chunk / ROWS * ROWS;
@@ -228,17 +229,18 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y
 #pragma omp atomic write
             failed = 1;
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < num_chunks * num_panels; task++) {
+        for (int64_t task = 0; task < num_ways * num_chunks * num_panels; task++) {
             if (!sums || (is_arranged && !arranged)) continue;
-            int64_t first = task / num_panels * chunk, panel = task % num_panels;
-            int64_t rows = num_rows - first < chunk ? num_rows - first : chunk;
-            if (is_arranged && held != first) {
+            int64_t part = task / num_panels, panel = task % num_panels;
+            int64_t way = part / num_chunks, begin = part % num_chunks * chunk, first = way * num_rows + begin;
+            int64_t rows = num_rows - begin < chunk ? num_rows - begin : chunk;
+            if (is_arranged && held != part) {
                 arrange(x + first * num_inputs, rows, num_inputs, arranged);
-                held = first;
+                held = part;
             }
             for (int64_t k = 0; k < num_inputs; k += step) {
                 int64_t depth = num_inputs - k < step ? num_inputs - k : step;
-                const float *weights = w + (panel * num_inputs + k) * PANEL;
+                const float *weights = w + ((way * num_panels + panel) * num_inputs + k) * PANEL;
                 for (int64_t m = 0; m < rows; m += ROWS) {
                     float *to = sums + m * PANEL;
                     if (is_arranged)
@@ -251,8 +253,8 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y
             }
             int64_t start = panel * PANEL, width = num_outputs - start < PANEL ? num_outputs - start : PANEL;
             for (int64_t m = 0; m < rows; m++)
-                finish(sums + m * PANEL, bias ? bias + start : NULL, y, (first + m) * num_outputs + start, width,
-                       is_wide, applies_gelu);
+                finish(sums + m * PANEL, bias ? bias + way * num_outputs + start : NULL, y,
+                       (first + m) * num_outputs + start, width, is_wide, applies_gelu);
         }
         free(sums);
         free(arranged);

@@ -48,7 +48,7 @@ class CpuKernels:
         flag: Any
         pointer, count, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         self._linear, self._store, self._attend = library.kraken_linear, library.kraken_store, library.kraken_attend
-        self._linear.argtypes = [*[pointer] * 4, *[count] * 3, *[flag] * 3]
+        self._linear.argtypes = [*[pointer] * 4, *[count] * 4, *[flag] * 3]
         self._store.argtypes = [pointer, pointer, count, count, pointer, pointer, count, pointer, *[count] * 3]
         self._attend.argtypes = [
             *[pointer, count, count, pointer, pointer, count, pointer, pointer, pointer],
@@ -69,38 +69,38 @@ class CpuKernels:
         """Whether so many inputs of a linear are whole words."""
         return num_inputs % self._word == 0
 
-    def arranged(self, weight_OI: Tensor) -> Tensor:
-        """A linear's weights in the order in which they are read: [panels, I / word, outputs of a panel, word]."""
-        num_outputs, num_inputs = weight_OI.shape
+    def arranged(self, weight_WOI: Tensor) -> Tensor:
+        """Weights in the order in which they are read: [W, panels, I / word, outputs of a panel, word]."""
+        num_ways, num_outputs, num_inputs = weight_WOI.shape
         num_panels, whole = -(-num_outputs // self.panel), num_outputs // self.panel
-        arranged = huge_zeros((num_panels, num_inputs // self._word, self.panel, self._word), self.dtype)
-        words = weight_OI.unflatten(1, (-1, self._word)).transpose(0, 1)
-        arranged[:whole] = words[:, : whole * self.panel].unflatten(1, (whole, self.panel)).transpose(0, 1)
+        arranged = huge_zeros((num_ways, num_panels, num_inputs // self._word, self.panel, self._word), self.dtype)
+        words = weight_WOI.unflatten(2, (-1, self._word)).transpose(1, 2)
+        arranged[:, :whole] = words[:, :, : whole * self.panel].unflatten(2, (whole, self.panel)).transpose(1, 2)
         if whole < num_panels:
-            arranged[whole, :, : num_outputs - whole * self.panel] = words[:, whole * self.panel :]
+            arranged[:, whole, :, : num_outputs - whole * self.panel] = words[:, :, whole * self.panel :]
         return arranged
 
-    def linear(self, x_TI: Tensor, arranged: Tensor, bias_O: Tensor | None, y_TO: Tensor, gelu: bool) -> None:
-        """Write y = x W^T + bias, then GELU (tanh) if asked; all contiguous, x and y also [1, T, ...].
+    def linear(self, x_WTI: Tensor, arranged: Tensor, bias_WO: Tensor | None, y_WTO: Tensor, gelu: bool) -> None:
+        """Write y = x W^T + bias of every way, then GELU (tanh) if asked; all contiguous.
 
         Args:
-            bias_O: float32.
-            y_TO: float32, or of the library's type.
+            bias_WO: float32.
+            y_WTO: float32, or of the library's type.
         """
         failed = self._linear(
-            x_TI.data_ptr(),
+            x_WTI.data_ptr(),
             arranged.data_ptr(),
-            None if bias_O is None else bias_O.data_ptr(),
-            y_TO.data_ptr(),
-            x_TI.shape[-2],
-            x_TI.shape[-1] // self._word,
-            y_TO.shape[-1],
-            y_TO.dtype == torch.float32,
+            None if bias_WO is None else bias_WO.data_ptr(),
+            y_WTO.data_ptr(),
+            *x_WTI.shape[:2],
+            x_WTI.shape[2] // self._word,
+            y_WTO.shape[2],
+            y_WTO.dtype == torch.float32,
             gelu,
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError(f"no memory for a linear of {x_TI.shape[-2]} tokens and {x_TI.shape[-1]} inputs")
+            raise MemoryError(f"no memory for a linear of {x_WTI.shape[1]} tokens and {x_WTI.shape[2]} inputs")
 
     def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
         """Write keys and values to their slots; k and v have equal strides and the last dimension whole."""

@@ -66,25 +66,20 @@ class NativeLinear:
     ):
         self._kernels, self._gelu, self._num_outputs = kernels, activation == "gelu", weight_WOI.shape[1]
         self._out_dtype = torch.float32 if is_wide else weight_WOI.dtype
-        self._weights = [kernels.arranged(weight_OI) for weight_OI in weight_WOI]
+        self._weights = kernels.arranged(weight_WOI)
         self._of_many: PackedLinear | None = None
         if self._out_dtype == weight_WOI.dtype and _is_packable(weight_WOI):
             self._of_many = PackedLinear(weight_WOI, bias_WO, activation)
-        # own copies: the kernel wants them whole
-        self._biases: list[Tensor] | list[None] = [None] * len(self._weights)
-        if bias_WO is not None:
-            self._biases = [bias_O.to(torch.float32, copy=True) for bias_O in bias_WO]
+        self._bias_WO: Tensor | None = None
+        if bias_WO is not None:  # a copy: the kernel wants it whole
+            self._bias_WO = bias_WO.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def __call__(self, x_WTI: Tensor) -> Tensor:
         if self._of_many is not None and x_WTI.shape[1] > MAX_FEW_TOKENS:
             return self._of_many(x_WTI)
         x_WTI = x_WTI.contiguous()
         y_WTO = x_WTI.new_empty(*x_WTI.shape[:2], self._num_outputs, dtype=self._out_dtype)
-        if len(self._weights) == 1:  # taking the ways apart costs as much as a small operator
-            self._kernels.linear(x_WTI, self._weights[0], self._biases[0], y_WTO, self._gelu)
-            return y_WTO
-        for x_TI, weight, bias_O, y_TO in zip(x_WTI, self._weights, self._biases, y_WTO, strict=True):
-            self._kernels.linear(x_TI, weight, bias_O, y_TO, self._gelu)
+        self._kernels.linear(x_WTI, self._weights, self._bias_WO, y_WTO, self._gelu)
         return y_WTO
 
 
