@@ -1,5 +1,7 @@
 """The engine's own kernels on a CPU against torch's operators."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,8 @@ from kraken.engine.sampling import Draw, sample
 def kernels_of(dtype: torch.dtype) -> CpuKernels:
     found = cpu_kernels(dtype)
     if found is None:
-        pytest.skip("no C compiler with OpenMP")
+        assert not any(shutil.which(name) for name in ("cc", "gcc")), "the kernels do not compile"
+        pytest.skip("no C compiler")
     return found
 
 

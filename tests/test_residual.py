@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
+from test_engine_cpu_kernels import kernels_of
 from torch import Tensor
 
 from kraken.engine import residual
@@ -30,11 +31,19 @@ def layer_norm(x_WTD: Tensor, norm: Norm) -> Tensor:
 
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("num_ways", [1, 3])
-def test_the_plain_operations_are_the_equations(num_ways: int, has_bias: bool) -> None:
+@pytest.mark.parametrize(("num_tokens", "width"), [(4, 24), (1, 5), (1000, 75)])  # one thread, few values, all threads
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_on_a_cpu_they_are_the_equations(
+    by_kernel: bool, num_tokens: int, width: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_kernel:
+        kernels_of(torch.float32)
+    else:
+        monkeypatch.setattr(residual, "cpu_kernels", lambda dtype: None)
     torch.manual_seed(0)
-    x_WTD, y_WTD = torch.randn(2, num_ways, 4, 24, device="cpu")
-    others_1TD = torch.randn(1, 4, 24)
-    norm = make_norm(num_ways, 24, has_bias)
+    x_WTD, y_WTD = torch.randn(2, num_ways, num_tokens, width, device="cpu")
+    others_1TD = torch.randn(1, num_tokens, width)
+    norm = make_norm(num_ways, width, has_bias)
     norm = Norm(norm.weight_WD.cpu(), None if norm.bias_WD is None else norm.bias_WD.cpu())
     a_WTD, normed_WTD = residual.advance(x_WTD, y_WTD, norm)
     assert normed_WTD is not None
@@ -49,6 +58,27 @@ def test_the_plain_operations_are_the_equations(num_ways: int, has_bias: bool) -
     expected_WTD = layer_norm(x_WTD + y_WTD + x_WTD.sum(0) - x_WTD, norm)
     torch.testing.assert_close(normed_WTD.double(), expected_WTD, rtol=0, atol=2e-5)
     assert residual.advance(x_WTD, y_WTD, None)[1] is None
+    one_WTD = x_WTD[:1].expand(num_ways, -1, -1)  # as all ways begin
+    torch.testing.assert_close(residual.see(one_WTD, y_WTD, norm), residual.see(one_WTD.clone(), y_WTD, norm))
+
+
+@pytest.mark.parametrize("num_ways", [1, 3])
+def test_on_a_cpu_bfloat16_is_rounded_once(num_ways: int) -> None:
+    """The sum of residuals as torch rounds it, and a norm of it and of the float32 sum of the others."""
+    kernels_of(torch.bfloat16)
+    torch.manual_seed(0)
+    x_WTD, y_WTD = torch.randn(2, num_ways, 6, 75, device="cpu").bfloat16()
+    others_1TD = torch.randn(1, 6, 75).bfloat16()
+    norm = Norm(torch.randn(num_ways, 75).bfloat16(), torch.randn(num_ways, 75).bfloat16())
+    total_1TD = x_WTD.double().sum(0, keepdim=True) + others_1TD
+    for part_1TD, sees in ((None, False), (others_1TD, True)):
+        if sees:
+            a_WTD, normed_WTD = residual.see(x_WTD, y_WTD, norm, part_1TD)
+        else:
+            a_WTD, normed_WTD = residual.advance(x_WTD, y_WTD, norm)
+        assert normed_WTD is not None and torch.equal(a_WTD, x_WTD + y_WTD)
+        expected_WTD = layer_norm(a_WTD + (total_1TD - x_WTD if sees else 0.0), norm)
+        torch.testing.assert_close(normed_WTD.double(), expected_WTD, rtol=2**-8, atol=1e-5)
 
 
 @needs_triton

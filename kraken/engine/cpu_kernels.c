@@ -31,6 +31,7 @@ enum {
     COLUMNS = 2 * LANES,     /* of values that are summed together */
     GROUP = 64,          /* ids whose largest logit is looked for first */
     MAX_CANDIDATES = 512,
+    FEW_VALUES = 1 << 16, /* of states, up to which one thread passes them faster than two are told to */
     NOT_FINITE = -1,
     UNDECIDED = -2
 };
@@ -260,6 +261,53 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y
         free(arranged);
     }
     return failed;
+}
+
+static float mean_of(const float *x, int64_t size) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sum += load(x + i);
+    float total = sum_of(sum);
+    for (; i < size; i++) total += x[i];
+    return total / size;
+}
+
+static float variance_of(const float *x, int64_t size, float mean) {
+    vec sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) sum += (load(x + i) - mean) * (load(x + i) - mean);
+    float total = sum_of(sum);
+    for (; i < size; i++) total += (x[i] - mean) * (x[i] - mean);
+    return total / size;
+}
+
+/* What stands between the products of a layer, of every token: a[W, T, D] = x + addend, and unless `normed` is null, the
+   LayerNorm of a, or where it sees the other ways, of a + S - x, S being the sum of x over all ways: `part`[T, D] if
+   that is the total, else those held here and the part, which may be null. `bias`[W, D] may be null. */
+void kraken_residual(const stored *restrict x, const stored *restrict addend, const stored *restrict part,
+                     const stored *restrict gain, const stored *restrict bias, stored *restrict a,
+                     stored *restrict normed, int64_t num_ways, int64_t num_tokens, int64_t width, float epsilon,
+                     int32_t sees, int32_t is_total, int32_t num_threads) {
+    int has_own = sees && (num_ways > 1 || is_total); /* whether S holds x: else S - x is the part */
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_ways * num_tokens * width > FEW_VALUES)
+    for (int64_t t = 0; t < num_tokens; t++) {
+        float total[width], seen[width];
+        for (int64_t i = 0; i < width; i++) total[i] = sees && part ? widen(part[t * width + i]) : 0.0f;
+        for (int64_t w = 0; w < num_ways && has_own && !is_total; w++)
+            for (int64_t i = 0; i < width; i++) total[i] += widen(x[(w * num_tokens + t) * width + i]);
+        for (int64_t w = 0; w < num_ways; w++) {
+            int64_t row = (w * num_tokens + t) * width;
+            for (int64_t i = 0; i < width; i++) a[row + i] = narrow(widen(x[row + i]) + widen(addend[row + i]));
+            if (!normed) continue;
+            for (int64_t i = 0; i < width; i++)
+                seen[i] = widen(a[row + i]) + (total[i] - (has_own ? widen(x[row + i]) : 0.0f));
+            float mean = mean_of(seen, width), scale = 1.0f / sqrtf(variance_of(seen, width, mean) + epsilon);
+            for (int64_t i = 0; i < width; i++) {
+                float value = (seen[i] - mean) * scale * widen(gain[w * width + i]);
+                normed[row + i] = narrow(bias ? value + widen(bias[w * width + i]) : value);
+            }
+        }
+    }
 }
 
 /* keys[N, S, H] and values at slot slots[t] become k[t] and v[t]. */

@@ -1,7 +1,8 @@
-"""The engine's own kernels on a CPU, in float32 and bfloat16: linears, attention over paged keys and values, drawing.
+"""The engine's own kernels on a CPU, in float32 and bfloat16: linears, what stands between them, attention over paged
+keys and values, drawing.
 
 torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values;
-drawing takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
+the rest takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
 `cpu_kernels.c` is compiled for this machine and a type when an engine first asks, which takes about a second; where
 there is no C compiler with OpenMP, the engine computes the same with torch's operators, slower.
 
@@ -55,6 +56,9 @@ class CpuKernels:
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
         self._store.restype = self._attend.restype = None
+        self._residual = library.kraken_residual
+        self._residual.argtypes = [*[pointer] * 7, *[count] * 3, ctypes.c_float, *[flag] * 3]
+        self._residual.restype = None
         self._attend_many, self._sample = library.kraken_attend_many, library.kraken_sample
         self._attend_many.argtypes = [
             *[pointer, count, count, pointer, pointer, count, pointer],
@@ -101,6 +105,32 @@ class CpuKernels:
         )
         if failed:
             raise MemoryError(f"no memory for a linear of {x_WTI.shape[1]} tokens and {x_WTI.shape[2]} inputs")
+
+    def residual(
+        self,
+        x_WTD: Tensor,
+        addend_WTD: Tensor,
+        gain_WD: Tensor | None,
+        bias_WD: Tensor | None,
+        epsilon: float,
+        part_1TD: Tensor | None = None,
+        sees: bool = False,
+        is_total: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x + addend, and with a gain the LayerNorm of that and of what it sees; as `kraken.engine.residual` says."""
+        given = (x_WTD, addend_WTD, part_1TD, gain_WD, bias_WD)
+        held = [None if tensor is None else tensor.contiguous() for tensor in given]
+        a_WTD = x_WTD.new_empty(x_WTD.shape)
+        normed_WTD = None if gain_WD is None else x_WTD.new_empty(x_WTD.shape)
+        self._residual(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (*held, a_WTD, normed_WTD)),
+            *x_WTD.shape,
+            epsilon,
+            sees,
+            is_total,
+            torch.get_num_threads(),
+        )
+        return a_WTD, normed_WTD
 
     def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
         """Write keys and values to their slots; k and v have equal strides and the last dimension whole."""

@@ -5,14 +5,16 @@
 
 S is the sum over all ways of x, those of other devices included. A layer that reads no others uses `advance` for both.
 
-On CUDA each is one kernel, where Triton is installed. Shape letters as in `kraken/model.py`.
+Each is one kernel: on CUDA where Triton is installed, on a CPU where there is a C compiler. Shape letters as in
+`kraken/model.py`.
 """
 
 from torch import Tensor
 
+from kraken.engine.cpu_kernels import cpu_kernels
 from kraken.engine.kernels import has_kernels
 from kraken.engine.norm import Norm, Normed
-from kraken.residual_norm import sum_across_ways
+from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 
 
 def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
@@ -21,6 +23,9 @@ def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tenso
         from kraken.engine import residual_kernel  # which imports Triton, and only CUDA has that
 
         return residual_kernel.advance(x_WTD, addend_WTD, norm)
+    if x_WTD.device.type == "cpu" and (kernels := cpu_kernels(x_WTD.dtype)) is not None:
+        gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
+        return kernels.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
     out_WTD = x_WTD + addend_WTD
     return out_WTD, None if norm is None else norm(out_WTD)
 
@@ -38,6 +43,11 @@ def see(
         from kraken.engine import residual_kernel
 
         return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
+    if x_WTD.device.type == "cpu" and (kernels := cpu_kernels(x_WTD.dtype)) is not None:
+        weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
+        a_WTD, normed_WTD = kernels.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
+        assert normed_WTD is not None
+        return a_WTD, normed_WTD
     a_WTD = seen_WTD = x_WTD + addend_WTD
     if is_total:
         assert part_1TD is not None

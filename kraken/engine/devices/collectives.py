@@ -23,7 +23,6 @@ from torch._C._distributed_c10d import Store
 
 from kraken.engine import residual
 from kraken.engine.devices.exchange import Exchange, connect_all
-from kraken.engine.kernels import has_kernels
 from kraken.engine.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
@@ -119,12 +118,8 @@ class DeviceGroup:
             return *residual.advance(x_WTD, addend_WTD, norm), None
         if self.sums and self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
             return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
-        if has_kernels(x_WTD):
-            out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
-            return out_WTD, normed_WTD, self._start_plain_sum(out_WTD)
-        out_WTD = x_WTD + addend_WTD
-        pending = self._start_plain_sum(out_WTD)  # as early as possible
-        return out_WTD, None if norm is None else norm(out_WTD), pending
+        out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
+        return out_WTD, normed_WTD, self._start_plain_sum(out_WTD)
 
     def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
         """The sum over all ways of x, those of other ranks included, begun; x may not change until it is seen."""
