@@ -1,6 +1,9 @@
 """The engine's own kernels on a CPU against torch's operators."""
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +146,31 @@ def test_attention_equals_torchs(
 def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert cpu_kernels.__wrapped__(torch.float32) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_released_threads_end_and_come_back(kernels: CpuKernels) -> None:
+    def num_threads(expected: int) -> int:
+        ends_at = time.monotonic() + 10.0
+        while (found := len(list(Path("/proc/self/task").iterdir()))) != expected and time.monotonic() < ends_at:
+            time.sleep(0.01)
+        return found
+
+    def in_a_thread() -> None:
+        torch.set_num_threads(3)
+        before = len(list(Path("/proc/self/task").iterdir()))
+        expected = linear(x)
+        assert num_threads(before + 2) == before + 2
+        kernels.release_threads()
+        assert num_threads(before) == before
+        assert torch.equal(linear(x), expected) and torch.get_num_threads() == 3
+        assert num_threads(before + 2) == before + 2
+
+    linear, x = NativeLinear(torch.randn(1, 500, 40), None, "none", kernels), torch.randn(1, 3, 40)
+    num_threads_of_torch = torch.get_num_threads()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(in_a_thread).result()
+    torch.set_num_threads(num_threads_of_torch)
 
 
 def test_of_other_types_there_are_none() -> None:

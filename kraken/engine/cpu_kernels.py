@@ -33,6 +33,8 @@ WORD_BYTES = 4
 COMPILE_TIMEOUT_S = 60.0
 MAX_TOP_K = 511
 """Of `CpuKernels.sample`."""
+PAUSE_SOFTLY = 1
+"""OpenMP's `omp_pause_soft`: its settings stay."""
 NOT_FINITE, UNDECIDED = -1, -2
 """What `CpuKernels.sample` gives where it has no token."""
 _logger = logging.getLogger(__name__)
@@ -68,6 +70,18 @@ class CpuKernels:
         self.panel: int = library.kraken_panel()
         """Outputs of a linear that lie side by side in `arranged`."""
         self._word = WORD_BYTES // dtype.itemsize
+        # of the OpenMP that this is linked to, which is torch's where that has one of the same kind
+        self._pause_threads: Any = getattr(library, "omp_pause_resource_all", None)
+
+    def release_threads(self) -> None:
+        """End the threads that OpenMP keeps for the calling thread; they are back when it computes again.
+
+        Every thread that computes has its own. Where a process has more of them than cores, none waits a moment for
+        more work before it sleeps, and to wake it takes longer than many a product: whoever loads a model and leaves
+        its threads behind makes another thread decode at half the speed.
+        """
+        if self._pause_threads is not None:
+            self._pause_threads(PAUSE_SOFTLY)
 
     def can_compute(self, num_inputs: int) -> bool:
         """Whether so many inputs of a linear are whole words."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
 from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.cpu_kernels import cpu_kernels
 from kraken.engine.devices.collectives import DeviceGroup
 from kraken.engine.devices.meeting import Meeting, RanksError
 from kraken.engine.devices.partition import Part
@@ -186,6 +187,7 @@ class TorchEngine:
             runner = Runner(network, num_blocks, config.tokens_per_block)
             if graph_sizes is not None:
                 runner.record(graph_sizes)
+            _release_threads(device, dtype)
             return cls(runner, info, config, num_blocks)
         led = lead(source, info.num_ids, config, device, dtype, meeting)
         try:
@@ -193,6 +195,7 @@ class TorchEngine:
         except ConfigError:
             led.followers.end()
             raise
+        _release_threads(device, dtype)
         return cls(led.open(num_blocks, config, graph_sizes), info, config, num_blocks)
 
     @property
@@ -541,6 +544,12 @@ def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
     is_half = cuda or config.quantization != "none"
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if is_half else "float32")
     return torch.device("cuda" if cuda else "cpu"), getattr(torch, name)
+
+
+def _release_threads(device: torch.device, dtype: torch.dtype) -> None:
+    """What this thread has loaded, another one runs."""
+    if device.type == "cpu" and (kernels := cpu_kernels(dtype)) is not None:
+        kernels.release_threads()
 
 
 def _graph_sizes(config: EngineConfig, model: ModelConfig) -> GraphSizes:
