@@ -340,8 +340,9 @@ class EngineConfig:
     """`auto`: CUDA where there is a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU, where bfloat16 decodes about twice as fast
-    and changes log-probabilities in the third digit. On a CPU the linears' weights are held twice, for decoding and for
-    prompts (in float32 0.5 GB more for 124M parameters, in bfloat16 half of that)."""
+    but changes log-probabilities in the third digit, so that deployment needs an `evaluate.parity_tolerance` of about
+    0.1. On a CPU the linears' weights are held twice, for decoding and for prompts (in float32 0.5 GB more for 124M
+    parameters, in bfloat16 half of that)."""
     quantization: Quantization = "none"
     """`fp8`: the layers' linears with weights and inputs in float8, scaled by output and by token: half the memory for
     weights and up to twice the speed, on a GPU of compute capability 8.9 or newer; log-probabilities change in the
