@@ -64,7 +64,7 @@ class Ours:
             tokenizer_fingerprint="none",
         )
         self.forward_s = 0.0
-        self._kernels = cpu_kernels(model.wte.weight.dtype) if model.wte.weight.device.type == "cpu" else None
+        self._kernels = cpu_kernels(model.wte.weight.device, model.wte.weight.dtype)
         self._vocab_size = shape.vocab_size
         self._engine = TorchEngine.from_model(model, info, config)
         self._forward = self._engine._runner.forward

@@ -65,8 +65,8 @@ RAY_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
     # OpenMP's threads wait for each other by spinning, which costs most where the cores are shared, as here with Ray's
-    # own processes; to wake one that sleeps costs a decoding engine a third of its speed on idle ones. So they spin for
-    # some 20 us, which a forward pass rarely exceeds between two products. `benchmarks/wait_policy.py` measures it.
+    # own processes; to wake one that sleeps costs a decoding engine up to half its speed on idle ones. So they spin for
+    # some 25 us, which a forward pass rarely exceeds between two products. `benchmarks/wait_policy.py` measures it.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "1000",
 }

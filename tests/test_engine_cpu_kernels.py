@@ -17,8 +17,11 @@ from kraken.engine.protocol import SamplingParams
 from kraken.engine.sampling import Draw, sample
 
 
+CPU = torch.device("cpu")
+
+
 def kernels_of(dtype: torch.dtype) -> CpuKernels:
-    found = cpu_kernels(dtype)
+    found = cpu_kernels(CPU, dtype)
     if found is None:
         assert not any(shutil.which(name) for name in ("cc", "gcc")), "the kernels do not compile"
         pytest.skip("no C compiler")
@@ -130,7 +133,7 @@ def test_attention_equals_torchs(
         pieces.append(Piece(start, count, [order.pop() for _ in range(num)]))
     arguments = (2, num_heads, head_size, num_blocks, tokens_per_block)
     ours = PagedCache(*arguments, dtype, torch.device("cpu"))
-    monkeypatch.setattr(attention, "cpu_kernels", lambda dtype: None)
+    monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)
     theirs = PagedCache(*arguments, torch.float32, torch.device("cpu"))
     theirs.keys_LNSH.copy_(ours.keys_LNSH.normal_(std=2.0))
     theirs.values_LNSH.copy_(ours.values_LNSH.normal_())
@@ -145,36 +148,43 @@ def test_attention_equals_torchs(
 
 def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert cpu_kernels.__wrapped__(torch.float32) is None
+    assert cpu_kernels.__wrapped__(CPU, torch.float32) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
 def test_released_threads_end_and_come_back(kernels: CpuKernels) -> None:
-    def num_threads(expected: int) -> int:
+    def threads() -> set[str]:
+        return {task.name for task in Path("/proc/self/task").iterdir()}
+
+    def num_new(before: set[str], expected: int) -> int:
+        """Threads that were not there before, once they are as many as expected; others may end meanwhile."""
         ends_at = time.monotonic() + 10.0
-        while (found := len(list(Path("/proc/self/task").iterdir()))) != expected and time.monotonic() < ends_at:
+        while (found := len(threads() - before)) != expected and time.monotonic() < ends_at:
             time.sleep(0.01)
         return found
 
     def in_a_thread() -> None:
         torch.set_num_threads(3)
-        before = len(list(Path("/proc/self/task").iterdir()))
+        before = threads()
         expected = linear(x)
-        assert num_threads(before + 2) == before + 2
+        assert num_new(before, 2) == 2
         kernels.release_threads()
-        assert num_threads(before) == before
+        assert num_new(before, 0) == 0
         assert torch.equal(linear(x), expected) and torch.get_num_threads() == 3
-        assert num_threads(before + 2) == before + 2
+        assert num_new(before, 2) == 2
 
     linear, x = NativeLinear(torch.randn(1, 500, 40), None, "none", kernels), torch.randn(1, 3, 40)
     num_threads_of_torch = torch.get_num_threads()
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(in_a_thread).result()
-    torch.set_num_threads(num_threads_of_torch)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(in_a_thread).result()
+    finally:
+        torch.set_num_threads(num_threads_of_torch)
 
 
-def test_of_other_types_there_are_none() -> None:
-    assert cpu_kernels(torch.float16) is None and cpu_kernels(torch.float64) is None
+def test_of_other_types_and_devices_there_are_none() -> None:
+    assert cpu_kernels(CPU, torch.float16) is None and cpu_kernels(CPU, torch.float64) is None
+    assert cpu_kernels(torch.device("meta"), torch.float32) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1100, 512), (2200, 512)])
@@ -216,7 +226,7 @@ def test_draws_equal_torchs(kernels: CpuKernels, kind: str, num_ids: int, monkey
             draws = [Draw(kinds[row % 4], row, top_k) for row in range(6)]
             found = sample(padded, draws)
             with monkeypatch.context() as patch:
-                patch.setattr(sampling, "cpu_kernels", lambda dtype: None)
+                patch.setattr(sampling, "cpu_kernels", lambda device, dtype: None)
                 assert found == sample(logits, draws)
 
 

@@ -25,7 +25,7 @@ BLOCKS = [5, 2, 9, 0, 11]
 def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kraken.engine.graphs import GraphedForward
 
-    monkeypatch.setattr(attention, "cpu_kernels", lambda dtype: None)  # whose cache has another layout
+    monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)  # whose cache has another layout
     model = make_model(variant).to(DEVICE)
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup())

@@ -39,7 +39,7 @@ def test_on_a_cpu_they_are_the_equations(
     if by_kernel:
         kernels_of(torch.float32)
     else:
-        monkeypatch.setattr(residual, "cpu_kernels", lambda dtype: None)
+        monkeypatch.setattr(residual, "cpu_kernels", lambda device, dtype: None)
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, num_tokens, width, device="cpu")
     others_1TD = torch.randn(1, num_tokens, width)

@@ -62,7 +62,7 @@ class PagedCache:
     ):
         shape = (num_layers, num_heads, num_blocks * tokens_per_block, head_size)
         self.tokens_per_block = tokens_per_block
-        self._kernels = cpu_kernels(dtype) if device.type == "cpu" else None
+        self._kernels = cpu_kernels(device, dtype)
         if self._kernels is None:
             self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
             self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)

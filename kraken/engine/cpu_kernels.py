@@ -267,10 +267,10 @@ class CpuKernels:
 
 
 @functools.cache
-def cpu_kernels(dtype: torch.dtype) -> CpuKernels | None:
-    """The kernels for tensors of a type, compiled once per process; None where that cannot be done here, and of types
-    other than float32 and bfloat16."""
-    if dtype not in (torch.float32, torch.bfloat16):
+def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
+    """The kernels for tensors of a type, compiled once per process; None where that cannot be done here, for devices
+    other than the CPU, and of types other than float32 and bfloat16."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
     compiler = next(
         (found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None

@@ -31,7 +31,7 @@ def make_linear(
     Args:
         is_wide: its outputs may be float32 whatever the weights are, where the sums are.
     """
-    kernels = cpu_kernels(weight_WOI.dtype) if weight_WOI.device.type == "cpu" else None
+    kernels = cpu_kernels(weight_WOI.device, weight_WOI.dtype)
     if kernels is not None and kernels.can_compute(weight_WOI.shape[2]):
         return NativeLinear(weight_WOI, bias_WO, activation, kernels, is_wide)
     if _is_packable(weight_WOI):

@@ -23,7 +23,7 @@ def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tenso
         from kraken.engine import residual_kernel  # which imports Triton, and only CUDA has that
 
         return residual_kernel.advance(x_WTD, addend_WTD, norm)
-    if x_WTD.device.type == "cpu" and (kernels := cpu_kernels(x_WTD.dtype)) is not None:
+    if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
         return kernels.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
     out_WTD = x_WTD + addend_WTD
@@ -43,7 +43,7 @@ def see(
         from kraken.engine import residual_kernel
 
         return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
-    if x_WTD.device.type == "cpu" and (kernels := cpu_kernels(x_WTD.dtype)) is not None:
+    if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
         a_WTD, normed_WTD = kernels.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
         assert normed_WTD is not None

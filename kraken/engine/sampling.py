@@ -42,7 +42,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
         logits_BV: float32.
     """
     logits_BV = _constrain(logits_BV, draws)
-    kernels = cpu_kernels(logits_BV.dtype) if logits_BV.device.type == "cpu" else None
+    kernels = cpu_kernels(logits_BV.device, logits_BV.dtype)
     if kernels is not None:
         chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
     else:

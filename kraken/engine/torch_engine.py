@@ -548,7 +548,7 @@ def _device_and_dtype(config: EngineConfig) -> tuple[torch.device, torch.dtype]:
 
 def _release_threads(device: torch.device, dtype: torch.dtype) -> None:
     """What this thread has loaded, another one runs."""
-    if device.type == "cpu" and (kernels := cpu_kernels(dtype)) is not None:
+    if (kernels := cpu_kernels(device, dtype)) is not None:
         kernels.release_threads()
 
 
