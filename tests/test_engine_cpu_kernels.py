@@ -16,7 +16,6 @@ from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear, make_l
 from kraken.engine.protocol import SamplingParams
 from kraken.engine.sampling import Draw, sample
 
-
 CPU = torch.device("cpu")
 
 
