@@ -34,11 +34,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.chunk import Chunk
+from kraken.engine.chunk import Chunk, Readout
 from kraken.engine.cpu_kernels import cpu_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.engine.torch_engine import TorchEngine
@@ -104,12 +103,12 @@ class Ours:
         prompt = torch.randint(self._vocab_size, (prompt_tokens,)).tolist()
         return Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
 
-    def _timed_forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def _timed_forward(self, chunks: Sequence[Chunk]) -> Readout:
         started_at = time.perf_counter()
-        logits_RV = self._forward(chunks)
-        wait(logits_RV.device)
+        readout = self._forward(chunks)
+        wait(readout.logits_RV.device)
         self.forward_s += time.perf_counter() - started_at
-        return logits_RV
+        return readout
 
 
 class Transformers:

@@ -4,8 +4,7 @@ import asyncio
 import threading
 from typing import Any
 
-import torch
-
+from kraken.engine.chunk import Readout
 from kraken.engine.torch_engine import TorchEngine
 
 
@@ -19,11 +18,11 @@ class Gate:
         self._forward = self._runner.forward
         self._runner.forward = self._held
 
-    def _held(self, chunks: Any) -> torch.Tensor:
+    def _held(self, chunks: Any) -> Readout:
         self.num_begun += 1
         assert self._may_go_on.acquire(timeout=30), "a step was not let through"
-        logits_RV: torch.Tensor = self._forward(chunks)
-        return logits_RV
+        readout: Readout = self._forward(chunks)
+        return readout
 
     def go_on(self, num_steps: int = 1) -> None:
         self._may_go_on.release(num_steps)

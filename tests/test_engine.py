@@ -22,7 +22,7 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
-from kraken.engine.chunk import Chunk
+from kraken.engine.chunk import Chunk, Readout
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -495,7 +495,7 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> None:
-            def broken(*args: object) -> torch.Tensor:
+            def broken(*args: object) -> Readout:
                 raise torch.OutOfMemoryError("no memory left")
 
             monkeypatch.setattr(engine._runner, "forward", broken)
@@ -544,13 +544,13 @@ class TestLifetime:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk]) -> torch.Tensor:
-                logits = forward(chunks)
+            def poisoned(chunks: list[Chunk]) -> Readout:
+                readout = forward(chunks)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.start == 8:  # the second token of the longest prompt
-                        logits[row] = math.nan
-                return logits
+                        readout.logits_RV[row] = math.nan
+                return readout
 
             expected = [await tokens_of(engine, make_request("e", prompt)) for prompt in prompts[:2]]
             with monkeypatch.context() as patch:
@@ -573,7 +573,7 @@ class TestLifetime:
             forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
             expected = with_model_tokens(artefacts, prompts)
 
-            def broken(chunks: list[Chunk]) -> torch.Tensor:
+            def broken(chunks: list[Chunk]) -> Readout:
                 if any(chunk.token_ids[-1] == 7 for chunk in chunks):
                     raise RuntimeError("no such kernel")
                 return forward(chunks)
@@ -598,7 +598,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def use(engine: TorchEngine) -> None:
-            def broken(chunks: list[Chunk]) -> torch.Tensor:
+            def broken(chunks: list[Chunk]) -> Readout:
                 raise RuntimeError("nothing works")
 
             monkeypatch.setattr(engine._runner, "forward", broken)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -259,10 +260,10 @@ class TestBlocks:
         pool.release(table)
         assert pool.num_free == 3 and pool.find(ids).blocks == other.blocks[:2]
         pool.release(other)
-        assert pool.num_free == 6 and other.blocks == []
+        assert pool.num_free == 6 and not other.blocks
         assert len(pool.find(ids).blocks) == 2  # free, and still there
         whole = pool.take(BlockTable(), 12, 12)
-        assert pool.find(ids).blocks == [] and pool.num_free == 0
+        assert not pool.find(ids).blocks and pool.num_free == 0
         pool.release(whole)
 
     def test_a_sequence_grows_in_place_while_there_is_room(self) -> None:
@@ -271,7 +272,7 @@ class TestBlocks:
         for num_tokens in (8, 12, 16):
             for table in tables:
                 pool.extend(table, num_tokens)
-        assert [table.blocks for table in tables] == [list(range(4 * i, 4 * i + 4)) for i in range(4)]
+        assert [list(table.blocks) for table in tables] == [list(range(4 * i, 4 * i + 4)) for i in range(4)]
 
     def test_the_longest_free_block_is_overwritten_first(self) -> None:
         pool = BlockPool(3, 1)
@@ -287,14 +288,14 @@ class TestBlocks:
         table = pool.take(BlockTable(), 2, 2)
         pool.publish(table, [1, 2], 2)
         pool.release(table, forget=True)
-        assert pool.find([1, 2, 3]).blocks == [] and pool.num_free == 4
+        assert not pool.find([1, 2, 3]).blocks and pool.num_free == 4
 
 
 class TestScheduling:
     def sequence(self, num_tokens: int, max_tokens: int = 4) -> Sequence:
         ids = tuple(range(num_tokens))
         sampling = SamplingParams(max_tokens=max_tokens)
-        return Sequence(Request(id=str(id(ids)), prompt_ids=ids, sampling=sampling), list(ids), False)
+        return Sequence(Request(id=str(id(ids)), prompt_ids=ids, sampling=sampling), array("i", ids), False)
 
     def steps(self, scheduler: Scheduler) -> list[tuple[Sequence, int, int]]:
         step = scheduler.schedule()

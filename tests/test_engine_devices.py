@@ -20,7 +20,7 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.choose import Choice, open_engine
-from kraken.engine.chunk import Chunk
+from kraken.engine.chunk import Chunk, Readout
 from kraken.engine.devices.control import pack_step, unpack_step
 from kraken.engine.devices.meeting import Meeting
 from kraken.engine.devices.partition import Part, read_weights, shapes_of, weights_of
@@ -236,13 +236,13 @@ class TestFailure:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk]) -> torch.Tensor:
-                logits = forward(chunks)
+            def poisoned(chunks: list[Chunk]) -> Readout:
+                readout = forward(chunks)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.token_ids[-1] == 7:
-                        logits[row] = torch.nan
-                return logits
+                        readout.logits_RV[row] = torch.nan
+                return readout
 
             engine._runner.forward = poisoned  # type: ignore[method-assign]
             bad = Request(id="bad", prompt_ids=(1, 7), sampling=SamplingParams(max_tokens=3))

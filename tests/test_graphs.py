@@ -40,8 +40,8 @@ def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pyte
     token_BC = torch.zeros(2, 2 + len(BLOCKS), dtype=torch.int32, device=DEVICE)  # the second only fills the batch up
     token_BC[0] = torch.tensor([ids[PROMPT], PROMPT + 1, *BLOCKS])
     with torch.inference_mode():
-        expected_1V = plain.forward([Chunk(ids[:PROMPT], 0, BLOCKS, 1)])
+        expected_1V = plain.forward([Chunk(ids[:PROMPT], 0, BLOCKS, 1)]).logits_RV
         torch.testing.assert_close(graphs._prompt(prompt_C), expected_1V, rtol=0, atol=1e-5)
         assert torch.equal(graphed.cache.keys_LNSH != 0, plain.cache.keys_LNSH != 0)  # the same slots, and no others
-        expected_1V = plain.forward([Chunk(ids[PROMPT:], PROMPT, BLOCKS, 1)])
+        expected_1V = plain.forward([Chunk(ids[PROMPT:], PROMPT, BLOCKS, 1)]).logits_RV
         torch.testing.assert_close(graphs._decode(token_BC)[:1], expected_1V, rtol=0, atol=1e-5)

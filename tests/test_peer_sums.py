@@ -164,13 +164,14 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, method: Me
     alone = Runner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
     for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
         runners = make_runners(model, num_ranks, overlap, method)
-        found = on_all_ranks([lambda runner=runner: [runner.forward(step) for step in steps] for runner in runners])  # type: ignore[misc]
+        passes_of = [lambda runner=runner: [runner.forward(step).logits_RV for step in steps] for runner in runners]  # type: ignore[misc]
+        found = on_all_ranks(passes_of)
         assert all(passes is not None for passes in found)
         assert all(runner.network.group._peers._turn == 0 for runner in runners)  # type: ignore[union-attr]
         for logits_RV, step in zip(found[0], steps, strict=True):
             assert logits_RV.shape == (sum(chunk.num_logits for chunk in step), NUM_IDS)
             if overlap != "none":
-                torch.testing.assert_close(logits_RV, alone.forward(step), rtol=0, atol=2e-3)
+                torch.testing.assert_close(logits_RV, alone.forward(step).logits_RV, rtol=0, atol=2e-3)
 
 
 def test_columns_are_gathered_also_where_a_slot_is_small() -> None:

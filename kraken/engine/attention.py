@@ -100,7 +100,7 @@ class PagedCache:
             if piece.num_tokens <= MAX_FEW_QUERIES:
                 few += [(first + i, piece.start + i + 1, piece.blocks) for i in range(piece.num_tokens)]
             else:
-                many.append((slice(first, end), piece.start, torch.tensor(piece.blocks, dtype=torch.int32)))
+                many.append((slice(first, end), piece.start, torch.from_numpy(np.array(piece.blocks, dtype=np.int32))))
         rows_B = torch.tensor([row for row, _, _ in few], dtype=torch.int64)
         lengths_B = torch.tensor([length for _, length, _ in few], dtype=torch.int64)
         num_blocks = [-(-length // size) for _, length, _ in few]

@@ -1,9 +1,13 @@
-"""What a forward pass is told: tokens, positions and blocks, not requests, so that other processes can be told too."""
+"""What a forward pass is told, and what it answers.
+
+It is told tokens, positions and blocks, not requests, so that other processes can be told too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 Numbers = Sequence[int] | np.ndarray
 """Integers, as a list or as an array."""
@@ -20,6 +24,25 @@ class Chunk:
     """The sequence's blocks, from its first token to at least the last of this chunk."""
     num_logits: int
     """Read out the logits of this many last tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What a pass reads out: the rows that each chunk asked for, one chunk after the other. The next pass may overwrite
+    it. Of several devices only the first has it.
+    """
+
+    logits_RV: Tensor
+    """float32 [rows, ids]."""
+    best_R: Tensor | None = None
+    """int64 [rows], in the host's memory as soon as the device has come to the end of the pass: the most likely id of
+    each row, as `sampling_kernel.best_ids` finds it. None where it was not looked for."""
+
+    def of(self, rows: Sequence[int]) -> "Readout":
+        """Some rows."""
+        if len(rows) == len(self.logits_RV):
+            return self
+        return Readout(self.logits_RV[rows], None if self.best_R is None else self.best_R[rows])
 
 
 @dataclass(frozen=True, slots=True)

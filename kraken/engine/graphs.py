@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from kraken.engine.attention import PagedCache
-from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.chunk import Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
 from kraken.engine.prompt_kernel import attend_prompt
+from kraken.engine.sampling_kernel import best_ids
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
@@ -49,8 +50,8 @@ class GraphedForward:
             self.close()
             raise
 
-    def run(self, chunks: Sequence[Chunk]) -> Tensor | None:
-        """float32 logits [rows, ids] of a step, overwritten by the next; None where no recording fits."""
+    def run(self, chunks: Sequence[Chunk]) -> Readout | None:
+        """What a step reads out; None where no recording fits."""
         if all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
             index = bisect_left(self._batch_sizes, len(chunks))
             if index == len(self._batch_sizes):
@@ -62,7 +63,7 @@ class GraphedForward:
                 length = chunk.start + 1
                 num_used = -(-length // self._cache.tokens_per_block)
                 row[0], row[1], row[2 : 2 + num_used] = chunk.token_ids[0], length, chunk.blocks[:num_used]
-            return recording.replay()[: len(chunks)]
+            return recording.replay(len(chunks))
         if len(chunks) > 1 or chunks[0].start > 0 or chunks[0].num_logits != 1:
             return None
         (chunk,) = chunks
@@ -78,7 +79,7 @@ class GraphedForward:
         values[:num_tokens] = chunk.token_ids
         values[size : size + num_used] = chunk.blocks[:num_used]
         values[-1] = num_tokens - 1
-        return recording.replay()
+        return recording.replay(1)
 
     def close(self) -> None:
         """Give everything back; a step that is on the device still ends. NCCL's groups cannot end before this."""
@@ -127,19 +128,23 @@ class _Recording:
         self._graph = torch.cuda.CUDAGraph()
         # whatever else the process does with the device meanwhile
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
-            self._logits = forward(self._inputs)
+            self._logits_RV = forward(self._inputs)
+            # with the pass, since to look for it afterwards costs the host more than a small model's layers
+            best_R = best_ids(self._logits_RV)
+            self._best_R = torch.empty(best_R.shape, dtype=best_R.dtype, pin_memory=True)
+            self._best_R.copy_(best_R, non_blocking=True)
 
     def inputs(self) -> np.ndarray:
         """To be filled before a replay; waits until the last one has read them."""
         self._were_read.synchronize()
         return self._values
 
-    def replay(self) -> Tensor:
-        """float32 logits, overwritten by the next replay of any recording of the pool."""
+    def replay(self, num_rows: int) -> Readout:
+        """The first rows; the logits are overwritten by the next replay of any recording of the pool."""
         self._inputs.copy_(self._host, non_blocking=True)
         self._were_read.record()
         self._graph.replay()
-        return self._logits
+        return Readout(self._logits_RV[:num_rows], self._best_R[:num_rows])
 
     def close(self) -> None:
         self._graph.reset()

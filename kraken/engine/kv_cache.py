@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 class BlockTable:
     """Where one sequence's tokens lie."""
 
-    blocks: list[int] = field(default_factory=list)
-    """Block of tokens i * tokens_per_block onwards."""
+    blocks: "array[int]" = field(default_factory=lambda: array("i"))
+    """int32: block of tokens i * tokens_per_block onwards."""
     digests: list[bytes] = field(default_factory=list)
     """Of the full blocks that are published, from the first on."""
 
@@ -74,7 +74,7 @@ class BlockPool:
             num_expected: tokens that the sequence may grow to. Room for them is kept next to it while there is other
                 room: attention reads neighbouring blocks in place and has to gather others.
         """
-        table = BlockTable(list(found.blocks), list(found.digests))
+        table = BlockTable(found.blocks[:], found.digests[:])
         for block in table.blocks:
             self._free.pop(block, None)
             self._num_holders[block] += 1
@@ -126,7 +126,7 @@ class BlockPool:
                 self._forget(block)
             if self._num_holders[block] == 0:
                 self._free[block] = None
-        table.blocks.clear()
+        del table.blocks[:]
         table.digests.clear()
 
     def _forget(self, block: int) -> None:
@@ -137,4 +137,4 @@ class BlockPool:
 
 def _digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
     # of a cryptographic kind: a collision would show one user's text to another
-    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
+    return hashlib.sha256(previous + array("i", token_ids).tobytes()).digest()

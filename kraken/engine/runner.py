@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.chunk import Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 
 if TYPE_CHECKING:
@@ -58,15 +57,10 @@ class Runner:
             self._graphs = None
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Run every chunk, in this order as far as one reads what another stores.
-
-        Returns:
-            float32 logits [rows, ids]: the rows that each chunk asked for, one chunk after the other; the next call may
-            overwrite them. Of several devices only the first has them.
-        """
-        if self._graphs is not None and (logits_RV := self._graphs.run(chunks)) is not None:
-            return logits_RV
+    def forward(self, chunks: Sequence[Chunk]) -> Readout:
+        """Run every chunk, in this order as far as one reads what another stores."""
+        if self._graphs is not None and (readout := self._graphs.run(chunks)) is not None:
+            return readout
         device = self.network.device
         ids = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
         positions = np.concatenate([np.arange(chunk.start, chunk.start + len(chunk.token_ids)) for chunk in chunks])
@@ -75,4 +69,4 @@ class Runner:
         pieces = [Piece(chunk.start, len(chunk.token_ids), chunk.blocks) for chunk in chunks]
         ids_T, positions_T = (torch.from_numpy(values).to(device) for values in (ids, positions))
         rows_R = None if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64, device=device)
-        return self.network(ids_T, positions_T, self.cache.attend(pieces), rows_R)
+        return Readout(self.network(ids_T, positions_T, self.cache.attend(pieces), rows_R))

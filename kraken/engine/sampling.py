@@ -35,25 +35,32 @@ class Draw:
     """Distinct ids of the prompt and the completion so far; read where there is a repetition penalty."""
 
 
-def sample(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+def sample(logits_BV: Tensor, draws: Sequence[Draw], best_B: Tensor | None = None) -> list[int | None]:
     """The next token of every row; None where the logits are no numbers.
 
     Args:
         logits_BV: float32.
+        best_B: the most likely ids, where the pass finds them itself; see `Readout`.
     """
-    logits_BV = _constrain(logits_BV, draws)
+    given_BV, logits_BV = logits_BV, _constrain(logits_BV, draws)
+    if logits_BV is not given_BV:
+        best_B = None
     kernels = cpu_kernels(logits_BV.device, logits_BV.dtype)
     if kernels is not None:
         chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
     else:
-        chosen_B = _most_likely(logits_BV)
+        chosen_B = _most_likely(logits_BV) if best_B is None else best_B
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
+    drawn: list[int] = []
     if rows:
-        sound_B = chosen_B != NOT_FINITE
-        chosen_B[rows] = _draw(logits_BV if len(rows) == len(draws) else logits_BV[rows], [draws[row] for row in rows])
-        chosen_B = chosen_B.where(sound_B, NOT_FINITE)
-    # one tensor, since from a device each would be waited for
-    return [None if token < 0 else token for token in chosen_B.tolist()]
+        few_BV = logits_BV if len(rows) == len(draws) else logits_BV[rows]
+        drawn = _draw(few_BV, [draws[row] for row in rows]).tolist()  # which waits for the device
+    elif best_B is not None:
+        torch.cuda.current_stream(logits_BV.device).synchronize()
+    chosen = chosen_B.tolist()
+    for row, token in zip(rows, drawn, strict=True):
+        chosen[row] = token if chosen[row] != NOT_FINITE else NOT_FINITE
+    return [None if token == NOT_FINITE else token for token in chosen]
 
 
 def _most_likely(logits_BV: Tensor) -> Tensor:

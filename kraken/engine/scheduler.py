@@ -6,6 +6,7 @@ cache is full and an older one needs a block, the newest loses its blocks, and c
 The oldest therefore always goes on, and nobody waits for ever.
 """
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,8 +19,9 @@ class Sequence:
     """A request in flight, as far as planning goes."""
 
     request: Request
-    token_ids: list[int]
-    """What is fed: the prompt, then what was generated. Of a prompt that is only scored, all but its last token."""
+    token_ids: "array[int]"
+    """int32, which is copied to the device as it is. What is fed: the prompt, then what was generated; of a prompt that
+    is only scored, all but its last token."""
     scores_prompt: bool
     """Every position of the prompt is read out, and has not been yet; such a prompt reuses no prefix."""
     table: BlockTable = field(default_factory=BlockTable)

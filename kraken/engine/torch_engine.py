@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import secrets
 import threading
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
-from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.chunk import Chunk, GraphSizes, Readout
 from kraken.engine.cpu_kernels import cpu_kernels
 from kraken.engine.devices.collectives import DeviceGroup
 from kraken.engine.devices.meeting import Meeting, RanksError
@@ -225,7 +226,7 @@ class TorchEngine:
                 target=self._serve, args=(asyncio.get_running_loop(),), name="kraken-engine", daemon=True
             )
             self._thread.start()
-        flight = self._begin(Sequence(request, list(fed), scores_prompt))
+        flight = self._begin(Sequence(request, array("i", fed), scores_prompt))
         try:
             while (output := await flight.outputs.get()) is not None:
                 if isinstance(output, EngineError):
@@ -372,14 +373,14 @@ class TorchEngine:
     def _run(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
         """One forward pass, and what follows from it for each request."""
         try:
-            logits_RV = self._runner.forward([_chunk(scheduled) for scheduled in step])
+            readout = self._runner.forward([_chunk(scheduled) for scheduled in step])
         except Exception as error:
             if _is_fatal(error):
                 raise
             return self._run_apart(step, flights)
         self._num_failed_steps = 0
         result = _Result()
-        self._finish(step, flights, logits_RV, result)
+        self._finish(step, flights, readout, result)
         return result
 
     def _run_apart(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
@@ -396,21 +397,21 @@ class TorchEngine:
                 distrusted.update(blocks)
                 continue
             try:
-                logits_RV = self._runner.forward([_chunk(scheduled)])
+                readout = self._runner.forward([_chunk(scheduled)])
             except Exception as error:
                 if _is_fatal(error):
                     raise
                 result.failed.append((flight, error))
                 distrusted.update(blocks)
             else:
-                self._finish([scheduled], [flight], logits_RV, result)
+                self._finish([scheduled], [flight], readout, result)
         has_sound = len(result.failed) + len(result.stale) < len(step)
         self._num_failed_steps = 0 if has_sound else self._num_failed_steps + 1
         if self._num_failed_steps == MAX_FAILED_STEPS:
             raise result.failed[-1][1]
         return result
 
-    def _finish(self, step: list[Scheduled], flights: list[_Flight], logits_RV: Tensor, result: _Result) -> None:
+    def _finish(self, step: list[Scheduled], flights: list[_Flight], readout: Readout, result: _Result) -> None:
         """Prompts' scores, then a token for every sequence that is computed to its end."""
         drawn: list[_Flight] = []
         rows: list[int] = []
@@ -419,7 +420,7 @@ class TorchEngine:
             start, end = end, end + scheduled.num_logits
             try:
                 if flight.sequence.scores_prompt:
-                    self._score_prompt(scheduled, flight, logits_RV[start:end], result)
+                    self._score_prompt(scheduled, flight, readout.logits_RV[start:end], result)
             except Exception as error:
                 if _is_fatal(error):
                     raise
@@ -433,7 +434,7 @@ class TorchEngine:
                 drawn.append(flight)
                 rows.append(end - 1)
         if drawn:
-            self._draw(drawn, logits_RV if len(rows) == len(logits_RV) else logits_RV[rows], result)
+            self._draw(drawn, readout.of(rows), result)
 
     def _score_prompt(self, scheduled: Scheduled, flight: _Flight, logits_TV: Tensor, result: _Result) -> None:
         """Take in the scores of a part of the prompt; after the last part they are an output."""
@@ -453,10 +454,11 @@ class TorchEngine:
             flight.prompt_logits = []
             result.outputs.append((flight, PromptOutput(logprobs=logprobs, logits_TV=logits)))
 
-    def _draw(self, flights: list[_Flight], logits_BV: Tensor, result: _Result) -> None:
-        """One more token for every flight; a row that cannot be drawn fails alone."""
+    def _draw(self, flights: list[_Flight], readout: Readout, result: _Result) -> None:
+        """One more token for every flight, by its row; a row that cannot be drawn fails alone."""
+        logits_BV = readout.logits_RV
         try:
-            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights])
+            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights], readout.best_R)
             logprobs = _logprobs(flights, logits_BV, token_ids)
         except Exception as error:
             if _is_fatal(error):
@@ -465,7 +467,7 @@ class TorchEngine:
                 result.failed.append((flights[0], error))
                 return
             for row, flight in enumerate(flights):
-                self._draw([flight], logits_BV[row : row + 1], result)
+                self._draw([flight], readout.of([row]), result)
             return
         for row, (flight, token_id) in enumerate(zip(flights, token_ids, strict=True)):
             if token_id is None:

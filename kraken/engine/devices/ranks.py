@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.chunk import Chunk, GraphSizes
+from kraken.engine.chunk import Chunk, GraphSizes, Readout
 from kraken.engine.devices.choose_sums import Messages, choose_sums
 from kraken.engine.devices.collectives import DeviceGroup, join_group
 from kraken.engine.devices.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
@@ -75,7 +74,7 @@ class LeadRunner(Runner):
         with self._together(self._config.startup_timeout_s):
             super().record(sizes)
 
-    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+    def forward(self, chunks: Sequence[Chunk]) -> Readout:
         """See `Runner.forward`.
 
         Raises:
