@@ -33,6 +33,7 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
+from kraken.engine.runner import Runner
 from kraken.engine.sampling import Draw, sample, uniform
 from kraken.engine.sampling import _truncate as truncated
 from kraken.engine.torch_engine import TorchEngine
@@ -508,6 +509,42 @@ class TestLifetime:
 
         with_engine(artefacts.exchange, use)
 
+    def test_on_a_gpu_a_token_is_handed_out_while_the_next_is_computed(
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """But a first token at once, and none is lost with the engine."""
+        monkeypatch.setattr(Runner, "is_asynchronous", True)
+        (prompt,) = prompts_of(artefacts.data, 4)
+
+        async def use(engine: TorchEngine) -> tuple[list[int], list[int]]:
+            expected = await tokens_of(engine, make_request("e", prompt, max_tokens=6))
+            found: list[int] = []
+
+            async def take() -> None:
+                async for output in engine.generate(make_request("r", prompt, max_tokens=6)):
+                    assert isinstance(output, TokenOutput)
+                    found.append(output.token_id)
+
+            gate = Gate(engine)
+            task = asyncio.create_task(take())
+            for step, num_found in ((1, 0), (2, 1), (3, 1), (4, 2)):
+                await gate.until_begun(step)
+                await asyncio.sleep(0.01)
+                assert len(found) == num_found
+                gate.go_on()
+            await gate.until_begun(5)
+            monkeypatch.setattr(gate, "_forward", fail)
+            gate.open()
+            with pytest.raises(EngineError, match="no memory left"):
+                await task
+            return expected, found
+
+        def fail(chunks: list[Chunk]) -> Readout:
+            raise torch.OutOfMemoryError("no memory left")
+
+        expected, found = with_engine(artefacts.exchange, use)
+        assert found == expected[:4]
+
     @pytest.mark.parametrize("aborted_at", ["queued", "prefill", "decode"])
     def test_an_abort_frees_the_blocks_within_one_step(self, artefacts: Artefacts, aborted_at: str) -> None:
         (prompt,) = prompts_of(artefacts.data, 20)
@@ -563,10 +600,12 @@ class TestLifetime:
 
         with_engine(artefacts.exchange, use)
 
+    @pytest.mark.parametrize("is_asynchronous", [False, True])
     def test_an_exception_in_one_request_stops_no_other(
-        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
+        self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
     ) -> None:
         """Three share a prefix of two blocks; the one whose forward pass fails computed it for all of them."""
+        monkeypatch.setattr(Runner, "is_asynchronous", is_asynchronous)
         (shared,) = prompts_of(artefacts.data, 16)
 
         async def use(engine: TorchEngine) -> None:

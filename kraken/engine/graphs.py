@@ -43,9 +43,9 @@ class GraphedForward:
             # the largest first: the others then fit into its memory
             for size in reversed(self._batch_sizes):
                 shape: tuple[int, ...] = (size, 2 + sizes.max_blocks)
-                self._decodes[size] = _Recording(self._decode, shape, self._pool, network.device)
+                self._decodes[size] = self._record(self._decode, shape)
             for size in reversed(self._prompt_sizes):
-                self._prompts[size] = _Recording(self._prompt, (2 * size + 1,), self._pool, network.device)
+                self._prompts[size] = self._record(self._prompt, (2 * size + 1,))
         except BaseException:
             self.close()
             raise
@@ -86,6 +86,9 @@ class GraphedForward:
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
 
+    def _record(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> "_Recording":
+        return _Recording(forward, shape, self._pool, self._network.device, self._network.part.rank == 0)
+
     def _decode(self, inputs_BC: Tensor) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
         ids_B, lengths_B, tables_BM = inputs_BC[:, 0], inputs_BC[:, 1].contiguous(), inputs_BC[:, 2:].contiguous()
@@ -112,27 +115,46 @@ class GraphedForward:
 
 
 class _Recording:
-    """One graph, what it reads and what it writes."""
+    """One graph, what it reads and what it writes.
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], pool: Any, device: torch.device):
+    Args:
+        forward: float32 logits [rows, ids] of inputs of that shape.
+        is_read: whether this rank's logits are the engine's.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        shape: tuple[int, ...],
+        pool: Any,
+        device: torch.device,
+        is_read: bool,
+    ):
         self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
         self._values = self._host.numpy()
         self._were_read = torch.cuda.Event()
         self._inputs = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._best_R: Tensor | None = None
+
+        def run() -> Tensor:
+            logits_RV = forward(self._inputs)
+            if is_read:  # here, since afterwards it would cost the host more than some of a small model's layers
+                best_R = best_ids(logits_RV)
+                if self._best_R is None:
+                    self._best_R = torch.empty(best_R.shape, dtype=best_R.dtype, pin_memory=True)
+                self._best_R.copy_(best_R, non_blocking=True)
+            return logits_RV
+
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP_RUNS):
-                forward(self._inputs)
+                run()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         # whatever else the process does with the device meanwhile
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
-            self._logits_RV = forward(self._inputs)
-            # with the pass, since to look for it afterwards costs the host more than a small model's layers
-            best_R = best_ids(self._logits_RV)
-            self._best_R = torch.empty(best_R.shape, dtype=best_R.dtype, pin_memory=True)
-            self._best_R.copy_(best_R, non_blocking=True)
+            self._logits_RV = run()
 
     def inputs(self) -> np.ndarray:
         """To be filled before a replay; waits until the last one has read them."""
@@ -144,7 +166,7 @@ class _Recording:
         self._inputs.copy_(self._host, non_blocking=True)
         self._were_read.record()
         self._graph.replay()
-        return Readout(self._logits_RV[:num_rows], self._best_R[:num_rows])
+        return Readout(self._logits_RV[:num_rows], None if self._best_R is None else self._best_R[:num_rows])
 
     def close(self) -> None:
         self._graph.reset()

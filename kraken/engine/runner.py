@@ -41,6 +41,11 @@ class Runner:
             self._graphs = graphs.GraphedForward(self.network, self.cache, sizes)
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether `forward` returns before the pass has been computed."""
+        return self.network.device.type == "cuda"
+
+    @property
     def failure(self) -> str:
         """Why nothing can be computed any more; empty while it can."""
         return ""
@@ -70,3 +75,8 @@ class Runner:
         ids_T, positions_T = (torch.from_numpy(values).to(device) for values in (ids, positions))
         rows_R = None if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64, device=device)
         return Readout(self.network(ids_T, positions_T, self.cache.attend(pieces), rows_R))
+
+    def join(self) -> None:
+        """After `forward`, before anything else is launched: of several devices, until all have come to the end of the
+        pass. Of one there is nothing to wait for but its results, which whoever reads them does.
+        """

@@ -10,9 +10,10 @@ import secrets
 import threading
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,11 @@ class _Result:
     stale: list[_Flight] = field(default_factory=list)
     """Sound themselves, but they read what a failed one should have stored."""
 
+    @property
+    def has_first(self) -> bool:
+        """Whether there is anybody's first output."""
+        return any(isinstance(output, PromptOutput) or flight.num_generated == 1 for flight, output in self.outputs)
+
 
 class TorchEngine:
     """An `Engine`. Its thread starts with the first `generate`, and answers on the event loop of that call.
@@ -114,8 +120,11 @@ class TorchEngine:
         """The thread's, as the scheduler is."""
         self._news: deque[_Flight] = deque()
         """From the event loop to the thread: flights that begin, and those that have ended."""
+        self._undelivered: _Result | None = None
+        """The thread's: what the last step yields, as long as the event loop has not been told."""
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self._closed = False
         self._num_failed_steps = 0
@@ -222,9 +231,8 @@ class TorchEngine:
         if num_queued >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{num_queued} requests are waiting already; try again later")
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._serve, args=(asyncio.get_running_loop(),), name="kraken-engine", daemon=True
-            )
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._serve, name="kraken-engine", daemon=True)
             self._thread.start()
         flight = self._begin(Sequence(request, array("i", fed), scores_prompt))
         try:
@@ -324,7 +332,7 @@ class TorchEngine:
 
     # -- on the engine's thread --------------------------------------------------------------------------------------
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self) -> None:
         torch.set_num_threads(threads_of_a_rank(self._config))  # OpenMP keeps the number per thread
         failure: Exception | None = None
         try:
@@ -332,19 +340,36 @@ class TorchEngine:
                 self._take_in()
                 step = self._scheduler.schedule()
                 if not step:
+                    self._deliver()
                     self._wake.wait()
                     self._wake.clear()
                     continue
                 result = self._run(step, [self._flight_of[scheduled.sequence] for scheduled in step])
                 self._settle(result)
-                loop.call_soon_threadsafe(self._hand_out, result)
+                self._undelivered = result
+                # what the event loop then does is done beside the device instead of beside this thread; but whoever
+                # waits for a first token has waited enough
+                if not self._runner.is_asynchronous or result.has_first:
+                    self._deliver()
         except Exception as error:  # whatever it was, nobody may wait for ever
             self._failure = failure = error
         for sequence in [*self._flight_of]:
             self._drop(sequence, forget=True)
-        if failure is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to be told
-                loop.call_soon_threadsafe(self._fail_all, failure)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to be told
+            self._deliver()
+            if failure is not None:
+                self._call(self._fail_all, failure)
+
+    def _deliver(self) -> None:
+        """What the last step yields, to the event loop; of what was delivered before, nothing."""
+        if self._undelivered is not None:
+            result, self._undelivered = self._undelivered, None
+            self._call(self._hand_out, result)
+
+    def _call(self, function: Callable[[Any], None], argument: Any) -> None:
+        """Soon, on the event loop. Raises: RuntimeError: it is closed."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(function, argument)
 
     def _take_in(self) -> None:
         """Whoever has begun is planned for, and whoever has ended since the last step gives its blocks back."""
@@ -374,6 +399,8 @@ class TorchEngine:
         """One forward pass, and what follows from it for each request."""
         try:
             readout = self._runner.forward([_chunk(scheduled) for scheduled in step])
+            self._deliver()  # of the step before
+            self._runner.join()
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -389,6 +416,7 @@ class TorchEngine:
         Raises:
             Exception: steps fail one after the other whatever is in them.
         """
+        self._deliver()
         result, distrusted = _Result(), set[int]()
         for scheduled, flight in zip(step, flights, strict=True):
             blocks = scheduled.sequence.table.blocks
@@ -398,6 +426,7 @@ class TorchEngine:
                 continue
             try:
                 readout = self._runner.forward([_chunk(scheduled)])
+                self._runner.join()
             except Exception as error:
                 if _is_fatal(error):
                     raise

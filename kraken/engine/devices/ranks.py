@@ -71,34 +71,48 @@ class LeadRunner(Runner):
         Raises:
             RanksError: a rank failed, this one included, or the recording takes too long.
         """
-        with self._together(self._config.startup_timeout_s):
+        with self._explained():
+            self._begin(self._config.startup_timeout_s)
             super().record(sizes)
+            self._end()
 
     def forward(self, chunks: Sequence[Chunk]) -> Readout:
-        """See `Runner.forward`.
+        """See `Runner.forward`; `join` must follow.
 
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
         """
-        with self._together(self._config.collective_timeout_s):
+        with self._explained():
+            self._begin(self._config.collective_timeout_s)
             self._followers.tell(Kind.STEP, pack_step(chunks))
             return super().forward(chunks)
 
-    @contextlib.contextmanager
-    def _together(self, timeout_s: float) -> Iterator[None]:
+    def join(self) -> None:
+        """See `Runner.join`: what is launched for the first time may have to be loaded, which may wait for the whole
+        device, and hold whoever would release it from a rank that is gone.
+
+        Raises:
+            RanksError: as `forward`.
+        """
+        with self._explained():
+            self._end()
+
+    def _begin(self, timeout_s: float) -> None:
         """What all ranks compute at the same time."""
-        device = self.network.device
-        try:
+        self._require_sound()
+        if self.is_asynchronous:  # a device waits for another for ever
+            self._followers.deadline = time.monotonic() + timeout_s
+
+    def _end(self) -> None:
+        if self.is_asynchronous:
+            torch.cuda.current_stream(self.network.device).synchronize()
+            self._followers.deadline = None
             self._require_sound()
-            if device.type == "cuda":  # a device waits for another for ever
-                self._followers.deadline = time.monotonic() + timeout_s
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
             yield
-            if device.type == "cuda":
-                # before anything else is launched: loading a kernel may wait for the whole device, and hold whoever
-                # would release it from a rank that is gone
-                torch.cuda.current_stream(device).synchronize()
-                self._followers.deadline = None
-                self._require_sound()
         except RanksError:
             raise
         except Exception as error:
