@@ -4,8 +4,10 @@ import asyncio
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.choose import Choice, open_engine
 from kraken.engine.chunk import Chunk, Readout
-from kraken.engine.devices.control import pack_step, unpack_step
+from kraken.engine.devices.control import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.devices.meeting import Meeting
 from kraken.engine.devices.partition import Part, read_weights, shapes_of, weights_of
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
@@ -176,6 +178,23 @@ def test_a_step_is_told_as_it_is() -> None:
     chunks = [Chunk([5, 6, 7], 0, [2, 9], 0), Chunk([8], 41, [1], 1), Chunk([], 0, [], 0)]
     found = unpack_step(pack_step(chunks))
     assert [dataclasses.replace(c, token_ids=list(c.token_ids), blocks=list(c.blocks)) for c in found] == chunks
+
+
+@pytest.mark.parametrize("delay_s", [0.0, SPIN_S / 2, 5 * SPIN_S])
+def test_who_spins_hears_the_same(delay_s: float) -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    speaker = Connection(socket.create_connection(server.getsockname()))
+    listener = Connection(server.accept()[0])
+    for step in (b"one", b""):
+        timer = threading.Timer(delay_s, speaker.send, (Kind.STEP, step))
+        timer.start()
+        assert listener.receive(spins=True) == (Kind.STEP, step)
+        timer.join()
+    speaker.close()
+    with pytest.raises(ConnectionLost):
+        listener.receive(spins=True)
+    listener.close()
+    server.close()
 
 
 def test_the_mode_without_sums_is_for_benchmarks_only() -> None:

@@ -8,7 +8,7 @@ nobody holds keeps its content until it is needed for something else, the one lo
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 
@@ -51,11 +51,10 @@ class BlockPool:
 
         Nothing is held yet: `take` does that.
         """
-        found, digest, size = BlockTable(), b"", self.tokens_per_block
+        found = BlockTable()
         if not self._reuse:
             return found
-        for start in range(0, len(token_ids) - size, size):
-            digest = _digest(digest, token_ids[start : start + size])
+        for digest in self._digests(b"", token_ids[:-1]):
             block = self._block_of.get(digest)
             if block is None:
                 break
@@ -103,16 +102,16 @@ class BlockPool:
 
     def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Let others find the full blocks among the first `num_computed` tokens."""
-        size = self.tokens_per_block
-        if not self._reuse:
+        num_published, num_full = len(table.digests), num_computed // self.tokens_per_block
+        if not self._reuse or num_published == num_full:
             return
-        for index in range(len(table.digests), num_computed // size):
-            previous = table.digests[-1] if table.digests else b""
-            digest = _digest(previous, token_ids[index * size : (index + 1) * size])
+        previous = table.digests[-1] if table.digests else b""
+        added = token_ids[num_published * self.tokens_per_block : num_computed]
+        for block, digest in zip(table.blocks[num_published:num_full], self._digests(previous, added), strict=True):
             table.digests.append(digest)
             if digest not in self._block_of:
-                self._block_of[digest] = table.blocks[index]
-                self._digest_of[table.blocks[index]] = digest
+                self._block_of[digest] = block
+                self._digest_of[block] = digest
 
     def release(self, table: BlockTable, forget: bool = False) -> None:
         """Give a sequence's blocks back.
@@ -134,7 +133,11 @@ class BlockPool:
         if digest is not None:
             del self._block_of[digest]
 
-
-def _digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    # of a cryptographic kind: a collision would show one user's text to another
-    return hashlib.sha256(previous + array("i", token_ids).tobytes()).digest()
+    def _digests(self, previous: bytes, token_ids: Sequence[int]) -> Iterator[bytes]:
+        """Of every full block, chained to the digest before the first."""
+        values = array("i", token_ids).tobytes()
+        size = self.tokens_per_block * array("i").itemsize
+        for start in range(0, len(values) - size + 1, size):
+            # of a cryptographic kind: a collision would show one user's text to another
+            previous = hashlib.blake2b(previous + values[start : start + size]).digest()
+            yield previous

@@ -249,7 +249,7 @@ def follow(invitation: Invitation) -> None:
         connection.send_json({"done": True})
         if cache["graph_sizes"] is not None:
             runner.record(GraphSizes(**cache["graph_sizes"]))
-        while (frame := connection.receive())[0] is Kind.STEP:
+        while (frame := connection.receive(spins=runner.is_asynchronous))[0] is Kind.STEP:
             runner.forward(unpack_step(frame[1]))
     except ConnectionLost:
         if runner is not None:
