@@ -7,6 +7,7 @@ prompts that are scored) is not for graphs.
 Shape letters as in `kraken/engine/attention.py`, and: B sequences that decode, M blocks that a table has room for.
 """
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken.engine.attention import PagedCache
+from kraken.engine.attention import PagedAttend, PagedCache
 from kraken.engine.chunk import Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
@@ -24,6 +25,10 @@ from kraken.engine.sampling_kernel import best_ids
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
+PARTS = 5
+"""The device begins with a graph when the host has launched all of it, and to launch a layer takes up to a fifth as
+long as to compute a small one: so the first fifth of the layers is a graph of its own, and the rest is launched
+meanwhile."""
 
 
 class GraphedForward:
@@ -35,7 +40,7 @@ class GraphedForward:
     def __init__(self, network: Network, cache: PagedCache, sizes: GraphSizes):
         self._network, self._cache = network, cache
         self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(network.device)
         self._batch_sizes, self._prompt_sizes = sizes.of_batches, sizes.of_prompts
         self._decodes: dict[int, _Recording] = {}
         self._prompts: dict[int, _Recording] = {}
@@ -86,10 +91,10 @@ class GraphedForward:
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
 
-    def _record(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> "_Recording":
-        return _Recording(forward, shape, self._pool, self._network.device, self._network.part.rank == 0)
+    def _record(self, forward: Callable[[Tensor, Callable[[], None]], Tensor], shape: tuple[int, ...]) -> "_Recording":
+        return _Recording(forward, shape, self._pool, self._stream, self._network.part.rank == 0)
 
-    def _decode(self, inputs_BC: Tensor) -> Tensor:
+    def _decode(self, inputs_BC: Tensor, cut: Callable[[], None]) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
         ids_B, lengths_B, tables_BM = inputs_BC[:, 0], inputs_BC[:, 1].contiguous(), inputs_BC[:, 2:].contiguous()
 
@@ -99,9 +104,9 @@ class GraphedForward:
             size = self._cache.tokens_per_block
             return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_parts)
 
-        return self._network(ids_B, (lengths_B - 1).clamp(min=0), attend, None)
+        return self._network(ids_B, (lengths_B - 1).clamp(min=0), self._cutting(attend, cut), None)
 
-    def _prompt(self, inputs_C: Tensor) -> Tensor:
+    def _prompt(self, inputs_C: Tensor, cut: Callable[[], None]) -> Tensor:
         """A prompt from its first token on: ids, blocks, and the last token's index."""
         size, tokens_per_block = len(inputs_C) // 2, self._cache.tokens_per_block
         ids_T, blocks_M, last_1 = inputs_C[:size], inputs_C[size:-1], inputs_C[-1:]
@@ -111,33 +116,47 @@ class GraphedForward:
             return attend_prompt(q_TNH, k_TNH, v_TNH, Shelf(keys, values, blocks_M, last_1, tokens_per_block))
 
         positions_T = torch.arange(size, device=inputs_C.device)
-        return self._network(ids_T, positions_T, attend, last_1)
+        return self._network(ids_T, positions_T, self._cutting(attend, cut), last_1)
+
+    def _cutting(self, attend: PagedAttend, cut: Callable[[], None]) -> PagedAttend:
+        """Where a pass is cut in two: after attention, during which a sum that it overlaps has come to its end."""
+        group, last = self._network.group, self._network.config.num_layers // PARTS
+
+        def attend_and_cut(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
+            out_TNH = attend(layer, q_TNH, k_TNH, v_TNH)
+            if layer == last:
+                group.settle()
+                cut()
+            return out_TNH
+
+        return attend_and_cut
 
 
 class _Recording:
-    """One graph, what it reads and what it writes.
+    """Two graphs, one behind the other; what they read and what they write.
 
     Args:
-        forward: float32 logits [rows, ids] of inputs of that shape.
+        forward: float32 logits [rows, ids] of inputs of that shape; calls its second argument between the two.
+        pool: memory, and `stream`, that recordings share which are never replayed at once.
         is_read: whether this rank's logits are the engine's.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor, Callable[[], None]], Tensor],
         shape: tuple[int, ...],
         pool: Any,
-        device: torch.device,
+        stream: torch.cuda.Stream,
         is_read: bool,
     ):
         self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
         self._values = self._host.numpy()
         self._were_read = torch.cuda.Event()
-        self._inputs = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(shape, dtype=torch.int32, device=stream.device)
         self._best_R: Tensor | None = None
 
-        def run() -> Tensor:
-            logits_RV = forward(self._inputs)
+        def run(cut: Callable[[], None]) -> Tensor:
+            logits_RV = forward(self._inputs, cut)
             if is_read:  # here, since afterwards it would cost the host more than some of a small model's layers
                 best_R = best_ids(logits_RV)
                 if self._best_R is None:
@@ -145,16 +164,25 @@ class _Recording:
                 self._best_R.copy_(best_R, non_blocking=True)
             return logits_RV
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP_RUNS):
-                run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
+                run(lambda: None)
+        torch.cuda.current_stream(stream.device).wait_stream(stream)
+        self._graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
         # whatever else the process does with the device meanwhile
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
-            self._logits_RV = run()
+        first, second = (
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+            for graph in self._graphs
+        )
+        with contextlib.ExitStack() as recorded, torch.inference_mode():
+
+            def cut() -> None:
+                recorded.close()
+                recorded.enter_context(second)
+
+            recorded.enter_context(first)
+            self._logits_RV = run(cut)
 
     def inputs(self) -> np.ndarray:
         """To be filled before a replay; waits until the last one has read them."""
@@ -165,8 +193,10 @@ class _Recording:
         """The first rows; the logits are overwritten by the next replay of any recording of the pool."""
         self._inputs.copy_(self._host, non_blocking=True)
         self._were_read.record()
-        self._graph.replay()
+        for graph in self._graphs:
+            graph.replay()
         return Readout(self._logits_RV[:num_rows], None if self._best_R is None else self._best_R[:num_rows])
 
     def close(self) -> None:
-        self._graph.reset()
+        for graph in self._graphs:
+            graph.reset()

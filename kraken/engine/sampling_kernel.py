@@ -38,5 +38,5 @@ def best_ids(logits_BV: Tensor) -> Tensor:
     """
     logits_BV = logits_BV if logits_BV.stride(-1) == 1 else logits_BV.contiguous()
     best_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
-    _best[(len(logits_BV),)](logits_BV, best_B, logits_BV.stride(0), logits_BV.shape[1], tile=TILE, num_warps=8)
+    _best[(len(logits_BV),)](logits_BV, best_B, logits_BV.stride(0), logits_BV.shape[1], tile=TILE, num_warps=32)
     return best_B
