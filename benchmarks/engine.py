@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.chunk import Chunk, Readout
+from kraken.engine.chunk import Chance, Chunk, Readout
 from kraken.engine.cpu_kernels import cpu_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.engine.torch_engine import TorchEngine
@@ -103,9 +103,9 @@ class Ours:
         prompt = torch.randint(self._vocab_size, (prompt_tokens,)).tolist()
         return Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
 
-    def _timed_forward(self, chunks: Sequence[Chunk]) -> Readout:
+    def _timed_forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
         started_at = time.perf_counter()
-        readout = self._forward(chunks)
+        readout = self._forward(chunks, chances)
         wait(readout.logits_RV.device)
         self.forward_s += time.perf_counter() - started_at
         return readout

@@ -18,10 +18,10 @@ class Gate:
         self._forward = self._runner.forward
         self._runner.forward = self._held
 
-    def _held(self, chunks: Any) -> Readout:
+    def _held(self, chunks: Any, chances: Any = ()) -> Readout:
         self.num_begun += 1
         assert self._may_go_on.acquire(timeout=30), "a step was not let through"
-        readout: Readout = self._forward(chunks)
+        readout: Readout = self._forward(chunks, chances)
         return readout
 
     def go_on(self, num_steps: int = 1) -> None:

@@ -539,7 +539,7 @@ class TestLifetime:
                 await task
             return expected, found
 
-        def fail(chunks: list[Chunk]) -> Readout:
+        def fail(chunks: list[Chunk], chances: Any = ()) -> Readout:
             raise torch.OutOfMemoryError("no memory left")
 
         expected, found = with_engine(artefacts.exchange, use)
@@ -581,8 +581,8 @@ class TestLifetime:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk]) -> Readout:
-                readout = forward(chunks)
+            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
+                readout = forward(chunks, chances)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.start == 8:  # the second token of the longest prompt
@@ -612,10 +612,10 @@ class TestLifetime:
             forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
             expected = with_model_tokens(artefacts, prompts)
 
-            def broken(chunks: list[Chunk]) -> Readout:
+            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
                 if any(chunk.token_ids[-1] == 7 for chunk in chunks):
                     raise RuntimeError("no such kernel")
-                return forward(chunks)
+                return forward(chunks, chances)
 
             monkeypatch.setattr(engine._runner, "forward", broken)
             gate = Gate(engine)
@@ -637,7 +637,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def use(engine: TorchEngine) -> None:
-            def broken(chunks: list[Chunk]) -> Readout:
+            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
                 raise RuntimeError("nothing works")
 
             monkeypatch.setattr(engine._runner, "forward", broken)

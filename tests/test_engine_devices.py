@@ -255,8 +255,8 @@ class TestFailure:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk]) -> Readout:
-                readout = forward(chunks)
+            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
+                readout = forward(chunks, chances)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.token_ids[-1] == 7:

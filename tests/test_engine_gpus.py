@@ -69,7 +69,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def requests(count: int) -> list[Request]:
-    """Greedy; short and long, some with a common beginning, some scored."""
+    """Greedy, drawn and truncated; short and long, some with a common beginning, some scored."""
     numbers = random.Random(count)
     common = [numbers.randrange(NUM_IDS) for _ in range(13)]
     made = []
@@ -79,7 +79,12 @@ def requests(count: int) -> list[Request]:
             Request(
                 id=f"r{index}",
                 prompt_ids=tuple(common + own if index % 3 == 0 else own),
-                sampling=SamplingParams(max_tokens=numbers.randrange(1, 12), temperature=0.0),
+                sampling=SamplingParams(
+                    max_tokens=numbers.randrange(1, 12),
+                    seed=index,
+                    temperature=float(index % 2),
+                    top_k=5 if index % 4 == 3 else 0,
+                ),
                 num_logprobs=2,
                 prompt_logprobs=index % 4 == 1,
             )

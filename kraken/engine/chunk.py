@@ -26,6 +26,11 @@ class Chunk:
     """Read out the logits of this many last tokens."""
 
 
+Chance = tuple[float, float]
+"""How the next id is drawn where nothing is truncated: the temperature, of which 0 takes the most likely id, and where
+between 0 and 1 the draw falls in the distribution, walked in the order of the ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class Readout:
     """What a pass reads out: the rows that each chunk asked for, one chunk after the other. The next pass may overwrite
@@ -34,15 +39,15 @@ class Readout:
 
     logits_RV: Tensor
     """float32 [rows, ids]."""
-    best_R: Tensor | None = None
-    """int64 [rows], in the host's memory as soon as the device has come to the end of the pass: the most likely id of
-    each row, as `sampling_kernel.best_ids` finds it. None where it was not looked for."""
+    next_R: Tensor | None = None
+    """int64 [rows], in the host's memory as soon as the device has come to the end of the pass: an id of each row, by
+    the chance that was given for it; -1 where the logits are no numbers. None where the pass draws nothing."""
 
     def of(self, rows: Sequence[int]) -> "Readout":
         """Some rows."""
         if len(rows) == len(self.logits_RV):
             return self
-        return Readout(self.logits_RV[rows], None if self.best_R is None else self.best_R[rows])
+        return Readout(self.logits_RV[rows], None if self.next_R is None else self.next_R[rows])
 
 
 @dataclass(frozen=True, slots=True)

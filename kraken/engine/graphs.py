@@ -8,6 +8,7 @@ Shape letters as in `kraken/engine/attention.py`, and: B sequences that decode, 
 """
 
 import contextlib
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from kraken.engine.attention import PagedAttend, PagedCache
-from kraken.engine.chunk import Chunk, GraphSizes, Readout
+from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
 from kraken.engine.prompt_kernel import attend_prompt
-from kraken.engine.sampling_kernel import best_ids
+from kraken.engine.sampling_kernel import next_ids
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
@@ -48,15 +49,15 @@ class GraphedForward:
             # the largest first: the others then fit into its memory
             for size in reversed(self._batch_sizes):
                 shape: tuple[int, ...] = (size, 2 + sizes.max_blocks)
-                self._decodes[size] = self._record(self._decode, shape)
+                self._decodes[size] = self._record(self._decode, shape, num_rows=size)
             for size in reversed(self._prompt_sizes):
-                self._prompts[size] = self._record(self._prompt, (2 * size + 1,))
+                self._prompts[size] = self._record(self._prompt, (2 * size + 1,), num_rows=1)
         except BaseException:
             self.close()
             raise
 
-    def run(self, chunks: Sequence[Chunk]) -> Readout | None:
-        """What a step reads out; None where no recording fits."""
+    def run(self, chunks: Sequence[Chunk], chances: Sequence[Chance]) -> Readout | None:
+        """What a step reads out, and the next id of each chunk by its chance; None where no recording fits."""
         if all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
             index = bisect_left(self._batch_sizes, len(chunks))
             if index == len(self._batch_sizes):
@@ -68,7 +69,7 @@ class GraphedForward:
                 length = chunk.start + 1
                 num_used = -(-length // self._cache.tokens_per_block)
                 row[0], row[1], row[2 : 2 + num_used] = chunk.token_ids[0], length, chunk.blocks[:num_used]
-            return recording.replay(len(chunks))
+            return recording.replay(len(chunks), chances)
         if len(chunks) > 1 or chunks[0].start > 0 or chunks[0].num_logits != 1:
             return None
         (chunk,) = chunks
@@ -84,15 +85,17 @@ class GraphedForward:
         values[:num_tokens] = chunk.token_ids
         values[size : size + num_used] = chunk.blocks[:num_used]
         values[-1] = num_tokens - 1
-        return recording.replay(1)
+        return recording.replay(1, chances)
 
     def close(self) -> None:
         """Give everything back; a step that is on the device still ends. NCCL's groups cannot end before this."""
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
 
-    def _record(self, forward: Callable[[Tensor, Callable[[], None]], Tensor], shape: tuple[int, ...]) -> "_Recording":
-        return _Recording(forward, shape, self._pool, self._stream, self._network.part.rank == 0)
+    def _record(
+        self, forward: Callable[[Tensor, Callable[[], None]], Tensor], shape: tuple[int, ...], num_rows: int
+    ) -> "_Recording":
+        return _Recording(forward, shape, num_rows, self._pool, self._stream, self._network.part.rank == 0)
 
     def _decode(self, inputs_BC: Tensor, cut: Callable[[], None]) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
@@ -138,30 +141,33 @@ class _Recording:
     Args:
         forward: float32 logits [rows, ids] of inputs of that shape; calls its second argument between the two.
         pool: memory, and `stream`, that recordings share which are never replayed at once.
-        is_read: whether this rank's logits are the engine's.
+        is_read: whether the next ids are drawn here, since this rank's logits are the engine's.
     """
 
     def __init__(
         self,
         forward: Callable[[Tensor, Callable[[], None]], Tensor],
         shape: tuple[int, ...],
+        num_rows: int,
         pool: Any,
         stream: torch.cuda.Stream,
         is_read: bool,
     ):
-        self._host = torch.zeros(shape, dtype=torch.int32, pin_memory=True)
-        self._values = self._host.numpy()
+        num_chance_bytes = 16 * num_rows
+        self._host = torch.zeros(num_chance_bytes + 4 * math.prod(shape), dtype=torch.uint8, pin_memory=True)
+        self._on_device = torch.zeros_like(self._host, device=stream.device)
+        self._values = self._host[num_chance_bytes:].view(torch.int32).view(shape).numpy()
+        self._chances = self._host[:num_chance_bytes].view(torch.float64).view(num_rows, 2).numpy()
         self._were_read = torch.cuda.Event()
-        self._inputs = torch.zeros(shape, dtype=torch.int32, device=stream.device)
-        self._best_R: Tensor | None = None
+        self._next_R = torch.empty(num_rows, dtype=torch.int64, pin_memory=True) if is_read else None
+        inputs = self._on_device[num_chance_bytes:].view(torch.int32).view(shape)
+        chances_R2 = self._on_device[:num_chance_bytes].view(torch.float64).view(num_rows, 2)
 
         def run(cut: Callable[[], None]) -> Tensor:
-            logits_RV = forward(self._inputs, cut)
-            if is_read:  # here, since afterwards it would cost the host more than some of a small model's layers
-                best_R = best_ids(logits_RV)
-                if self._best_R is None:
-                    self._best_R = torch.empty(best_R.shape, dtype=best_R.dtype, pin_memory=True)
-                self._best_R.copy_(best_R, non_blocking=True)
+            logits_RV = forward(inputs, cut)
+            if self._next_R is not None:
+                # here, since afterwards it would cost the host more than some layers cost the device
+                self._next_R.copy_(next_ids(logits_RV, chances_R2), non_blocking=True)
             return logits_RV
 
         stream.wait_stream(torch.cuda.current_stream(stream.device))
@@ -189,13 +195,16 @@ class _Recording:
         self._were_read.synchronize()
         return self._values
 
-    def replay(self, num_rows: int) -> Readout:
+    def replay(self, num_rows: int, chances: Sequence[Chance]) -> Readout:
         """The first rows; the logits are overwritten by the next replay of any recording of the pool."""
-        self._inputs.copy_(self._host, non_blocking=True)
+        if chances:
+            self._chances[:num_rows] = chances
+        self._on_device.copy_(self._host, non_blocking=True)
         self._were_read.record()
         for graph in self._graphs:
             graph.replay()
-        return Readout(self._logits_RV[:num_rows], None if self._best_R is None else self._best_R[:num_rows])
+        next_R = None if self._next_R is None or not chances else self._next_R[:num_rows]
+        return Readout(self._logits_RV[:num_rows], next_R)
 
     def close(self) -> None:
         for graph in self._graphs:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.chunk import Chunk, GraphSizes, Readout
+from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 
 if TYPE_CHECKING:
@@ -62,9 +62,13 @@ class Runner:
             self._graphs = None
 
     @torch.inference_mode()
-    def forward(self, chunks: Sequence[Chunk]) -> Readout:
-        """Run every chunk, in this order as far as one reads what another stores."""
-        if self._graphs is not None and (readout := self._graphs.run(chunks)) is not None:
+    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
+        """Run every chunk, in this order as far as one reads what another stores.
+
+        Args:
+            chances: by which a pass of single tokens or of one prompt may draw the next id of each chunk.
+        """
+        if self._graphs is not None and (readout := self._graphs.run(chunks, chances)) is not None:
             return readout
         device = self.network.device
         ids = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])

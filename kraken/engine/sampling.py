@@ -5,20 +5,23 @@ the distribution is walked in the order of the ids. What else is in the batch, o
 nothing. Shape letters: B rows of a batch, V the tokenizer's ids (padding ids are cut off before), C candidates.
 """
 
+import hashlib
+import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kraken.engine.chunk import Chance
 from kraken.engine.cpu_kernels import MAX_TOP_K, NOT_FINITE, UNDECIDED, CpuKernels, cpu_kernels
 from kraken.engine.kernels import has_kernels
 from kraken.engine.protocol import SamplingParams, TokenLogprobs
 
 IDS_PER_GROUP = 256
 """The distribution is summed in groups of this many ids, so that a draw walks one group and not the vocabulary."""
+SEED_AND_INDEX = struct.Struct("<qQ")
 NUM_CANDIDATES = 512
 """Most likely ids among which truncation looks first; a distribution flatter than that is sorted whole."""
 
@@ -35,27 +38,31 @@ class Draw:
     """Distinct ids of the prompt and the completion so far; read where there is a repetition penalty."""
 
 
-def sample(logits_BV: Tensor, draws: Sequence[Draw], best_B: Tensor | None = None) -> list[int | None]:
+def sample(logits_BV: Tensor, draws: Sequence[Draw], next_B: Tensor | None = None) -> list[int | None]:
     """The next token of every row; None where the logits are no numbers.
 
     Args:
         logits_BV: float32.
-        best_B: the most likely ids, where the pass finds them itself; see `Readout`.
+        next_B: what the pass has drawn by the rows' `chance_of`, where it has; see `Readout`.
     """
     given_BV, logits_BV = logits_BV, _constrain(logits_BV, draws)
     if logits_BV is not given_BV:
-        best_B = None
+        next_B = None
     kernels = cpu_kernels(logits_BV.device, logits_BV.dtype)
     if kernels is not None:
         chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
+    elif has_kernels(logits_BV):
+        chosen_B = _by_chance(logits_BV, draws) if next_B is None else next_B
+        rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0 and _truncates(draw.params)]
     else:
-        chosen_B = _most_likely(logits_BV) if best_B is None else best_B
+        best_B, chosen_B = logits_BV.max(dim=-1)  # the first of equally likely ones
+        chosen_B = chosen_B.where(best_B.abs() < torch.inf, NOT_FINITE)  # also where it is not a number
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0]
     drawn: list[int] = []
     if rows:
         few_BV = logits_BV if len(rows) == len(draws) else logits_BV[rows]
         drawn = _draw(few_BV, [draws[row] for row in rows]).tolist()  # which waits for the device
-    elif best_B is not None:
+    elif next_B is not None:
         torch.cuda.current_stream(logits_BV.device).synchronize()
     chosen = chosen_B.tolist()
     for row, token in zip(rows, drawn, strict=True):
@@ -63,14 +70,18 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], best_B: Tensor | None = Non
     return [None if token == NOT_FINITE else token for token in chosen]
 
 
-def _most_likely(logits_BV: Tensor) -> Tensor:
-    """int64 [B], the first of equally likely ones; `NOT_FINITE` where the logits are no numbers."""
-    if has_kernels(logits_BV):
-        from kraken.engine import sampling_kernel  # which imports Triton, and only CUDA has that
+def chance_of(draw: Draw) -> Chance:
+    """By which a row is drawn that nothing truncates; of others the most likely id is found."""
+    temperature = 0.0 if _truncates(draw.params) else draw.params.temperature
+    return temperature, uniform(draw.seed, draw.token_index) if temperature > 0.0 else 0.0
 
-        return sampling_kernel.best_ids(logits_BV)
-    best_B, chosen_B = logits_BV.max(dim=-1)
-    return chosen_B.where(best_B.abs() < torch.inf, NOT_FINITE)  # also where it is not a number
+
+def _by_chance(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """int64 [B] on CUDA, each by `chance_of`; `NOT_FINITE` where the logits are no numbers."""
+    from kraken.engine import sampling_kernel  # which imports Triton, and only CUDA has that
+
+    chances_B2 = torch.tensor([chance_of(draw) for draw in draws], dtype=torch.float64, device=logits_BV.device)
+    return sampling_kernel.next_ids(logits_BV, chances_B2)
 
 
 def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:
@@ -216,8 +227,8 @@ def _num_kept(sorted_BC: Tensor, normaliser_B1: Tensor, params: list[SamplingPar
 
 def uniform(seed: int, token_index: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**64, counter=token_index))
-    return float(generator.random())
+    digest = hashlib.blake2b(SEED_AND_INDEX.pack(seed, token_index), digest_size=8).digest()
+    return (int.from_bytes(digest) >> 11) * 2.0**-53  # as many bits as a float holds
 
 
 def token_logprobs(logits_TV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:

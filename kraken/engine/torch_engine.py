@@ -45,7 +45,7 @@ from kraken.engine.protocol import (
 )
 from kraken.engine.quantized import require_quantisable
 from kraken.engine.runner import Runner
-from kraken.engine.sampling import Draw, sample, token_logprobs
+from kraken.engine.sampling import Draw, chance_of, sample, token_logprobs
 from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
 from kraken.manifest import Manifest
 from kraken.model import Kraken
@@ -398,7 +398,9 @@ class TorchEngine:
     def _run(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
         """One forward pass, and what follows from it for each request."""
         try:
-            readout = self._runner.forward([_chunk(scheduled) for scheduled in step])
+            # on a CPU nothing is gained by drawing with the pass
+            chances = [chance_of(_draw_of(flight)) for flight in flights] if self._runner.is_asynchronous else ()
+            readout = self._runner.forward([_chunk(scheduled) for scheduled in step], chances)
             self._deliver()  # of the step before
             self._runner.join()
         except Exception as error:
@@ -487,7 +489,7 @@ class TorchEngine:
         """One more token for every flight, by its row; a row that cannot be drawn fails alone."""
         logits_BV = readout.logits_RV
         try:
-            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights], readout.best_R)
+            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights], readout.next_R)
             logprobs = _logprobs(flights, logits_BV, token_ids)
         except Exception as error:
             if _is_fatal(error):

@@ -25,7 +25,7 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.chunk import Chunk, GraphSizes, Readout
+from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
 from kraken.engine.devices.choose_sums import Messages, choose_sums
 from kraken.engine.devices.collectives import DeviceGroup, join_group
 from kraken.engine.devices.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
@@ -76,7 +76,7 @@ class LeadRunner(Runner):
             super().record(sizes)
             self._end()
 
-    def forward(self, chunks: Sequence[Chunk]) -> Readout:
+    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
         """See `Runner.forward`; `join` must follow.
 
         Raises:
@@ -85,7 +85,7 @@ class LeadRunner(Runner):
         with self._explained():
             self._begin(self._config.collective_timeout_s)
             self._followers.tell(Kind.STEP, pack_step(chunks))
-            return super().forward(chunks)
+            return super().forward(chunks, chances)
 
     def join(self) -> None:
         """See `Runner.join`: what is launched for the first time may have to be loaded, which may wait for the whole
