@@ -7,7 +7,6 @@ prompts that are scored) is not for graphs.
 Shape letters as in `kraken/engine/attention.py`, and: B sequences that decode, M blocks that a table has room for.
 """
 
-import contextlib
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken.engine.attention import PagedAttend, PagedCache
+from kraken.engine.attention import PagedCache
 from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
 from kraken.engine.network import Network
 from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
@@ -26,10 +25,6 @@ from kraken.engine.sampling_kernel import next_ids
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
-PARTS = 5
-"""The device begins with a graph when the host has launched all of it, and to launch a layer takes up to a fifth as
-long as to compute a small one: so the first fifth of the layers is a graph of its own, and the rest is launched
-meanwhile."""
 
 
 class GraphedForward:
@@ -41,7 +36,7 @@ class GraphedForward:
     def __init__(self, network: Network, cache: PagedCache, sizes: GraphSizes):
         self._network, self._cache = network, cache
         self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(network.device)
+        self._pool = torch.cuda.graph_pool_handle()
         self._batch_sizes, self._prompt_sizes = sizes.of_batches, sizes.of_prompts
         self._decodes: dict[int, _Recording] = {}
         self._prompts: dict[int, _Recording] = {}
@@ -93,11 +88,11 @@ class GraphedForward:
             recording.close()
 
     def _record(
-        self, forward: Callable[[Tensor, Callable[[], None]], Tensor], shape: tuple[int, ...], num_rows: int
+        self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], num_rows: int
     ) -> "_Recording":
-        return _Recording(forward, shape, num_rows, self._pool, self._stream, self._network.part.rank == 0)
+        return _Recording(forward, shape, num_rows, self._pool, self._network.device, self._network.part.rank == 0)
 
-    def _decode(self, inputs_BC: Tensor, cut: Callable[[], None]) -> Tensor:
+    def _decode(self, inputs_BC: Tensor) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
         ids_B, lengths_B, tables_BM = inputs_BC[:, 0], inputs_BC[:, 1].contiguous(), inputs_BC[:, 2:].contiguous()
 
@@ -107,9 +102,9 @@ class GraphedForward:
             size = self._cache.tokens_per_block
             return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_parts)
 
-        return self._network(ids_B, (lengths_B - 1).clamp(min=0), self._cutting(attend, cut), None)
+        return self._network(ids_B, (lengths_B - 1).clamp(min=0), attend, None)
 
-    def _prompt(self, inputs_C: Tensor, cut: Callable[[], None]) -> Tensor:
+    def _prompt(self, inputs_C: Tensor) -> Tensor:
         """A prompt from its first token on: ids, blocks, and the last token's index."""
         size, tokens_per_block = len(inputs_C) // 2, self._cache.tokens_per_block
         ids_T, blocks_M, last_1 = inputs_C[:size], inputs_C[size:-1], inputs_C[-1:]
@@ -119,43 +114,30 @@ class GraphedForward:
             return attend_prompt(q_TNH, k_TNH, v_TNH, Shelf(keys, values, blocks_M, last_1, tokens_per_block))
 
         positions_T = torch.arange(size, device=inputs_C.device)
-        return self._network(ids_T, positions_T, self._cutting(attend, cut), last_1)
-
-    def _cutting(self, attend: PagedAttend, cut: Callable[[], None]) -> PagedAttend:
-        """Where a pass is cut in two: after attention, during which a sum that it overlaps has come to its end."""
-        group, last = self._network.group, self._network.config.num_layers // PARTS
-
-        def attend_and_cut(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-            out_TNH = attend(layer, q_TNH, k_TNH, v_TNH)
-            if layer == last:
-                group.settle()
-                cut()
-            return out_TNH
-
-        return attend_and_cut
+        return self._network(ids_T, positions_T, attend, last_1)
 
 
 class _Recording:
-    """Two graphs, one behind the other; what they read and what they write.
+    """One graph, what it reads and what it writes.
 
     Args:
-        forward: float32 logits [rows, ids] of inputs of that shape; calls its second argument between the two.
-        pool: memory, and `stream`, that recordings share which are never replayed at once.
+        forward: float32 logits [rows, ids] of inputs of that shape.
+        pool: memory that recordings share which are never replayed at once.
         is_read: whether the next ids are drawn here, since this rank's logits are the engine's.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Callable[[], None]], Tensor],
+        forward: Callable[[Tensor], Tensor],
         shape: tuple[int, ...],
         num_rows: int,
         pool: Any,
-        stream: torch.cuda.Stream,
+        device: torch.device,
         is_read: bool,
     ):
         num_chance_bytes = 16 * num_rows
         self._host = torch.zeros(num_chance_bytes + 4 * math.prod(shape), dtype=torch.uint8, pin_memory=True)
-        self._on_device = torch.zeros_like(self._host, device=stream.device)
+        self._on_device = torch.zeros_like(self._host, device=device)
         self._values = self._host[num_chance_bytes:].view(torch.int32).view(shape).numpy()
         self._chances = self._host[:num_chance_bytes].view(torch.float64).view(num_rows, 2).numpy()
         self._were_read = torch.cuda.Event()
@@ -163,32 +145,23 @@ class _Recording:
         inputs = self._on_device[num_chance_bytes:].view(torch.int32).view(shape)
         chances_R2 = self._on_device[:num_chance_bytes].view(torch.float64).view(num_rows, 2)
 
-        def run(cut: Callable[[], None]) -> Tensor:
-            logits_RV = forward(inputs, cut)
+        def run() -> Tensor:
+            logits_RV = forward(inputs)
             if self._next_R is not None:
                 # here, since afterwards it would cost the host more than some layers cost the device
                 self._next_R.copy_(next_ids(logits_RV, chances_R2), non_blocking=True)
             return logits_RV
 
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.inference_mode():
             for _ in range(WARM_UP_RUNS):
-                run(lambda: None)
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
-        self._graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
         # whatever else the process does with the device meanwhile
-        first, second = (
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-            for graph in self._graphs
-        )
-        with contextlib.ExitStack() as recorded, torch.inference_mode():
-
-            def cut() -> None:
-                recorded.close()
-                recorded.enter_context(second)
-
-            recorded.enter_context(first)
-            self._logits_RV = run(cut)
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"), torch.inference_mode():
+            self._logits_RV = run()
 
     def inputs(self) -> np.ndarray:
         """To be filled before a replay; waits until the last one has read them."""
@@ -201,11 +174,9 @@ class _Recording:
             self._chances[:num_rows] = chances
         self._on_device.copy_(self._host, non_blocking=True)
         self._were_read.record()
-        for graph in self._graphs:
-            graph.replay()
+        self._graph.replay()
         next_R = None if self._next_R is None or not chances else self._next_R[:num_rows]
         return Readout(self._logits_RV[:num_rows], next_R)
 
     def close(self) -> None:
-        for graph in self._graphs:
-            graph.reset()
+        self._graph.reset()

@@ -91,8 +91,6 @@ class DeviceGroup:
         self._exchange = exchange
         self._group = process_group
         self._is_nccl = process_group is not None and process_group.name() == "nccl"
-        self._in_flight: PendingSum | None = None
-        """The last sum of the library's that was not waited for at once."""
         self._peers: PeerSums | None = None
         self._method_of: Callable[[int], Method] = lambda num_tokens: "library"
 
@@ -142,9 +140,7 @@ class DeviceGroup:
         else:
             pending.total = own.clone()
             pending.works = [self._all_reduce(pending.total, on_own_stream=overlapped)]
-        if overlapped:
-            self._in_flight = pending
-        else:
+        if not overlapped:
             pending.finish()
         return pending
 
@@ -201,16 +197,8 @@ class DeviceGroup:
         """Fill x with what a rank sends."""
         _wait_for(self._group.recv([x], rank, tag))
 
-    def settle(self) -> None:
-        """On CUDA, let whatever comes next on this stream come behind the sums in flight."""
-        if self._in_flight is not None:
-            self._in_flight.finish()
-        if self._peers is not None:
-            self._peers.join_copies()
-
     def end_pass(self) -> None:
         """To be called after every forward pass, also of those that are recorded."""
-        self._in_flight = None
         if self._peers is not None:
             self._peers.end_pass()
 

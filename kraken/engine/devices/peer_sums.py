@@ -152,7 +152,7 @@ class PeerSums:
                 engine bring it there.
         """
         if method == "direct":
-            self.join_copies()
+            self._join_copies()
         turn, awaits = self._begin()
         sent, own = self._sent[turn], self._published[turn][self._rank]
         targets, out_slot = sent, None
@@ -177,7 +177,7 @@ class PeerSums:
             self._signals.tell(turn)
         self._is_copying = True
 
-    def join_copies(self) -> None:
+    def _join_copies(self) -> None:
         """What the main stream does from now on comes behind all copies."""
         if self._is_copying and self._copies is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._copies)
@@ -235,7 +235,7 @@ class PeerSums:
 
     def end_pass(self) -> None:
         """After every forward pass: the next one begins with slot 0."""
-        self.join_copies()
+        self._join_copies()
         if self._turn:
             self._signals.skip(self._turn)
             self._turn = 0
@@ -252,7 +252,7 @@ class PeerSums:
 
     def _publish(self, x_RC: Tensor) -> int:
         """A round that a kernel tells; gives its turn."""
-        self.join_copies()
+        self._join_copies()
         turn, awaits = self._begin()
         self._signals.publish(x_RC, self._published[turn][self._rank], turn, awaits)
         return turn
