@@ -1,9 +1,11 @@
 """The engine's own kernels on a CPU against torch's operators."""
 
+import itertools
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ import torch.nn.functional as F
 
 from kraken.engine import attention, sampling
 from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.cpu_kernels import MAX_TOP_K, CpuKernels, cpu_kernels, huge_zeros
+from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels, huge_zeros
 from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear, make_linear
 from kraken.engine.protocol import SamplingParams
-from kraken.engine.sampling import Draw, sample
+from kraken.engine.sampling import Draw, sample, uniform
 
 CPU = torch.device("cpu")
 
@@ -218,15 +220,52 @@ def adversarial_logits(kind: str, num_ids: int) -> torch.Tensor:
 def test_draws_equal_torchs(kernels: CpuKernels, kind: str, num_ids: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = adversarial_logits(kind, num_ids)
     padded = F.pad(logits, (0, 5), value=99.0)[:, :num_ids]  # rows apart from one another
-    for top_k in (0, 1, 2, 50, MAX_TOP_K, MAX_TOP_K + 1):
+    for top_k in (0, 1, 2, 50, 511, 512):
         for temperature in (0.7, 3.0):
-            params = SamplingParams(temperature=temperature, top_k=top_k)
-            kinds = [params, SamplingParams(temperature=0.0), params, SamplingParams(top_p=0.9, top_k=top_k)]
-            draws = [Draw(kinds[row % 4], row, top_k) for row in range(6)]
+            kinds = [SamplingParams(temperature=temperature, top_k=top_k), SamplingParams(temperature=0.0)]
+            draws = [Draw(kinds[row % 2], row, top_k) for row in range(6)]
             found = sample(padded, draws)
             with monkeypatch.context() as patch:
                 patch.setattr(sampling, "cpu_kernels", lambda device, dtype: None)
                 assert found == sample(logits, draws)
+
+
+TRUNCATED: list[dict[str, Any]] = [
+    {"top_p": 0.9}, {"top_p": 0.3, "temperature": 2.0}, {"top_p": 0.999, "temperature": 0.5}, {"top_p": 1e-9},
+    {"min_p": 0.05}, {"min_p": 1.0}, {"min_p": 0.3, "top_p": 0.8}, {"top_p": 0.7, "top_k": 20}, {"top_k": 600},
+    {"min_p": 0.01, "top_k": 40}, {"top_p": 0.95, "temperature": 1e-38},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "equal", "barred", "one_group", "ascending"])
+@pytest.mark.parametrize("num_ids", [1, 3, 65, 1000, 4099])
+def test_of_a_truncated_distribution_stays_what_float64_says(kernels: CpuKernels, kind: str, num_ids: int) -> None:
+    logits_BV = adversarial_logits(kind, num_ids)
+    for params in (SamplingParams(**fields) for fields in TRUNCATED):
+        draws = [Draw(params, row, 9) for row in range(len(logits_BV))]
+        for token, logits_V, draw in zip(sample(logits_BV, draws), logits_BV, draws, strict=True):
+            place = uniform(draw.seed, draw.token_index)
+            slack = (1.0 - 2e-6, 1.0, 1.0 + 2e-6)  # where float32 may round to the other side
+            allowed = {
+                drawn_in_float64(logits_V, params, place * a, params.top_p * b, params.min_p * c)
+                for a, b, c in itertools.product(slack, slack, slack)
+            }
+            assert token in allowed, (params, allowed)
+
+
+def drawn_in_float64(logits_V: torch.Tensor, params: SamplingParams, place: float, top_p: float, min_p: float) -> int:
+    """By sorting everything."""
+    weights_V = ((logits_V - logits_V.max()).double() / params.temperature).exp()
+    order_V = weights_V.sort(descending=True, stable=True).indices
+    sorted_V = weights_V[order_V]
+    stays_V = sorted_V >= min_p * sorted_V[0] if params.min_p < 1.0 else sorted_V == sorted_V[0]
+    if params.top_p < 1.0:
+        stays_V &= sorted_V.cumsum(0) - sorted_V < top_p * sorted_V.sum()
+    if params.top_k:
+        stays_V[params.top_k :] = False
+    ids = order_V[stays_V].sort().values
+    mass = weights_V[ids].cumsum(0)
+    return int(ids[min(int(torch.searchsorted(mass, place * mass[-1], right=True)), len(ids) - 1)])
 
 
 @pytest.mark.parametrize("num_ids", [3, 64, 200])

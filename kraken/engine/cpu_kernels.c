@@ -29,14 +29,17 @@ enum {
     MAX_KEYS = 512,          /* keys whose weights are held at a time */
     KEYS_AHEAD = 16,         /* keys between the one that is used and the one that is fetched */
     COLUMNS = 2 * LANES,     /* of values that are summed together */
-    GROUP = 64,          /* ids whose largest logit is looked for first */
-    MAX_CANDIDATES = 512,
+    GROUP = 64,              /* ids whose largest logit, or sum, is looked for first */
+    MAX_CANDIDATES = 512,    /* most likely ids that are held in order */
+    DIGIT_BITS = 10,         /* of a weight, by which those that stay are found */
+    DIGITS = 1 << DIGIT_BITS,
     FEW_VALUES = 1 << 16, /* of states, up to which one thread passes them faster than two are told to */
     NOT_FINITE = -1,
     UNDECIDED = -2
 };
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef double dvec __attribute__((vector_size(LANES * 8), aligned(8), may_alias));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -555,7 +558,8 @@ static int maxima_of(const float *logits, int64_t num_ids, float *maxima) {
     return !has_odd;
 }
 
-static int64_t sample_one(const float *logits, int64_t num_ids, const float *maxima, int64_t top_k, float temperature,
+/* One of the top_k most likely ids, of fewer than MAX_CANDIDATES, or the most likely one where top_k is 0. */
+static int64_t sample_few(const float *logits, int64_t num_ids, const float *maxima, int64_t top_k, float temperature,
                           double uniform) {
     candidate best[MAX_CANDIDATES] = {{0}}, other;
     int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0;
@@ -572,16 +576,16 @@ static int64_t sample_one(const float *logits, int64_t num_ids, const float *max
             if (logits[id] >= least) num = insert(best, num, most, logits[id], id);
         if (top_k == 0) return best[0].id;
     }
-    for (int64_t i = 0; i < num; i++) best[i].logit /= temperature;
-    if (kept < num && best[kept].logit == best[kept - 1].logit) return UNDECIDED;
     float highest = best[0].logit;
+    for (int64_t i = 0; i < num; i++) best[i].logit = (best[i].logit - highest) / temperature;
+    if (kept < num && best[kept].logit == best[kept - 1].logit) return UNDECIDED;
     double total = 0.0, mass = 0.0;
     for (int64_t i = 1; i < kept; i++) { /* the distribution is walked in the order of the ids */
         int64_t to = i;
         for (other = best[i]; to > 0 && best[to - 1].id > other.id; to--) best[to] = best[to - 1];
         best[to] = other;
     }
-    for (int64_t i = 0; i < kept; i++) total += best[i].logit = expf(best[i].logit - highest);
+    for (int64_t i = 0; i < kept; i++) total += best[i].logit = expf(best[i].logit);
     int64_t last = best[0].id;
     for (int64_t i = 0; i < kept; i++) {
         if (best[i].logit == 0.0f) continue;
@@ -591,27 +595,153 @@ static int64_t sample_one(const float *logits, int64_t num_ids, const float *max
     return last;
 }
 
-/* The next token of every row of logits[B, V]: the most likely one where top_k is 0, or one of the top_k most likely
-   (fewer than MAX_CANDIDATES), drawn by a uniform number. NOT_FINITE where there is none; UNDECIDED where equal logits
-   are on both sides of the cut. Returns 0, or 1 where there is no memory. */
+/* The weight of every id, 1 of the most likely, and the sum of every GROUP ids. */
+static void weights_of(const float *logits, int64_t num_ids, float temperature, float highest, float *weights,
+                  double *totals) {
+    float last[GROUP];
+    for (int64_t begin = 0; begin < num_ids; begin += GROUP) {
+        const float *group = logits + begin;
+        if (begin + GROUP > num_ids) {
+            for (int64_t i = 0; i < GROUP; i++) last[i] = begin + i < num_ids ? group[i] : -INFINITY;
+            group = last;
+        }
+        dvec sums = {0};
+        for (int64_t i = 0; i < GROUP; i += LANES) {
+            vec x = (load(group + i) - highest) / temperature;
+            vec weight = choose(x < -87.0f, (vec){0}, exponential(x));
+            *(vec *)(weights + begin + i) = weight;
+            sums += __builtin_convertvector(weight, dvec);
+        }
+        double total = 0.0;
+        for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+        totals[begin / GROUP] = total;
+    }
+}
+
+/* Where the weights, summed in the order of the ids, exceed the target; the last with any where rounding hides that. */
+static int64_t walk(const float *weights, const double *totals, int64_t num_groups, double target) {
+    double before = 0.0, mass = 0.0;
+    int64_t found = 0, last = 0;
+    for (int64_t g = 0; g < num_groups && mass <= target; g++) {
+        if (totals[g] == 0.0) continue;
+        found = g;
+        before = mass;
+        mass += totals[g];
+    }
+    for (int64_t id = found * GROUP; id < (found + 1) * GROUP; id++) {
+        if (weights[id] == 0.0f) continue;
+        last = id;
+        if ((before += weights[id]) > target) break;
+    }
+    return last;
+}
+
+/* Which of some ids, in ascending order, stay: those of the largest weights, and of equal ones the lowest, while what
+   comes before weighs less than `mass_limit` and is fewer than `count_limit`; at least one.
+   Returns the smallest weight that stays; *num_equal says how many of that size do. */
+static float least_kept(const float *weights, const int32_t *ids, int64_t num_ids, double mass_limit,
+                        int64_t count_limit, int64_t *num_equal) {
+    double masses[DIGITS], mass = 0.0;
+    int64_t counts[DIGITS], count = 0;
+    uint32_t prefix = 0, bits; /* the leading digits of the smallest: positive floats are ordered as their bits are */
+    float least;
+    *num_equal = INT64_MAX;
+    for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
+        memset(masses, 0, sizeof masses);
+        memset(counts, 0, sizeof counts);
+        for (int64_t i = 0; i < num_ids; i++) {
+            memcpy(&bits, weights + ids[i], sizeof bits);
+            if (bits >> shift >> DIGIT_BITS != prefix) continue;
+            masses[bits >> shift & (DIGITS - 1)] += weights[ids[i]];
+            counts[bits >> shift & (DIGITS - 1)]++;
+        }
+        int digit = DIGITS - 1;
+        for (; digit >= 0; digit--) {
+            if (mass + masses[digit] >= mass_limit || count + counts[digit] >= count_limit) break;
+            mass += masses[digit];
+            count += counts[digit];
+        }
+        if (digit < 0) { /* all stay that begin like this */
+            bits = prefix << shift << DIGIT_BITS;
+            memcpy(&least, &bits, sizeof least);
+            return least;
+        }
+        prefix = prefix << DIGIT_BITS | (uint32_t)digit;
+    }
+    memcpy(&least, &prefix, sizeof least);
+    int64_t num = counts[prefix & (DIGITS - 1)];
+    *num_equal = 0;
+    for (; *num_equal < num && mass < mass_limit && count < count_limit; ++*num_equal, count++) mass += least;
+    return least;
+}
+
+/* One of the ids that top-k, top-p and min-p leave, of any number.
+   weights, totals, ids: room for whole groups of ids. */
+static int64_t sample_many(const float *logits, int64_t num_ids, float highest, int64_t top_k, float temperature,
+                           float top_p, float min_p, double uniform, float *weights, double *totals, int32_t *ids) {
+    int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0, num_equal;
+    weights_of(logits, num_ids, temperature, highest, weights, totals);
+    double total = 0.0, kept = 0.0, mass = 0.0;
+    for (int64_t g = 0; g < num_groups; g++) total += totals[g];
+    if (!top_k && top_p == 1.0f && min_p == 0.0f) return walk(weights, totals, num_groups, uniform * total);
+    /* all ids below the second bound together have no more than top-p leaves out */
+    double bound = min_p, bound_of_mass = (1.0 - top_p) * total / num_ids * (1.0 - 1e-9);
+    if (bound_of_mass > bound) bound = bound_of_mass;
+    for (int64_t g = 0; g < num_groups; g++) {
+        if (totals[g] < bound) continue;
+        for (int64_t id = g * GROUP; id < (g + 1) * GROUP; id++) {
+            ids[num] = (int32_t)id;
+            num += weights[id] >= bound && weights[id] != 0.0f;
+        }
+    }
+    double mass_limit = top_p < 1.0f ? top_p * total : INFINITY;
+    float least = least_kept(weights, ids, num, mass_limit, top_k ? top_k : num_ids, &num_equal);
+    int64_t num_kept = 0;
+    for (int64_t i = 0; i < num; i++) {
+        float weight = weights[ids[i]];
+        if (weight < least || (weight == least && num_equal-- <= 0)) continue;
+        ids[num_kept++] = ids[i];
+        kept += weight;
+    }
+    for (int64_t i = 0; i < num_kept - 1; i++)
+        if ((mass += weights[ids[i]]) > uniform * kept) return ids[i];
+    return ids[num_kept - 1];
+}
+
+/* The next token of every row of logits[B, V]: the most likely one where the temperature is 0, or one that is drawn by
+   a uniform number of those that top-k (0: all), top-p (1: all) and min-p (0: all) leave. NOT_FINITE where there is
+   none. Returns 0, or 1 where there is no memory. */
 int32_t kraken_sample(const float *logits, int64_t row_stride, int64_t num_rows, int64_t num_ids, const int64_t *top_k,
-                      const float *temperatures, const double *uniforms, int64_t *chosen, int32_t num_threads) {
+                      const float *temperatures, const float *top_p, const float *min_p, const double *uniforms,
+                      int64_t *chosen, int32_t num_threads) {
     int32_t failed = 0;
 #pragma omp parallel num_threads(num_threads)
     {
-        float *maxima = malloc((num_ids + GROUP - 1) / GROUP * sizeof(float));
-        if (!maxima)
+        int64_t num_groups = (num_ids + GROUP - 1) / GROUP;
+        int64_t group_bytes = sizeof(double) + sizeof(float) + GROUP * (sizeof(float) + sizeof(int32_t));
+        double *totals = malloc(num_groups * group_bytes);
+        float *maxima = (float *)(totals + num_groups), *weights = maxima + num_groups;
+        int32_t *ids = (int32_t *)(weights + num_groups * GROUP);
+        if (!totals)
 #pragma omp atomic write
             failed = 1;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = 0; b < num_rows; b++) {
-            if (!maxima) continue;
+            if (!totals) continue;
             const float *row = logits + b * row_stride;
-            chosen[b] = maxima_of(row, num_ids, maxima)
-                            ? sample_one(row, num_ids, maxima, top_k[b], temperatures[b], uniforms[b])
-                            : NOT_FINITE;
+            int64_t k = temperatures[b] > 0.0f ? top_k[b] : 0;
+            chosen[b] = UNDECIDED;
+            if (!maxima_of(row, num_ids, maxima)) chosen[b] = NOT_FINITE;
+            else if (temperatures[b] == 0.0f || (0 < k && k < MAX_CANDIDATES && top_p[b] == 1.0f && min_p[b] == 0.0f))
+                chosen[b] = sample_few(row, num_ids, maxima, k, temperatures[b], uniforms[b]);
+            if (chosen[b] != UNDECIDED) continue;
+            float highest = -INFINITY;
+            for (int64_t g = 0; g < num_groups; g++) highest = maxima[g] > highest ? maxima[g] : highest;
+            chosen[b] = isfinite(highest) ? sample_many(row, num_ids, highest, k, temperatures[b], top_p[b], min_p[b],
+                                                        uniforms[b], weights, totals, ids)
+                                          : NOT_FINITE;
         }
-        free(maxima);
+        free(totals);
     }
     return failed;
 }

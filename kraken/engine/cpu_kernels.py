@@ -31,11 +31,10 @@ HUGE_PAGE = 2 << 20
 WORD_BYTES = 4
 """What a linear multiplies at a time: one float32, or two inputs of a token in bfloat16."""
 COMPILE_TIMEOUT_S = 60.0
-MAX_TOP_K = 511
 """Of `CpuKernels.sample`."""
 PAUSE_SOFTLY = 1
 """OpenMP's `omp_pause_soft`: its settings stay."""
-NOT_FINITE, UNDECIDED = -1, -2
+NOT_FINITE = -1
 """What `CpuKernels.sample` gives where it has no token."""
 _logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ class CpuKernels:
             *[pointer, count, count, pointer, pointer, count, pointer],
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
-        self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 4, flag]
+        self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 6, flag]
         self.panel: int = library.kraken_panel()
         """Outputs of a linear that lie side by side in `arranged`."""
         self._word = WORD_BYTES // dtype.itemsize
@@ -240,14 +239,22 @@ class CpuKernels:
         if failed:
             raise MemoryError(f"no memory for the attention of {num_tokens} tokens from position {start}")
 
-    def sample(self, logits_BV: Tensor, top_k_B: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> Tensor:
-        """The next token of every row, int64; `NOT_FINITE` where the logits are none, `UNDECIDED` where equal ones lie
-        on both sides of the cut.
+    def sample(
+        self,
+        logits_BV: Tensor,
+        top_k_B: Tensor,
+        temperature_B: Tensor,
+        top_p_B: Tensor,
+        min_p_B: Tensor,
+        uniform_B: Tensor,
+    ) -> Tensor:
+        """The next token of every row, int64, by its `SamplingParams`; `NOT_FINITE` where the logits are none. Of equal
+        ones the lowest ids stay.
 
         Args:
             logits_BV: float32, whatever the library's type; ids side by side.
-            top_k_B: int64; 0 takes the most likely id, and of equal ones the lowest; at most `MAX_TOP_K`.
-            temperature_B: float32.
+            top_k_B: int64.
+            temperature_B, top_p_B, min_p_B: float32.
             uniform_B: float64, what each token is drawn by.
         """
         chosen_B = torch.empty(len(logits_BV), dtype=torch.int64)
@@ -257,6 +264,8 @@ class CpuKernels:
             *logits_BV.shape,
             top_k_B.data_ptr(),
             temperature_B.data_ptr(),
+            top_p_B.data_ptr(),
+            min_p_B.data_ptr(),
             uniform_B.data_ptr(),
             chosen_B.data_ptr(),
             torch.get_num_threads(),

@@ -87,9 +87,7 @@ class GraphedForward:
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
 
-    def _record(
-        self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], num_rows: int
-    ) -> "_Recording":
+    def _record(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], num_rows: int) -> "_Recording":
         return _Recording(forward, shape, num_rows, self._pool, self._network.device, self._network.part.rank == 0)
 
     def _decode(self, inputs_BC: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.chunk import Chance
-from kraken.engine.cpu_kernels import MAX_TOP_K, NOT_FINITE, UNDECIDED, CpuKernels, cpu_kernels
+from kraken.engine.cpu_kernels import NOT_FINITE, CpuKernels, cpu_kernels
 from kraken.engine.kernels import has_kernels
 from kraken.engine.protocol import SamplingParams, TokenLogprobs
 
@@ -49,8 +49,9 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], next_B: Tensor | None = Non
     if logits_BV is not given_BV:
         next_B = None
     kernels = cpu_kernels(logits_BV.device, logits_BV.dtype)
+    rows: list[int] = []
     if kernels is not None:
-        chosen_B, rows = _by_kernels(kernels, logits_BV, draws)
+        chosen_B = _by_kernels(kernels, logits_BV, draws)
     elif has_kernels(logits_BV):
         chosen_B = _by_chance(logits_BV, draws) if next_B is None else next_B
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0 and _truncates(draw.params)]
@@ -84,30 +85,18 @@ def _by_chance(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     return sampling_kernel.next_ids(logits_BV, chances_B2)
 
 
-def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, list[int]]:
-    """Tokens of the rows that are greedy or that only top-k truncates; the other rows that have one are named."""
-    drawn = [
-        draw.params.temperature > 0.0
-        and 0 < draw.params.top_k <= MAX_TOP_K
-        and draw.params.top_p == 1.0
-        and draw.params.min_p == 0.0
-        for draw in draws
-    ]
-    chosen_B = kernels.sample(
+def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """int64 [B] on a CPU; `NOT_FINITE` where the logits are no numbers."""
+    params = [draw.params for draw in draws]
+    uniforms = [uniform(draw.seed, draw.token_index) if draw.params.temperature > 0.0 else 0.0 for draw in draws]
+    return kernels.sample(
         logits_BV if logits_BV.stride(-1) == 1 else logits_BV.contiguous(),
-        torch.tensor([draw.params.top_k if here else 0 for draw, here in zip(draws, drawn, strict=True)]),
-        torch.tensor([draw.params.temperature for draw in draws], dtype=torch.float32),
-        torch.tensor(
-            [uniform(draw.seed, draw.token_index) if here else 0.0 for draw, here in zip(draws, drawn, strict=True)],
-            dtype=torch.float64,
-        ),
+        torch.tensor([p.top_k for p in params]),
+        torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        torch.tensor(uniforms, dtype=torch.float64),
     )
-    left = [
-        row
-        for row, (token, draw, here) in enumerate(zip(chosen_B.tolist(), draws, drawn, strict=True))
-        if token == UNDECIDED or (token != NOT_FINITE and draw.params.temperature > 0.0 and not here)
-    ]
-    return chosen_B, left
 
 
 def _constrain(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -133,7 +122,7 @@ def _draw(logits_BV: Tensor, draws: list[Draw]) -> Tensor:
     uniform_B1 = torch.tensor(
         [[uniform(draw.seed, draw.token_index)] for draw in draws], device=device, dtype=torch.float64
     )
-    scaled_BV = logits_BV / temperature_B1
+    scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B1  # the largest is finite so
     cut = [row for row, draw in enumerate(draws) if _truncates(draw.params)]
     if not cut:
         return _draw_from_all(scaled_BV, uniform_B1)

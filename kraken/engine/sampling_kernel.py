@@ -40,7 +40,7 @@ def _next(  # type: ignore[no-untyped-def]
         for start in range(0, num_ids, tile):
             columns = start + tl.arange(0, tile)
             values = tl.load(logits_ptr + columns, mask=columns < num_ids, other=float("-inf"))
-            weights = tl.exp(values / temperature - top / temperature).to(tl.float64)
+            weights = tl.exp((values - top) / temperature).to(tl.float64)
             sums = tl.sum(tl.reshape(weights, (tile // group, group)), axis=1)
             groups = start // group + tl.arange(0, tile // group)
             tl.store(totals_ptr + groups, sums, mask=groups < num_groups)
@@ -56,7 +56,7 @@ def _next(  # type: ignore[no-untyped-def]
         lanes = tl.arange(0, group)
         columns = found * group + lanes
         values = tl.load(logits_ptr + columns, mask=columns < num_ids, other=float("-inf"))
-        weights = tl.exp(values / temperature - top / temperature).to(tl.float64)
+        weights = tl.exp((values - top) / temperature).to(tl.float64)
         last = tl.max(tl.where(weights > 0, lanes, 0), axis=0)
         lane = tl.minimum(tl.sum((tl.cumsum(weights, axis=0) <= rest).to(tl.int32), axis=0), last)
         chosen = found * group + lane
