@@ -17,6 +17,9 @@ The last line is JSON:
                                 time to the first token, over the matrix rate
     scheduler_share_16          16 requests, half greedy and half with temperature 0.8 and top-k 50: the share of decode
                                 time outside the forward pass: planning, drawing, handing out
+    scheduler_share_16_drawn, _top_p    the same where all are drawn at temperature 1, as requests are that ask for
+                                nothing else, or with top-p 0.9: random weights make that the hardest case, since
+                                their distributions are flat
 
 Bandwidth and matrix rate are measured in the same rounds: the best of a sum and two matrix-vector products over 400 MB,
 and of two products of size 2048 (8192 on CUDA).
@@ -45,8 +48,10 @@ from kraken.evaluate import collect
 from kraken.model import Kraken
 from kraken.presets import PRESETS
 
-GREEDY = {"temperature": 0.0}
-SAMPLED = {"temperature": 0.8, "top_k": 50, "seed": 1}
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+TOP_K: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "seed": 1}
+DRAWN: dict[str, Any] = {"seed": 1}
+TOP_P: dict[str, Any] = {"top_p": 0.9, "seed": 1}
 BATCHES = (8, 16)
 
 
@@ -257,8 +262,10 @@ def main() -> None:
         ttft_s = ours.seconds(1, prompt_tokens, 1, (GREEDY,))
         note(ttft_ms=ttft_s * 1e3)
         note(prefill_matmul_fraction=prefill_flops(model, prompt_tokens) / ttft_s / flops_per_s)
-        seconds, forward_s = ours.decode(16, args.prompt_tokens, args.new_tokens, GREEDY, SAMPLED)
-        note(scheduler_share_16=1.0 - forward_s / seconds)
+        kinds_of: dict[str, list[dict[str, Any]]] = {"": [GREEDY, TOP_K], "_drawn": [DRAWN], "_top_p": [TOP_P]}
+        for suffix, kinds in kinds_of.items():
+            seconds, forward_s = ours.decode(16, args.prompt_tokens, args.new_tokens, *kinds)
+            note(**{f"scheduler_share_16{suffix}": 1.0 - forward_s / seconds})
     ours.close()
     medians = {name: round(statistics.median(values), 4) for name, values in rounds.items()}
     ratios = {f"throughput_ratio_vs_transformers_{batch}": None for batch in BATCHES}
