@@ -401,12 +401,12 @@ class TorchEngine:
             # on a CPU nothing is gained by drawing with the pass
             chances = [chance_of(_draw_of(flight)) for flight in flights] if self._runner.is_asynchronous else ()
             readout = self._runner.forward([_chunk(scheduled) for scheduled in step], chances)
-            self._deliver()  # of the step before
-            self._runner.join()
         except Exception as error:
             if _is_fatal(error):
                 raise
             return self._run_apart(step, flights)
+        self._deliver()  # of the step before
+        self._runner.join()
         self._num_failed_steps = 0
         result = _Result()
         self._finish(step, flights, readout, result)
