@@ -1,11 +1,12 @@
-"""Which steps are recorded as CUDA graphs."""
+"""What a forward pass is told and answers, and which steps are recorded as CUDA graphs."""
 
 import dataclasses
 
 import pytest
+import torch
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.chunk import GraphSizes, sizes_up_to
+from kraken.engine.chunk import GraphSizes, Readout, sizes_up_to
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 16, 31, 100, 2048])
@@ -30,3 +31,10 @@ def test_sizes_can_be_chosen() -> None:
 def test_sizes_that_cannot_be_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"engine.cuda_graph_sizes=\(.*leave it out"):
         EngineConfig(**config)  # type: ignore[arg-type]
+
+
+def test_what_a_pass_is_still_drawing_is_not_copied() -> None:
+    readout = Readout(torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.int64))
+    assert readout.of([0, 1, 2]) is readout
+    some = readout.of([0, 2])
+    assert some.logits_RV.tolist() == [[0.0, 1.0], [4.0, 5.0]] and some.next_R is None

@@ -44,10 +44,9 @@ class Readout:
     the chance that was given for it; -1 where the logits are no numbers. None where the pass draws nothing."""
 
     def of(self, rows: Sequence[int]) -> "Readout":
-        """Some rows."""
-        if len(rows) == len(self.logits_RV):
-            return self
-        return Readout(self.logits_RV[rows], None if self.next_R is None else self.next_R[rows])
+        """Some rows, in ascending order; what was drawn for them only where these are all, since it may not be there
+        yet to be copied."""
+        return self if len(rows) == len(self.logits_RV) else Readout(self.logits_RV[rows])
 
 
 @dataclass(frozen=True, slots=True)
