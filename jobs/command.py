@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn, TypeVar
 import tyro
 
 from kraken.config import ConfigError, RunConfig
+from kraken.environment import provide_home
 from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
@@ -124,6 +125,7 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
+        provide_home()
         main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)

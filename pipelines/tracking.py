@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote
 
 from kraken.config import ConfigError
+from kraken.environment import provide_home
 from kraken.manifest import git_revision
 from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, persist, without_password
 
@@ -154,6 +155,7 @@ def _connect(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    provide_home()  # MLflow asks for the home directory while it is imported
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
@@ -597,8 +599,19 @@ class Tracker:
             return persist(call, _is_passing, pause)
         except ConfigError:
             raise
+        except ImportError as error:
+            raise self._not_importable(error) from error
         except Exception as error:
             raise self._unusable(one_line(error)) from error
+
+    def _not_importable(self, error: ImportError) -> ConfigError:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if uri.startswith("postgresql"):
+            return ConfigError(
+                f"MLFLOW_TRACKING_URI={without_password(uri)} needs a database driver ({error}); install it on every "
+                "node: pip install -c constraints.txt -e '.[pipelines,postgres]', or give an MLflow server (http://...)"
+            )
+        return ConfigError(f"MLflow cannot be imported ({one_line(error)}); mend this Python's packages")
 
     def _unusable(self, reason: str) -> ConfigError:
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):

@@ -359,6 +359,17 @@ def test_storages_that_cannot_hold_the_database(storage_uri: str, monkeypatch: p
     assert ui_command(storage_uri)[-1] == "http://tracking:5000"
 
 
+def test_a_missing_database_driver_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tracking, "CONNECT_LIMIT_S", 0.5)
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # an import of it fails, installed or not
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@127.0.0.1:1/kraken")
+    with pytest.raises(ConfigError, match=r"needs a database driver .*pip install .*\[pipelines,postgres\]") as caught:
+        Tracker(str(tmp_path))
+    assert "secret" not in str(caught.value)
+
+
 def test_an_unusable_store_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str, tracker: Tracker, client: "MlflowClient"
 ) -> None:
