@@ -15,7 +15,7 @@ from pathlib import Path
 from jobs.command import LineParser, run_job
 from jobs.stage import run_until
 from kraken.config import ConfigError
-from kraken.storage import is_remote
+from kraken.storage import is_remote, local_artefact
 from pipelines.convert import STAGE
 
 FOLDER_OPTIONS = ("--from-published", "--to-published", "--to-tensorrt-llm")
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> None:
             "has none; leave it out"
         )
     elif options.to_tensorrt_llm is not None:
-        _to_trtllm(_local("to-tensorrt-llm", options.to_tensorrt_llm), _local("out", options.out))
+        _to_trtllm(_source("to-tensorrt-llm", options.to_tensorrt_llm), _local("out", options.out))
     else:
-        _export(_local("to-published", options.to_published), _local("out", options.out))
+        _export(_source("to-published", options.to_published), _local("out", options.out))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-published", metavar="FILE", help="the ckpt.pt to read; nothing in it is executed")
-    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder to write as a ckpt.pt")
+    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder or URI to write as a ckpt.pt")
     source.add_argument(
         "--to-tensorrt-llm", metavar="FOLDER", help="the exchange folder to convert, in bfloat16 and with padded heads"
     )
@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --from-published: GPT-2's, or that of a folder of prepared data or of a converted model (gpt2)",
     )
     return parser
+
+
+def _source(option: str, text: str) -> Path:
+    """A converted model's folder on this machine; one in a remote storage is fetched."""
+    return local_artefact(text) if is_remote(text) else _local(option, text)
 
 
 def _local(option: str, text: str) -> Path:

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jobs.command import run_job
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m jobs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exchange", type=Path, metavar="FOLDER", help="a converted model")
+    parser.add_argument("exchange", metavar="FOLDER", help="a converted model: its folder, or STORAGE_URI/convert/NAME")
     parser.add_argument("--prompt", metavar="TEXT", help="what to complete")
     parser.add_argument(
         "--interactive", action="store_true", help="read prompts line by line; each continues the text so far"
@@ -99,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _generate(options: argparse.Namespace) -> None:
     from kraken.engine.torch_engine import TorchEngine
+    from kraken.storage import local_artefact
     from kraken.tokenizer import Tokenizer
 
     config = EngineConfig(
@@ -109,9 +109,10 @@ async def _generate(options: argparse.Namespace) -> None:
         num_devices=options.num_devices,
         max_batch_size=1,
     )
-    engine = TorchEngine.from_exchange(options.exchange, config)
+    exchange = local_artefact(options.exchange)
+    engine = TorchEngine.from_exchange(exchange, config)
     try:
-        session = Session(engine, Tokenizer.load(options.exchange), options)
+        session = Session(engine, Tokenizer.load(exchange), options)
         if options.interactive:
             await _converse(session)
         else:

@@ -5,7 +5,6 @@ are a cache, and `publish` and `fetch` copy whole artefacts, the manifest last.
 """
 
 import fcntl
-import getpass
 import hashlib
 import os
 import shutil
@@ -16,12 +15,45 @@ from pathlib import Path
 
 import pyarrow.fs
 
+from kraken.environment import user_name
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 
 
 def is_remote(uri: str) -> bool:
     """Whether a storage setting is a URI rather than a path of this machine."""
     return "://" in uri
+
+
+def join(uri: str, *parts: str) -> str:
+    """A path or URI below another; the query of a URI (`?endpoint_override=...`) stays at its end."""
+    base, mark, query = uri.partition("?") if is_remote(uri) else (uri, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + query
+
+
+def local_artefact(location: str) -> Path:
+    """The local folder of a finished artefact; a remote one is fetched into this machine's cache first.
+
+    Args:
+        location: a folder's path, returned as it is, or a URI as `Storage.location` makes it:
+            `s3://bucket/prefix/convert/0123456789abcdef`.
+
+    Raises:
+        ArtefactError: the URI cannot be opened, is no artefact's, or holds no finished artefact.
+    """
+    if not is_remote(location):
+        return Path(location)
+    base, mark, query = location.partition("?")
+    uri, kind, name = [*base.rstrip("/").rsplit("/", 2), "", ""][:3]
+    if not name or uri.endswith("/"):
+        raise ArtefactError(f"{location} is no artefact; give STORAGE/convert/FINGERPRINT, as the convert stage prints")
+    storage = Storage(uri + mark + query)
+    storage.fetch(kind, name)
+    folder = storage.root / kind / name
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ArtefactError(
+            f"{location} holds no finished artefact ({MANIFEST_NAME} is missing); check the URI, or run the stage again"
+        )
+    return folder
 
 
 class Storage:
@@ -47,7 +79,7 @@ class Storage:
                     f"storage={uri} cannot be opened ({error}); give a path or a reachable URI"
                 ) from error
             digest = hashlib.sha256(uri.encode()).hexdigest()[:12]
-            self.root = cache or Path(tempfile.gettempdir()) / f"kraken-{getpass.getuser()}" / digest
+            self.root = cache or Path(tempfile.gettempdir()) / f"kraken-{user_name()}" / digest
         elif not os.path.isabs(uri):
             raise ArtefactError(f"storage={uri} is relative, and workers run in other folders; give an absolute path")
         else:
@@ -62,10 +94,18 @@ class Storage:
             raise ArtefactError(f"storage={self.uri} cannot be written ({error}); choose another --storage") from error
         return folder
 
+    def location(self, kind: str, fingerprint: str) -> str:
+        """Path or URI of a stage's artefact, the same on every node; `local_artefact` opens it."""
+        return join(self.uri, kind, fingerprint[:16])
+
     def find(self, kind: str, fingerprint: str) -> Manifest | None:
-        """The manifest of a finished stage, or None. A damaged artefact counts as none, so that it is made again."""
+        """The manifest of a finished stage, or None. A damaged artefact counts as none, so that it is made again.
+
+        Raises:
+            ArtefactError: the remote storage does not answer, so that nothing is known.
+        """
+        self.fetch(kind, fingerprint)
         try:
-            self.fetch(kind, fingerprint)
             manifest = Manifest.read(self.root / kind / fingerprint[:16])
         except ArtefactError:
             return None
@@ -157,12 +197,31 @@ class Storage:
                 file_system.delete_file(f"{base}/{path.relative_to(self.root).as_posix()}")
 
     def fetch(self, kind: str, fingerprint: str) -> None:
-        """Bring a remote artefact into the cache unless a finished copy is there; nothing to do for a local storage."""
+        """Bring a remote artefact into the cache unless a whole copy is there; nothing to do for a local storage.
+
+        Of the processes of one machine that want it, one downloads. A copy that lost files, as a temporary folder
+        does, is fetched again.
+
+        Raises:
+            ArtefactError: the remote storage does not answer, or the cache cannot be written.
+        """
         folder = self.root / kind / fingerprint[:16]
-        if self._remote is None or (folder / MANIFEST_NAME).is_file():
+        if self._remote is None or _is_whole(folder):
             return
         file_system, base = self._remote
-        self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / f".{folder.name}.fetching").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+                if not _is_whole(folder):
+                    for leftover in folder.parent.glob(f"{folder.name}.partial*"):  # of a process that was killed
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
+        except OSError as error:
+            raise ArtefactError(
+                f"storage={self.uri}: {kind}/{fingerprint[:16]} cannot be fetched into {folder} ({error}); check that "
+                "this node reaches the storage and has disk space"
+            ) from error
 
     def fetch_checkpoints(self, run_folder: Path) -> None:
         """Bring the newest good checkpoint of a remote, unfinished run into the cache.
@@ -206,6 +265,15 @@ class Storage:
                     path.replace(target)
             shutil.rmtree(partial, ignore_errors=True)
         return True
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds a finished artefact with all of its files."""
+    try:
+        Manifest.read(folder)
+    except ArtefactError:
+        return False
+    return True
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -38,6 +38,10 @@ class Work:
         """Local folder of a parent's artefact."""
         return self.storage.folder(kind, self.parents[kind].fingerprint)
 
+    def parent_location(self, kind: str) -> str:
+        """Path or URI of a parent's artefact, for processes on other nodes."""
+        return self.storage.location(kind, self.parents[kind].fingerprint)
+
 
 Outcome = tuple[dict[str, Metric], dict[str, Any]]
 """A stage's metrics and details, for its manifest."""
@@ -126,7 +130,7 @@ def fingerprints(stages: tuple[Stage, ...], config: RunConfig) -> dict[str, str]
 def record(run: StageRun, storage: Storage, manifest: Manifest, *, reused: bool) -> None:
     """Put a manifest and its metrics into an MLflow run; metrics of training count from its last step."""
     path = storage.folder(manifest.kind, manifest.fingerprint) / MANIFEST_NAME
-    run.log_manifest(path, artefact=f"{storage.uri}/{manifest.kind}/{manifest.fingerprint[:16]}", reused=reused)
+    run.log_manifest(path, artefact=storage.location(manifest.kind, manifest.fingerprint), reused=reused)
     step = int(manifest.value("steps")) if "steps" in manifest.metrics else 0
     run.log_metrics({name: float(metric.value) for name, metric in manifest.metrics.items()}, step)
 

@@ -1,7 +1,7 @@
 """The application builder, for Python (`ray_serve.run(build(args))`) and for Serve's command line and config files.
 
     serve run serve.app:build exchange=/data/exchange engine=torch
-    applications: [{name: kraken, import_path: "serve.app:build", args: {exchange: /data/exchange}}]
+    applications: [{name: kraken, import_path: "serve.app:build", args: {exchange: s3://bucket/kraken/convert/0123456789abcdef}}]
 
 With KRAKEN_API_KEY in the environment of whoever calls `build`, clients must show that key. Address and port belong to
 Serve itself (`ray_serve.start`), not to an application.
@@ -38,6 +38,7 @@ from kraken.engine.choose import (
 from kraken.engine.echo import EchoEngine
 from kraken.engine.protocol import Engine, EngineInfo
 from kraken.manifest import MANIFEST_NAME
+from kraken.storage import is_remote, local_artefact
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from serve.completions import ServedModel
 from serve.deployment import Endpoint
@@ -47,6 +48,11 @@ logger = logging.getLogger("ray.serve")
 API_KEY_VARIABLE = "KRAKEN_API_KEY"
 ECHO_CONTEXT_LENGTH = 1024
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _path_or_uri(value: Any) -> Any:
+    """A URI stays text, since `Path` would drop one of its slashes."""
+    return value if isinstance(value, str) and is_remote(value) else Path(value)
 
 
 def _section(config_class: type, values: Any) -> Any:
@@ -59,8 +65,9 @@ class ServeArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    exchange: Path
-    """Folder of an exchange checkpoint, reachable where the replicas run; the echo engine reads only its tokenizer."""
+    exchange: Annotated[Path | str, BeforeValidator(_path_or_uri)]
+    """An exchange checkpoint: a folder that every node with a replica mounts, or a URI of the convert stage's artefact,
+    which every replica fetches into its node's cache. The echo engine reads only its tokenizer."""
     engine: EngineKind | Literal["echo"] | None = None
     """None: what `engine_config.kind` says."""
     engine_config: Annotated[EngineConfig, BeforeValidator(partial(_section, EngineConfig))] = EngineConfig()
@@ -79,6 +86,14 @@ class ServeArgs(BaseModel):
             )
         return self
 
+    def folder(self) -> Path:
+        """The exchange checkpoint's local folder, fetched where `exchange` is a URI.
+
+        Raises:
+            ArtefactError: nothing finished is there, or the storage does not answer.
+        """
+        return local_artefact(str(self.exchange))
+
     @property
     def resolved_engine_config(self) -> EngineConfig:
         """The engine's settings with the kind that was asked for."""
@@ -95,8 +110,9 @@ def build(args: ServeArgs) -> Application:
     """
     if args.engine == "echo":
         return bind(partial(load_model, args), args.serve_config)
-    num_ways = num_ways_of(args.exchange)
-    choice = choose_for(args.exchange, args.resolved_engine_config, partial(find_serving_machine, num_ways))
+    exchange = args.folder()
+    num_ways = num_ways_of(exchange)
+    choice = choose_for(exchange, args.resolved_engine_config, partial(find_serving_machine, num_ways))
     logger.info("%s", choice)
     bundles = replica_bundles(args.serve_config, num_ways) if choice.kind == "tensorrt_llm" else ()
     return bind(partial(load_model, args, choice), args.serve_config, bundles)
@@ -167,27 +183,28 @@ def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:
     Raises:
         ArtefactError: the folder is incomplete, or its parts do not belong together.
     """
-    tokenizer = Tokenizer.load(args.exchange)
-    engine = _load_echo_engine(args, tokenizer) if args.engine == "echo" else _load_engine(args, choice)
-    require_same_tokenizer(engine.info.tokenizer_fingerprint, tokenizer.fingerprint, "the engine", f"{args.exchange}")
+    exchange = args.folder()
+    tokenizer = Tokenizer.load(exchange)
+    engine = _load_echo_engine(args, tokenizer) if args.engine == "echo" else _load_engine(args, exchange, choice)
+    require_same_tokenizer(engine.info.tokenizer_fingerprint, tokenizer.fingerprint, "the engine", f"{exchange}")
     return ServedModel(
         name=args.serve_config.model_name,
         engine=engine,
         tokenizer=tokenizer,
-        exchange_fingerprint=_exchange_fingerprint(args.exchange),
+        exchange_fingerprint=_exchange_fingerprint(exchange),
         max_choices=args.engine_config.max_queued_requests,
         created=int(time.time()),
     )
 
 
-def _load_engine(args: ServeArgs, choice: Choice | None) -> Engine:
+def _load_engine(args: ServeArgs, exchange: Path, choice: Choice | None) -> Engine:
     config = args.resolved_engine_config
-    choice = choice or choose_for(args.exchange, config)
+    choice = choice or choose_for(exchange, config)
     logger.info("%s", choice)
     if choice.kind == "torch":
-        return open_engine(choice, args.exchange, config)
-    bundle_indices = tuple(range(1, num_ways_of(args.exchange) + 1))  # the first bundle is this replica's
-    return open_engine(choice, args.exchange, config, Placement(group=_own_group(), bundle_indices=bundle_indices))
+        return open_engine(choice, exchange, config)
+    bundle_indices = tuple(range(1, num_ways_of(exchange) + 1))  # the first bundle is this replica's
+    return open_engine(choice, exchange, config, Placement(group=_own_group(), bundle_indices=bundle_indices))
 
 
 def _own_group() -> Any:
