@@ -43,8 +43,9 @@ def local_artefact(location: str) -> Path:
     if not is_remote(location):
         return Path(location)
     base, mark, query = location.partition("?")
-    uri, kind, name = [*base.rstrip("/").rsplit("/", 2), "", ""][:3]
-    if not name or uri.endswith("/"):
+    *above, kind, name = ["", "", *base.rstrip("/").rsplit("/", 2)]
+    uri = above[-1]
+    if not (kind and name and is_remote(uri)):
         raise ArtefactError(f"{location} is no artefact; give STORAGE/convert/FINGERPRINT, as the convert stage prints")
     storage = Storage(uri + mark + query)
     storage.fetch(kind, name)

@@ -2,23 +2,31 @@
 
 import json
 import os
-import socket
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
+
 from kraken.config import ConfigError, RunConfig, ServeConfig
+from kraken.engine.choose import choose
 from kraken.manifest import ArtefactError, Manifest, Metric
+from pipelines import cluster
+from pipelines.local_cluster import require_bindable
 from pipelines.stage import Outcome, Stage, Work, section_of
+from pipelines.training.placement import ROUNDING
 
 APPLICATION = "kraken"
 HTTP_TIMEOUT_S = 5.0
 
 
 def endpoint_url(serve: ServeConfig) -> str:
-    """Base URL of the endpoint, for clients on this machine when it listens on every address."""
-    host = "127.0.0.1" if serve.host in ("0.0.0.0", "::") else serve.host
-    return f"http://{host}:{serve.port}"
+    """Base URL of the endpoint; where it listens on every address, with the one by which the cluster knows the head."""
+    host = serve.host
+    if host in ("0.0.0.0", "::"):
+        host = cluster.head_node()["NodeManagerAddress"] if ray.is_initialized() else "127.0.0.1"
+    return f"http://[{host}]:{serve.port}" if ":" in host else f"http://{host}:{serve.port}"
 
 
 def health(serve: ServeConfig) -> dict[str, Any] | None:
@@ -33,7 +41,7 @@ def health(serve: ServeConfig) -> dict[str, Any] | None:
 
 def is_serving(config: RunConfig, manifest: Manifest) -> bool:
     """Whether the endpoint answers, healthy, with the very model that a deploy manifest records."""
-    answer = health(config.serve)
+    answer = cluster.call_on_head(health, config.serve) if ray.is_initialized() else health(config.serve)
     return (
         answer is not None
         and answer.get("status") == "ok"
@@ -64,7 +72,7 @@ def work(work: Work) -> Outcome:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     args = ServeArgs(
-        exchange=work.parent_folder("convert"), engine_config=work.config.engine, serve_config=serve_config
+        exchange=work.parent_location("convert"), engine_config=work.config.engine, serve_config=serve_config
     )
     ray_serve.run(build(args), name=APPLICATION, route_prefix="/")
     url = endpoint_url(serve_config)
@@ -80,9 +88,59 @@ def work(work: Work) -> Outcome:
     }
 
 
+def require_possible(config: RunConfig) -> None:
+    """Refuse before any work what the stage would refuse in the end; called by the driver, connected to the cluster.
+
+    Raises:
+        ConfigError: the API key is empty, the port is taken, the engine cannot run, or no node has room for a replica.
+    """
+    from serve.app import api_key_sha256, find_serving_machine
+
+    api_key_sha256()
+    cluster.call_on_head(require_free_port, config.serve)
+    require_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    if config.engine.overlap == "none":
+        raise ConfigError(
+            "engine.overlap=none leaves out the sums between devices, so that every answer is wrong: it is for "
+            "benchmarks only; choose overlapped or blocking"
+        )
+    if config.engine.kind == "tensorrt_llm":
+        num_ways = config.model.num_ways
+        choose("tensorrt_llm", num_ways, config.convert.tensorrt_llm, find_serving_machine(num_ways))
+
+
+def require_room(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Compare what the replicas reserve with what the nodes have, free or not; Serve would wait for room for ever.
+
+    Args:
+        nodes: every node's resources, by Ray's names.
+    """
+    serve = config.serve
+    if config.engine.device == "cuda" and not any(node.get("GPU", 0.0) for node in nodes):
+        raise ConfigError("engine.device=cuda needs a GPU, and no node of the cluster has one; choose cpu or auto")
+    needs = {
+        "CPU": ("serve.cpus_per_replica", serve.cpus_per_replica),
+        "GPU": ("serve.gpus_per_replica", serve.gpus_per_replica),
+    }
+    rooms = [
+        min((int((node.get(name, 0.0) + ROUNDING) // need) for name, (_, need) in needs.items() if need), default=None)
+        for node in nodes
+    ]
+    counted = [room for room in rooms if room is not None]
+    if len(counted) == len(rooms) and sum(counted) < serve.num_replicas:
+        each = " and ".join(f"{setting}={need:g}" for setting, need in needs.values() if need)
+        have = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s" for name in needs)
+        raise ConfigError(
+            f"serve.num_replicas={serve.num_replicas} with {each} need more than the cluster has ({have} on "
+            f"{len(nodes)} nodes, room for {sum(counted)} replicas); lower one of them, or add nodes"
+        )
+
+
 def require_free_port(serve: ServeConfig) -> None:
-    """Raises:
-    ConfigError: another program listens on the port, or Serve runs on another one.
+    """Called on the head, where Serve's proxy listens.
+
+    Raises:
+        ConfigError: another program listens on the port, or Serve runs on another one.
     """
     from ray import serve as ray_serve
 
@@ -94,16 +152,7 @@ def require_free_port(serve: ServeConfig) -> None:
                 "use that port, or stop the cluster first (make stop)"
             )
         return
-    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((serve.host, serve.port))
-        except OSError as error:
-            raise ConfigError(
-                f"serve.port={serve.port} on serve.host={serve.host} cannot be used ({error.strerror}); "
-                f"choose another, for example --serve.port {serve.port + 1}"
-            ) from error
+    require_bindable(serve)
 
 
 def complete(url: str, body: dict[str, Any]) -> str:

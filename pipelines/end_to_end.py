@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kraken.config import RunConfig, from_dict, to_dict
+from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.environment import provide_home
 from kraken.manifest import Manifest, make_fingerprint
 from pipelines import convert, deploy, evaluate, prepare, pretrain
 from pipelines.stage import Stage, fingerprints
@@ -88,6 +89,11 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
     from pipelines import cluster, preflight
     from pipelines.tracking import Tracker
 
+    if until == "deploy" and cluster.is_embedded(config):
+        raise ConfigError(
+            "the endpoint needs a cluster that outlives this command, and none runs: start one with `make run` or "
+            "`python -m jobs.local run PRESET`, or set RAY_ADDRESS to the host:port of a cluster"
+        )
     found = fingerprints(STAGES, config)
     key = make_fingerprint("pipeline", config.name, found)
     with cluster.connect(config):
@@ -96,6 +102,8 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
+            if any(p.stage.kind == "deploy" and p.manifest is None for p in planned):
+                deploy.require_possible(config)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 preflight.check(config)
             stop = StopSwitch.make()
@@ -109,7 +117,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                         print(f"{p.stage.kind}: reused, made {p.manifest.created_at}", flush=True)
                         continue
                     task = ray.remote(max_retries=0)(run_stage).options(
-                        name=p.stage.kind, **cluster.stage_resources(config, p.stage.kind)
+                        name=p.stage.kind, **cluster.stage_options(config, p.stage.kind)
                     )
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
@@ -163,6 +171,7 @@ def run_stage(
     *parents: Manifest,
 ) -> Manifest:
     """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
+    provide_home()
     config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
     return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kraken.config import RunConfig
-from kraken.manifest import Metric, write_atomically
+from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.storage import is_remote
-from pipelines import deploy
+from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
 from pipelines.tracking import ui_command
 
@@ -25,7 +25,7 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
         return results[kind].manifest.metrics[name].value
 
     endpoint = results["deploy"].manifest.details["endpoint"]
-    completion = deploy.complete(endpoint, request_body(config))
+    completion = complete(config, endpoint)
     return {
         "stages": {
             kind: {"seconds": round(result.seconds, 2), "reused": result.reused} for kind, result in results.items()
@@ -42,6 +42,21 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
         "endpoint": endpoint,
         "completion": completion,
     }
+
+
+def complete(config: RunConfig, endpoint: str) -> str:
+    """A completion by the endpoint, asked from the head where this machine does not reach it.
+
+    Raises:
+        ArtefactError: the endpoint refuses, or does not answer the head either.
+    """
+    try:
+        return deploy.complete(endpoint, request_body(config))
+    except ArtefactError:
+        if cluster.is_embedded(config):
+            raise
+        with cluster.connect(config):
+            return cluster.call_on_head(deploy.complete, endpoint, request_body(config))
 
 
 def request_body(config: RunConfig) -> dict[str, Any]:

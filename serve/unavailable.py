@@ -96,7 +96,9 @@ def running_replicas() -> dict[str, int]:
     from ray.serve.context import _get_global_client
 
     try:
-        details: dict[str, Any] = _get_global_client().get_serve_details()
+        client = _get_global_client()
+        assert client is not None, "it raises where there is none"
+        details: dict[str, Any] = client.get_serve_details()
     except Exception:  # the controller restarts
         return {}
     return {

@@ -15,8 +15,8 @@ import ray
 import tiny
 
 from kraken.config import ConfigError, RunConfig
-from kraken.manifest import MANIFEST_NAME, ArtefactError
-from kraken.storage import Storage
+from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
+from kraken.storage import Storage, join, local_artefact
 from pipelines import deploy, end_to_end, summary
 from pipelines.stage import Stage
 
@@ -108,6 +108,12 @@ def test_the_summary_holds_what_it_promises(
     assert deploy.health(config.serve)["exchange_fingerprint"] == finished["convert"].manifest.fingerprint
 
 
+def test_the_proxy_knows_how_many_replicas_run(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
+    from serve.unavailable import running_replicas
+
+    assert running_replicas() == {"/": 1}
+
+
 def test_a_second_run_reuses_everything(
     finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
 ) -> None:
@@ -168,6 +174,42 @@ def test_a_port_of_another_program_is_a_clear_error(
     deploy.require_free_port(dataclasses.replace(config.serve, port=free_port()))
 
 
+def test_what_deploy_would_refuse_is_said_before_any_work(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, 8000)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        busy = dataclasses.replace(config.serve, port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match="serve.port"):
+            end_to_end.run(dataclasses.replace(config, serve=busy))
+    assert not list(tmp_path.glob("prepare/*"))
+
+    def refused(message: str, **sections: dict[str, Any]) -> None:
+        changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+        with pytest.raises(ConfigError, match=message):
+            deploy.require_possible(dataclasses.replace(config, **changed))
+
+    monkeypatch.setattr(deploy, "require_free_port", lambda serve: None)
+    deploy.require_possible(config)
+    need = "serve.num_replicas=2 with serve.cpus_per_replica=2 need more than the cluster has .* room for 1 replicas"
+    refused(need, serve={"num_replicas": 2, "cpus_per_replica": 2.0})
+    refused("serve.num_replicas=1 with serve.gpus_per_replica=1 need more", serve={"gpus_per_replica": 1.0})
+    refused("engine.device=cuda needs a GPU", engine={"device": "cuda"})
+    refused("engine.kind=tensorrt_llm is not possible here", engine={"kind": "tensorrt_llm"})
+    refused("engine.overlap=none", engine={"num_devices": 2, "overlap": "none"})
+    monkeypatch.setenv("KRAKEN_API_KEY", " ")
+    refused("KRAKEN_API_KEY is set but empty")
+
+
+def test_an_endpoint_needs_a_cluster_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="the endpoint needs a cluster that outlives this command"):
+        end_to_end.run(run_config(tmp_path, 8000))
+
+
 def test_a_full_disk_is_a_clear_error_and_leaves_no_artefact(tmp_path: Path) -> None:
     class Pipeline:
         """Stands for the reference to an MLflow run, of which a stage that fails asks nothing but to be ended."""
@@ -198,6 +240,52 @@ class TestStorage:
         manifest = reader.find("prepare", "tiny")
         assert manifest is not None
         manifest.verify(reader.folder("prepare", "tiny"))
+
+    def test_an_artefact_is_opened_by_its_location(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        folder = writer.folder("convert", "tiny")
+        tiny.prepared(folder)
+        with pytest.raises(ArtefactError, match="holds no finished artefact"):
+            local_artefact(writer.location("convert", "tiny"))
+        writer.publish(folder)
+        local = local_artefact(writer.location("convert", "tiny"))
+        Manifest.read(local).verify(local)
+        assert local == Storage(uri).root / "convert" / "tiny"
+        assert local_artefact(str(folder)) == folder
+        for uri in ("s3://bucket", "s3://bucket/convert", "s3://"):
+            with pytest.raises(ArtefactError, match="is no artefact"):
+                local_artefact(uri)
+
+    def test_a_copy_that_lost_files_is_fetched_again(self, tmp_path: Path) -> None:
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        tiny.prepared(writer.folder("prepare", "tiny"))
+        writer.publish(writer.folder("prepare", "tiny"))
+        reader = Storage(uri, cache=tmp_path / "reader")
+        reader.fetch("prepare", "tiny")
+        folder = reader.folder("prepare", "tiny")
+        next(folder.glob("train_*.bin")).unlink()
+        reader.fetch("prepare", "tiny")
+        Manifest.read(folder).verify(folder)
+
+    def test_the_query_of_a_uri_stays_at_its_end(self) -> None:
+        uri = "s3://bucket/prefix?endpoint_override=http://minio:9000"
+        assert join(uri, "convert", "x") == "s3://bucket/prefix/convert/x?endpoint_override=http://minio:9000"
+        assert join("/data/kraken", "convert") == "/data/kraken/convert"
+
+    def test_a_storage_that_does_not_answer_is_not_an_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage = Storage((tmp_path / "remote").as_uri(), cache=tmp_path / "cache")
+
+        def away(*arguments: object) -> bool:
+            raise OSError("Couldn't connect to server")
+
+        monkeypatch.setattr(storage, "_download", away)
+        with pytest.raises(ArtefactError, match="check that this node reaches the storage"):
+            storage.find("prepare", "f" * 64)
 
     def test_the_newest_remote_checkpoint_is_fetched(self, tmp_path: Path) -> None:
         from kraken.checkpoint.reader import newest_checkpoint
