@@ -49,6 +49,8 @@ class Part:
     """Index into `data.paths`."""
     version: str = ""
     """What the source was when the piece was cut; it is compared when the piece is read."""
+    section_bytes: int = 0
+    """About how many bytes of a text file make a section; 0: the file is one document."""
 
 
 @dataclass(frozen=True, slots=True)
