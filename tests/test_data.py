@@ -45,10 +45,11 @@ class TestCorpus:
         (tmp_path / "document_000.py").write_text("changed")
         assert EmbeddedCorpus(tmp_path).fingerprint != first
 
-    def test_the_split_of_a_document_depends_on_its_name_alone(self) -> None:
-        held_out = [name for name in map(str, range(10_000)) if split_of(name, 0.05) == "validation"]
+    def test_the_split_of_a_document_depends_on_its_text_alone(self) -> None:
+        texts = [str(index).encode() for index in range(10_000)]
+        held_out = [text for text in texts if split_of(text, 0.05) == "validation"]
         assert 400 < len(held_out) < 600
-        assert all(split_of(name, 0.1) == "validation" for name in held_out)
+        assert all(split_of(text, 0.1) == "validation" for text in held_out)
 
     def test_pieces_hold_every_document_once_in_order(self, tmp_path: Path) -> None:
         corpus = tiny.corpus(tmp_path)
