@@ -165,8 +165,8 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     theirs = np.fromfile(recipe, dtype=np.uint16)
     ends = np.flatnonzero(theirs == eot_id) + 1
     source = open_corpus(DataConfig(corpus="files", paths=(str(corpus),)))
-    names = (doc.name for piece in source.pieces(2**30) for doc in source.read(piece, lambda message: None))
-    is_held_out = np.array([split_of(name, HELD_OUT) == "validation" for name in names])
+    texts = (doc.text for piece in source.pieces(2**30) for doc in source.read(piece, lambda message: None))
+    is_held_out = np.array([split_of(text.encode(), HELD_OUT) == "validation" for text in texts])
     lengths = np.diff(ends, prepend=0)
     assert len(lengths) == len(is_held_out), "the two have different numbers of documents"
     held_out = np.repeat(is_held_out, lengths)

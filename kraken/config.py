@@ -69,9 +69,10 @@ class DataConfig:
     `files`: JSONL, Parquet and text under `paths`. `huggingface`: `dataset`, streamed. `nanogpt`: the folder in `paths`
     with `train.bin` and `val.bin`, GPT-2's ids, used as they are."""
     paths: tuple[str, ...] = ()
-    """Files, globs (`/data/**/*.jsonl`) or folders, absolute or as URIs that `pyarrow.fs` opens (`s3://...`). The
-    suffix decides: `.jsonl`, `.ndjson`, `.json` (one object a line; also `.gz`, `.zst`), `.parquet`, anything else is
-    text. Of a folder the text files are `.txt`, `.md` and the like; for others give a glob."""
+    """Files, globs (`/data/**/*.jsonl`) or folders, absolute or as URIs that `pyarrow.fs` opens (`s3://...`). A path
+    that exists exactly as given is no glob, and a file with several names or links is read once. The suffix decides:
+    `.jsonl`, `.ndjson`, `.json` (one object a line; also `.gz`, `.zst`), `.parquet`, anything else is text. Of a folder
+    the text files are `.txt`, `.md` and the like; for others give a glob."""
     dataset: str | None = None
     """Hugging Face id, `openwebtext` for Skylion007/openwebtext as Parquet, or the absolute path of a local folder."""
     dataset_config: str | None = None
@@ -91,7 +92,8 @@ class DataConfig:
     tokenizer_training_bytes: int = 2**27
     """Bytes of the training split that a trained tokenizer learns from; of a larger split, evenly spread parts."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of each document's name."""
+    """Share of the documents held out, chosen by a hash of each document's text: equal texts lie in the same split. A
+    document is held out as a whole; each section of a long or lone text file counts as one."""
     bytes_per_piece: int = 2**23
     """Text, in bytes, that one task turns into a shard: what an interrupted run does again. Text of unknown size, such
     as a Hugging Face shard or a compressed file, is one piece. Decides how the tokens are cut into files."""

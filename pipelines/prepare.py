@@ -8,10 +8,10 @@ from pipelines.stage import Outcome, Stage, Work
 
 
 def section(config: RunConfig) -> dict[str, Any]:
-    """The data config, and what its source holds now."""
-    from kraken.data.prepare import corpus_fingerprint
+    """The data config, what its source holds now, and the rules by which it is read."""
+    from kraken.data.prepare import identity
 
-    return {"data": to_dict(config.data), "corpus_fingerprint": corpus_fingerprint(config.data)}
+    return {"data": to_dict(config.data), **identity(config.data)}
 
 
 def work(work: Work) -> Outcome:

@@ -4,8 +4,11 @@ from pipelines.stage import Outcome, Stage, Work, section_of
 
 
 def work(work: Work) -> Outcome:
-    from pipelines.training.workers import fit  # torch and Ray Train, seconds that a reused stage need not spend
+    # torch and Ray Train, seconds that a reused stage need not spend
+    from kraken.data.splits import require_windows
+    from pipelines.training.workers import fit
 
+    require_windows(work.parent_folder("prepare"), work.parents["prepare"], work.config.model.context_length)
     return fit(work), {"tokenizer_fingerprint": work.parents["prepare"].details["tokenizer_fingerprint"]}
 
 

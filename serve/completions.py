@@ -25,7 +25,7 @@ from kraken.engine.protocol import (
     check_request,
 )
 from kraken.engine.text import Detokenizer, generate_text
-from kraken.tokenizer import END_OF_TEXT, Tokenizer
+from kraken.tokenizer import END_OF_TEXT, EncodingError, Tokenizer
 from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, Usage
 
 logger = logging.getLogger("ray.serve")
@@ -76,11 +76,18 @@ class Part:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text in which `<|endoftext|>` stands for the end of a document, as OpenAI defines it."""
+    """Ids of a text in which `<|endoftext|>` stands for the end of a document, as OpenAI defines it.
+
+    Raises:
+        ApiError: the tokenizer cannot encode the text.
+    """
     first, *others = text.split(END_OF_TEXT)
-    ids = tokenizer.encode(first)
-    for other in others:
-        ids += [tokenizer.eot_id, *tokenizer.encode(other)]
+    try:
+        ids = tokenizer.encode(first)
+        for other in others:
+            ids += [tokenizer.eot_id, *tokenizer.encode(other)]
+    except EncodingError as error:
+        raise ApiError(400, f"prompt cannot be encoded: {error}", param="prompt", code="invalid_value") from error
     return ids
 
 

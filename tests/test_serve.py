@@ -20,9 +20,9 @@ from kraken.engine.echo import EchoEngine
 from kraken.engine.protocol import EngineError, EngineStats, Output, Request
 from kraken.tokenizer import END_OF_TEXT, Tokenizer
 from serve.app import API_KEY_VARIABLE, ServeArgs, bind, build, load_model
-from serve.completions import CompletionCall, ServedModel
+from serve.completions import CompletionCall, ServedModel, encode_prompt
 from serve.deployment import MAX_BODY_BYTES
-from serve.protocol import CompletionRequest
+from serve.protocol import ApiError, CompletionRequest
 
 pytestmark = pytest.mark.ray
 
@@ -414,6 +414,23 @@ def test_lm_eval_finds_the_tokenizer(sound: Endpoint) -> None:
 def test_what_is_wrong_or_not_there_is_refused(sound: Endpoint, fields: dict[str, Any], param: str, code: str) -> None:
     status, error = sound.refused(**fields)
     assert (status, error["param"], error["code"], error["type"]) == (400, param, code, "invalid_request_error")
+
+
+def test_a_million_blanks_are_a_prompt_like_others(sound: Endpoint) -> None:
+    prompt = " " * 1_100_000 + "a"
+    status, error = sound.refused(prompt=prompt)
+    assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+    status, body = sound.call("POST", "/tokenize", {"prompt": prompt})
+    assert status == 200 and body["count"] == len(body["tokens"]) > CONTEXT_LENGTH
+    assert sound.tokenizer.decode(body["tokens"]) == prompt
+
+
+def test_a_prompt_that_cannot_be_encoded_is_the_client_s_error() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = Tokenizer(ranks, r"\s+(?!\S)|\s|\S+", "other")  # a pattern for which long runs of blanks are not cut
+    with pytest.raises(ApiError, match="prompt cannot be encoded: tiktoken") as refused:
+        encode_prompt(tokenizer, f"a{END_OF_TEXT}" + " " * 1_500_000 + "b")
+    assert (refused.value.status, refused.value.body["error"]["param"]) == (400, "prompt")
 
 
 def test_neutral_values_and_nulls_are_accepted(sound: Endpoint) -> None:

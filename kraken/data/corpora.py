@@ -49,6 +49,8 @@ class Part:
     """Index into `data.paths`."""
     version: str = ""
     """What the source was when the piece was cut; it is compared when the piece is read."""
+    section_bytes: int = 0
+    """About how many bytes of a text file make a section; 0: the file is one document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,14 @@ def group(parts: Iterable[Part], bytes_per_piece: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def split_of(document_name: str, validation_fraction: float) -> Split:
-    """Which split a document belongs to: decided by a hash of its name, so that it never moves as a corpus grows."""
-    position = int.from_bytes(hashlib.sha256(document_name.encode()).digest()[:8], "little") / 2**64
-    return "validation" if position < validation_fraction else "train"
+def position_of(content: bytes) -> float:
+    """Where in 0..1 a document stands among all documents: a hash of its text as UTF-8.
+
+    Documents of equal text have one position, so that a text never lies in both splits.
+    """
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") / 2**64
+
+
+def split_of(content: bytes, validation_fraction: float) -> Split:
+    """Which split a document of this text, as UTF-8, belongs to; it never moves as a corpus grows or is renamed."""
+    return "validation" if position_of(content) < validation_fraction else "train"

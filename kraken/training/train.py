@@ -20,6 +20,7 @@ from kraken.config import RunConfig, to_dict
 from kraken.data.loader import Loader, sequential_windows, split_windows
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
+from kraken.data.splits import require_windows
 from kraken.manifest import ArtefactError, Manifest, Metric
 from kraken.plan import num_parameters, training_flops_per_token
 from kraken.storage import Storage
@@ -134,6 +135,7 @@ class _Run:
                 "prepare the data with this config"
             )
         T = config.model.context_length
+        require_windows(data_folder, self.data, T)
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
         # a little less than the gradients' collectives have: NCCL ends the process when their time is out, unexplained
@@ -299,11 +301,7 @@ class _Run:
         """This rank's validation windows, [B, T+1] each."""
         c, T = self.config.train, self.config.model.context_length
         spans = [span for span in sequential_windows(self.validation_shards.num_tokens, T) if span[1] == T + 1]
-        if not spans:
-            raise ArtefactError(
-                f"the validation split of {self.validation_shards.num_tokens} tokens is shorter than "
-                f"model.context_length={T}; give more text, a larger data.validation_fraction or a shorter context"
-            )
+        assert spans, "the validation split's length is checked before the first step"
         chosen = spans[:: max(1, len(spans) // c.validation_windows)][: c.validation_windows]
         mine = chosen[self.mesh.data_rank :: self.mesh.num_data_ranks]
         for first in range(0, len(mine), c.sequences_per_microbatch):
