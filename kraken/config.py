@@ -449,11 +449,12 @@ class EvaluateConfig:
     max_windows: int | None = None
     """Validation windows to score; None scores the whole split."""
     parity_windows: int = 4
-    """Windows on which the trainer's logits are compared with the engine's."""
+    """Windows on which the trainer's log-probabilities are compared with the engine's."""
     parity_tokens: int = 32
     """Greedy tokens decoded per parity window."""
     parity_tolerance: float = 1e-3
-    """Largest absolute difference of logits (float32) that passes; a larger one refuses deployment."""
+    """Largest absolute difference of log-probabilities in nats, over the tokenizer's ids, that passes; a larger one
+    refuses deployment."""
 
     def __post_init__(self) -> None:
         _require_positive("evaluate", self, "parity_windows", "parity_tokens", "parity_tolerance")

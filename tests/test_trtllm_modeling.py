@@ -93,6 +93,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": config.context_length,
         "vocab_size": config.vocab_size,
+        "num_token_ids": config.vocab_size,
         "torch_dtype": "float32",
         "tie_word_embeddings": True,
         "layer_norm_eps": LAYER_NORM_EPSILON,
