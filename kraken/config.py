@@ -330,6 +330,12 @@ class TrainConfig:
         )
 
 
+TENSORRT_LLM_BLOCKS = (16, 32, 64, 128)
+"""Tokens of a cache block that TensorRT-LLM's attention kernels take."""
+DEFAULT_COLLECTIVE_TIMEOUT_S = 60.0
+DEFAULT_MAX_STEP_TOKENS = 512
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The engine that runs a converted model."""
@@ -362,16 +368,17 @@ class EngineConfig:
     """How several CUDA devices add up: `nccl`; `peers`, where each reads the others' memory in the kernel that needs
     the sum, on one host whose GPUs reach each other over NVLink; `auto` measures both when the engine starts and takes
     the faster for each number of tokens, or NCCL where the other does not work."""
-    collective_timeout_s: float = 60.0
+    collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     """A device that has waited so long for the others gives up, and the engine is unhealthy."""
     max_batch_size: int = 16
     """Requests decoded together."""
-    max_step_tokens: int = 512
+    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
     """Tokens of one step: one of each request that decodes, the rest for prompts. More of them speeds prompts up and
     makes those that decode wait longer for their next token."""
     kv_cache_tokens: int = 0
     """Tokens that the cache has room for, at least one context; 0 takes `max_batch_size` contexts, on CUDA at most what
-    nine tenths of the free memory hold. Where they run out, the newest requests wait and are computed again."""
+    nine tenths of the free memory hold. Where they run out, the newest requests wait and are computed again.
+    TensorRT-LLM takes those nine tenths with 0, and with a number at most as many tokens."""
     tokens_per_block: int = 16
     """Tokens of the cache that are handed out and reused together."""
     prefix_reuse: bool = True
@@ -382,7 +389,8 @@ class EngineConfig:
     seconds then, and a fraction of the time per token."""
     cuda_graph_sizes: tuple[int, ...] = ()
     """Numbers of tokens to record graphs for: of prompts, and as batches where they are not above `max_batch_size`. A
-    step takes the next larger one, and where there is none runs without a graph. Empty: four to each power of two."""
+    step takes the next larger one, and where there is none runs without a graph. Empty: four to each power of two.
+    TensorRT-LLM records batches alone, and with an empty tuple chooses their sizes itself."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; one more is refused."""
 
@@ -405,25 +413,12 @@ class EngineConfig:
             f"engine.kv_cache_tokens={self.kv_cache_tokens} is negative; 0 takes max_batch_size contexts",
         )
         _require(
-            self.kind != "tensorrt_llm" or self.device != "cpu",
-            "engine.kind=tensorrt_llm needs GPUs, but engine.device=cpu; leave one of the two out",
+            self.kind != "tensorrt_llm" or not self.refused_by_tensorrt_llm,
+            f"{self.refused_by_tensorrt_llm} with engine.kind=tensorrt_llm; leave it out, or choose engine.kind=torch",
         )
         _require(
             self.quantization == "none" or self.dtype != "float32",
             f"engine.quantization={self.quantization} computes in bfloat16, but engine.dtype=float32; leave one out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or self.quantization == "none",
-            f"engine.quantization={self.quantization} has no effect with engine.kind=tensorrt_llm; leave it out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or not self.num_threads,
-            f"engine.num_threads={self.num_threads} has no effect with engine.kind=tensorrt_llm; leave it out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or self.num_devices == 1,
-            f"engine.num_devices={self.num_devices} has no effect with engine.kind=tensorrt_llm, which takes one GPU "
-            "for each way; leave it out",
         )
         _require(
             self.sums == "auto" or self.device != "cpu",
@@ -434,6 +429,41 @@ class EngineConfig:
             f"engine.sums={self.sums} has no effect with engine.num_devices=1; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
+
+    @property
+    def refused_by_tensorrt_llm(self) -> str:
+        """The first setting that TensorRT-LLM cannot honour, with its value and the reason; empty where there is none.
+
+        `kind=auto` then takes the torch engine, so that no setting is ever ignored.
+        """
+        refused = {
+            "device": (self.device == "cpu", "TensorRT-LLM needs GPUs"),
+            "quantization": (self.quantization != "none", "it has no effect"),
+            "num_threads": (self.num_threads != 0, "it has no effect"),
+            "num_devices": (self.num_devices != 1, "it has no effect, since TensorRT-LLM takes one GPU for each way"),
+            "overlap": (self.overlap == "none", "it leaves out sums that TensorRT-LLM always makes"),
+            "sums": (self.sums != "auto", "it has no effect"),
+            "collective_timeout_s": (
+                self.collective_timeout_s != DEFAULT_COLLECTIVE_TIMEOUT_S,
+                "it has no effect, since no rank of TensorRT-LLM gives up",
+            ),
+            "max_step_tokens": (
+                self.max_step_tokens != DEFAULT_MAX_STEP_TOKENS,
+                "it has no effect, since a step of TensorRT-LLM has room for a whole context",
+            ),
+            "tokens_per_block": (
+                self.tokens_per_block not in TENSORRT_LLM_BLOCKS,
+                f"TensorRT-LLM has blocks of {TENSORRT_LLM_BLOCKS} tokens",
+            ),
+            "cuda_graph_sizes": (
+                any(size > self.max_batch_size for size in self.cuda_graph_sizes),
+                f"TensorRT-LLM records graphs of batches alone, up to engine.max_batch_size={self.max_batch_size}",
+            ),
+        }
+        for name, (is_refused, reason) in refused.items():
+            if is_refused:
+                return f"engine.{name}={getattr(self, name)} is not possible ({reason})"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -451,11 +481,12 @@ class EvaluateConfig:
     max_windows: int | None = None
     """Validation windows to score; None scores the whole split."""
     parity_windows: int = 4
-    """Windows on which the trainer's logits are compared with the engine's."""
+    """Windows on which the trainer's log-probabilities are compared with the engine's."""
     parity_tokens: int = 32
     """Greedy tokens decoded per parity window."""
     parity_tolerance: float = 1e-3
-    """Largest absolute difference of logits (float32) that passes; a larger one refuses deployment."""
+    """Largest absolute difference of log-probabilities in nats, over the tokenizer's ids, that passes; a larger one
+    refuses deployment."""
 
     def __post_init__(self) -> None:
         _require_positive("evaluate", self, "parity_windows", "parity_tokens", "parity_tolerance")

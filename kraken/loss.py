@@ -39,16 +39,24 @@ def chunk_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor
 
 
 def shared_chunk_gradient(
-    logits_TV: Tensor, targets_T: Tensor, ways: WayGroup, vocab_size: int
+    logits_TV: Tensor, targets_T: Tensor, ways: WayGroup, vocab_size: int, num_ids: int
 ) -> tuple[Tensor, Tensor]:
-    """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts."""
+    """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts.
+
+    Args:
+        num_ids: the softmax is over the ids below; a process may hold none of them.
+    """
     exact = logits_TV.to(torch.float64 if logits_TV.dtype == torch.float64 else torch.float32)
     rows = ways.part(vocab_size)
+    if rows.stop > num_ids:
+        exact = exact.clone()
+        exact[:, max(0, num_ids - rows.start) :] = -torch.inf
     is_here_T = (targets_T >= rows.start) & (targets_T < rows.stop)
     columns_T1 = (targets_T - rows.start).clamp(0, len(rows) - 1)[:, None]
     largest_T1 = ways.all_reduce(exact.max(dim=-1, keepdim=True).values, dist.ReduceOp.MAX)
     exponentials_TV = (exact - largest_T1).exp()
-    target_logits_T1 = exact.gather(1, columns_T1) * is_here_T[:, None]
+    # not a product: the gathered column of a process that holds only padding ids is -inf, and -inf * 0 is not a number
+    target_logits_T1 = exact.gather(1, columns_T1).where(is_here_T[:, None], 0.0)
     sums_T2 = ways.all_reduce(torch.cat((exponentials_TV.sum(dim=-1, keepdim=True), target_logits_T1), dim=-1))
     loss = (sums_T2[:, 0].log() + largest_T1[:, 0] - sums_T2[:, 1]).sum()
     gradient_TV = exponentials_TV.div_(sums_T2[:, :1]).to(logits_TV.dtype)
@@ -63,6 +71,7 @@ def chunked_cross_entropy(
     gradient: ChunkGradient = chunk_gradient,
     ways: WayGroup = WayGroup(),  # noqa: B008 - frozen
     vocab_size: int = 0,
+    num_ids: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy in nats of softmax(hidden @ weight^T) against the targets; at least float32.
 
@@ -72,13 +81,16 @@ def chunked_cross_entropy(
         gradient: `chunk_gradient`, or the same compiled; used where one process holds the whole vocabulary, and there
             is no kernel.
         ways: the processes that hold a part of `vocab_size` rows each; hidden states and loss are equal on all.
+        num_ids: the softmax is over the rows of the ids below, which the targets must be; None takes every row.
     """
     if hidden_TD.is_cuda and compute_dtype(hidden_TD) in KERNEL_TYPES:
         from kraken import loss_kernel  # which imports Triton, and only CUDA has that
 
         gradient = loss_kernel.chunk_gradient
     if ways.size > 1:
-        gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size)
+        gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size, num_ids=num_ids or vocab_size)
+    else:
+        weight_VD = weight_VD[:num_ids]
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, gradient, ways, vocab_size)
 
 

@@ -81,7 +81,7 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise ArtefactError(f"{folder} holds no {MANIFEST_NAME}: the stage never finished there; run it again")
+            raise ArtefactError(_why_no_manifest(folder))
         try:
             values = json.loads(path.read_text())
             manifest = dacite.from_dict(cls, values, config=dacite.Config(strict=True, cast=[tuple]))
@@ -109,6 +109,21 @@ class Manifest:
                 raise ArtefactError(
                     f"{folder / record.path} does not match its hash; delete {folder} and run the stage again"
                 )
+
+
+def _why_no_manifest(folder: Path) -> str:
+    """What a folder without a manifest is, and what to do with it."""
+    try:
+        is_model = json.loads((folder / "config.json").read_text()).get("model_type") == "kraken"
+    except (OSError, ValueError, AttributeError):
+        is_model = False
+    if is_model:
+        return (
+            f"{folder} holds a model but no {MANIFEST_NAME}: if transformers saved it, import it with `python -m "
+            f"jobs.convert --from-huggingface {folder} --out FOLDER`; if a conversion never finished there, run it "
+            "again"
+        )
+    return f"{folder} holds no {MANIFEST_NAME}: the stage never finished there; run it again"
 
 
 def make_fingerprint(kind: str, section: Any, parents: Mapping[str, str]) -> str:

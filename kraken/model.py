@@ -281,8 +281,13 @@ class Kraken(nn.Module):
         """
         return self.readout(self.hidden(ids_BT, positions_BT, attend))
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist."""
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
+        """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist.
+
+        Args:
+            num_ids: ids of the tokenizer, over which the softmax is for every number that is reported or compared.
+                None takes the padded vocabulary: that is the training objective, as in the published code.
+        """
         hidden_BTD = self.hidden(ids_BT)
         padded_width = self.alignment.padded_width(self.config.width)
         return chunked_cross_entropy(
@@ -292,6 +297,7 @@ class Kraken(nn.Module):
             self.chunk_gradient,
             self.ways,
             self.config.vocab_size,
+            num_ids,
         )
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:

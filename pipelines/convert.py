@@ -7,7 +7,7 @@ from kraken.config import RunConfig, to_dict
 from kraken.manifest import ArtefactError
 from pipelines.stage import Outcome, Stage, Work
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the exchange format changes, so that models are converted anew."""
 
 

@@ -60,7 +60,7 @@ def work(work: Work) -> Outcome:
     evaluation = work.parents["evaluate"]
     if evaluation.value("parity_passed") != 1.0:
         raise ArtefactError(
-            f"deployment is refused: parity failed, the engine's logits differ from the trainer's by "
+            f"deployment is refused: parity failed, the engine's log-probabilities differ from the trainer's by "
             f"{evaluation.value('parity_max_abs_diff'):.2e} and {evaluation.value('parity_tokens_different'):.0f} "
             "greedy tokens differ; raise evaluate.parity_tolerance only if the engine computes in a lower precision"
         )

@@ -53,7 +53,7 @@ async def evaluate(
         await engine.close()
     write_atomically(folder / PARITY_NAME, json.dumps(dataclasses.asdict(report) | {"passed": report.passed}, indent=2))
     return metrics | {
-        "parity_max_abs_diff": Metric(report.max_abs_diff, "logits"),
+        "parity_max_abs_diff": Metric(report.max_abs_diff, "nats"),
         "parity_tokens": Metric(report.num_tokens, "tokens"),
         "parity_tokens_different": Metric(report.num_different, "tokens"),
         "parity_passed": Metric(float(report.passed), "1 = yes"),

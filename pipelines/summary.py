@@ -98,7 +98,7 @@ def render(config: RunConfig, summary: dict[str, Any]) -> str:
             f"(unigram entropy of the same tokens: {summary['unigram_entropy']:.4f})",
             f"  perplexity      {summary['validation_perplexity']:.2f}",
             f"  bits per byte   {summary['bits_per_byte']:.4f} (unigram: {summary['unigram_bits_per_byte']:.4f})",
-            f"  parity          {summary['parity_max_abs_diff']:.2e} largest difference of logits, trainer and engine",
+            f"  parity          {summary['parity_max_abs_diff']:.2e} nats, largest difference of trainer and engine",
             f"  completion      {json.dumps(PROMPT)} -> {json.dumps(summary['completion'])}",
             f"  endpoint        {summary['endpoint']}",
             f"    {curl}",

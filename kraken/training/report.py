@@ -71,6 +71,9 @@ class Reporter:
     def report(self, done: int, grad_norm: Tensor) -> dict[str, float]:
         """The metrics since the last report, and a new start; equal on every rank.
 
+        `loss` is the objective: its softmax is over the padded vocabulary, that of the validation over the tokenizer's
+        ids.
+
         Times in data, in checkpoints and in communication are of the rank that spent most in each, in seconds.
         """
         c, mesh = self._config, self._mesh

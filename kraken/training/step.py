@@ -54,8 +54,8 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.model.loss(inputs_BT, targets_BT)
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
+        return self.model.loss(inputs_BT, targets_BT, num_ids)
 
 
 class TrainingStep:
@@ -162,9 +162,14 @@ class TrainingStep:
         return [step for (step, _), bad in zip(judged, is_bad, strict=True) if bad]
 
     @torch.no_grad()
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed loss in nats of this data rank's sequences, for validation."""
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor, num_ids: int) -> Tensor:
+        """Summed loss in nats of this data rank's sequences, for validation.
+
+        Args:
+            num_ids: ids of the tokenizer; probabilities are over them, as in every engine. The objective of the step
+                itself is over the padded vocabulary.
+        """
         with self.precision.autocast(self._mesh.device):
-            loss: Tensor = self._loss(inputs_BT, targets_BT)
+            loss: Tensor = self._loss(inputs_BT, targets_BT, num_ids)
         self._mesh.reshard(self._loss)  # so that every parameter is its shard again
         return loss

@@ -128,7 +128,7 @@ class _Run:
                 f"ranks; choose a multiple of {mesh.num_data_ranks}"
             )
         self.data = Manifest.read(data_folder)
-        num_ids = int(self.data.value("vocabulary_ids"))
+        self.num_ids = num_ids = int(self.data.value("vocabulary_ids"))
         if num_ids > config.model.vocab_size:
             raise ArtefactError(
                 f"the data's tokenizer has {num_ids} ids, model.vocab_size={config.model.vocab_size} is smaller; "
@@ -287,12 +287,15 @@ class _Run:
         profiler.export_chrome_trace(str(self.run_folder / f"trace_rank_{self.mesh.rank}.json"))
 
     def _validate(self) -> float:
-        """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""
+        """Mean loss in nats per token over the same windows every time, spread evenly over the validation split.
+
+        Probabilities are over the tokenizer's ids, without the padding ids of the vocabulary, as in every engine.
+        """
         mesh = self.mesh
         total = torch.zeros(2, device=mesh.device, dtype=torch.float64)
         for windows in self._validation_batches():
             inputs, targets = (x.to(mesh.device) for x in split_windows(windows))
-            total[0] += self.step.loss(inputs, targets)
+            total[0] += self.step.loss(inputs, targets, self.num_ids)
             total[1] += targets.numel()
         loss_sum, num_tokens = mesh.sum(total).tolist()
         return loss_sum / num_tokens
