@@ -258,7 +258,7 @@ def find(run: RunConfig, fingerprint_of: FingerprintOf) -> Manifest | None:
 def train(model: RunConfig, run: RunConfig, progress: "Progress", num_ready: int) -> Finished:
     """One training through the pipeline, or its finished artefact; `num_ready` of those to come are finished."""
     try:
-        result = end_to_end.run(run, until="pretrain", advise=False)["pretrain"]
+        result = end_to_end.run(run, until="pretrain")["pretrain"]
     except ArtefactError as error:
         raise ArtefactError(f"{run.name}: {error}") from error
     manifest = result.manifest

@@ -5,6 +5,7 @@ What is finished is not run again: fingerprints decide, before the cluster is as
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,17 +109,29 @@ def announcements(planned: list[PlannedStage]) -> list[str]:
     return [f"{p.stage.kind}: {p.advice}" for p in planned if p.advice]
 
 
-def run(config: RunConfig, until: str = "deploy", advise: bool = True) -> dict[str, StageResult]:
+def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
     """Run the pipeline up to a stage, on the cluster at hand or one of its own.
 
-    Args:
-        advise: whether to say which earlier training a new one could continue from.
     Returns:
         Kind -> result, in the order in which data flows.
     Raises:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
         RunStopped: training had to end early, and the same call continues it.
     """
+    return _run(config, until, lambda planned: None)
+
+
+def run_and_advise(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
+    """As `run`, for a person who can choose: first says which earlier training a new one could continue from."""
+
+    def announce(planned: list[PlannedStage]) -> None:
+        for line in announcements(planned):
+            print(line, flush=True)
+
+    return _run(config, until, announce)
+
+
+def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]], None]) -> dict[str, StageResult]:
     import ray
 
     from pipelines import cluster, preflight
@@ -134,8 +147,7 @@ def run(config: RunConfig, until: str = "deploy", advise: bool = True) -> dict[s
             planned = plan(config, until, found)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 preflight.check(config)
-            for line in announcements(planned) if advise else ():
-                print(line, flush=True)
+            announce(planned)
             stop = StopSwitch.make()
             try:
                 for p in planned:
