@@ -101,6 +101,8 @@ class Storage:
     def move_remote(self, folder: Path, target: Path) -> None:
         """Give a remote folder another name, its manifest first; nothing to do for a local storage.
 
+        A folder whose files the storage cannot move, as S3 cannot beyond 5 GB, is deleted with a warning.
+
         Args:
             folder, target: where both lie in the cache; what is at `target` already is deleted.
         """
@@ -113,8 +115,11 @@ class Storage:
                 f"{base}/{place.relative_to(self.root).as_posix()}"
                 for place in (path, target / path.relative_to(folder))
             )
-            file_system.create_dir(destination.rsplit("/", 1)[0], recursive=True)
-            file_system.move(source, destination)
+            try:
+                file_system.create_dir(destination.rsplit("/", 1)[0], recursive=True)
+                file_system.move(source, destination)
+            except OSError as error:
+                warnings.warn(f"{source} cannot be moved to {destination} ({error}) and is deleted", stacklevel=2)
         self.delete_remote(folder)
 
     def delete_remote(self, folder: Path) -> None:

@@ -88,16 +88,18 @@ def read_records(storage: Storage) -> list[RunRecord]:
     return sorted(records, key=lambda record: record.created_at, reverse=True)
 
 
-def checkpoints(storage: Storage, fingerprint: str) -> Iterator[tuple[int, Manifest]]:
+def checkpoints(storage: Storage, fingerprint: str, thorough: bool = True) -> Iterator[tuple[int, Manifest]]:
     """The good checkpoints of a training, the newest first.
 
-    Sizes and hashes are compared; of a remote storage, whose checkpoints lie elsewhere, only sizes.
+    Args:
+        thorough: compare hashes as well as sizes, which reads the whole checkpoint. Of a remote storage only sizes are
+            compared: its checkpoints would have to be downloaded.
     """
     folder = storage.root / KIND / fingerprint[:16]
     for path in reversed([path for path in storage.list_folders(folder) if is_checkpoint(path)]):
         try:
             manifest = storage.read_manifest(path)
-            if not is_remote(storage.uri):
+            if thorough and not is_remote(storage.uri):
                 manifest.verify(path)
         except (ArtefactError, FileNotFoundError):  # damaged, or just deleted by a training that runs
             continue
@@ -173,7 +175,8 @@ def _choose(storage: Storage, config: RunConfig, prepare: str, records: list[Run
     if given == LATEST:
         # the newest that fits, since a storage may hold trainings of many models
         fitting = [r for r in meant if difference(config, prepare, r) is None]
-        meant = [r for r in fitting if newest_step(storage, r.fingerprint)] or fitting or meant
+        with_checkpoint = (r for r in fitting if newest_step(storage, r.fingerprint))
+        meant = [next(with_checkpoint, (fitting or meant)[0])]
     chosen = meant[0]
     if different := difference(config, prepare, chosen):
         raise ConfigError(
@@ -200,24 +203,26 @@ def suggest(config: RunConfig, prepare: str, own: str) -> str:
     Args:
         prepare, own: fingerprints of the data and of this training, which would start at step 0.
     """
-    storage = Storage(config.storage)
-    best: tuple[int, RunRecord] | None = None
+    storage, steps = Storage(config.storage), config.train.steps
+    candidates: list[tuple[int, RunRecord]] = []
     for record in read_records(storage):
         if record.fingerprint == own or difference(config, prepare, record) is not None:
             continue
-        step = next((step for step, _ in checkpoints(storage, record.fingerprint) if step <= config.train.steps), 0)
-        if step == config.train.steps and not _changed(config, record) <= {"train.validation_windows"}:
-            continue
-        if step > (best[0] if best else 0):
-            best = step, record
-    if best is None:
-        return ""
-    step, record = best
+        found = (step for step, _ in checkpoints(storage, record.fingerprint, thorough=False) if step <= steps)
+        step = next(found, 0)
+        if 0 < step < steps or (step and _changed(config, record) <= {"train.validation_windows"}):
+            candidates.append((step, record))
+    for _, record in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
+        for index, (step, _) in enumerate(checkpoints(storage, record.fingerprint)):
+            if step <= steps:
+                return _advice(config, record, step, is_newest=index == 0)
+    return ""
+
+
+def _advice(config: RunConfig, record: RunRecord, step: int, is_newest: bool) -> str:
     changed = ", ".join(f"{name}={record.settings.get(name)}" for name in sorted(_changed(config, record)))
-    origin = f"{short(record.fingerprint)}@{step}"
-    if newest_step(storage, record.fingerprint) == step:
-        origin = short(record.fingerprint)
-    if not changed and record.origin is not None:  # this training, begun with --continue-from
+    origin = short(record.fingerprint) + ("" if is_newest else f"@{step}")
+    if not changed and record.origin is not None:  # this very training, begun with --continue-from
         origin = record.origin
     return (
         f"starts at step 0; training {short(record.fingerprint)} ({changed or 'the same settings'}) has a checkpoint "
