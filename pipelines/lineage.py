@@ -137,7 +137,8 @@ def resolve(config: RunConfig, prepare: str) -> RunConfig:
             if given == LATEST or (fingerprint.startswith(prefix) and step in (None, began_at)):
                 return dataclasses.replace(config, continue_from=record.origin)
     for record in same:
-        if record.fingerprint.startswith(prefix) or (given == LATEST and record.origin is None):
+        # one that was ended before its first checkpoint, for example to add --continue-from, is in nobody's way
+        if record.fingerprint.startswith(prefix) or (given == LATEST and newest_step(storage, record.fingerprint)):
             way_out = f"give --continue-from {record.origin}" if record.origin else "leave --continue-from out"
             raise ConfigError(
                 f"continue_from={given}: training {short(record.fingerprint)} has these very settings; {way_out}, and "

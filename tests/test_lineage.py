@@ -222,6 +222,24 @@ class TestContinuing:
         assert trainings.resolve(longer) == exact
         assert trainings.resolve(exact) == exact
 
+    def test_latest_passes_over_one_that_was_ended_at_its_start(self, trainings: Trainings) -> None:
+        """The advice is printed, the command is ended and given again with the flag."""
+        trainings(trainings.config(), stop_at=4)
+        longer = trainings.config(steps=12, continue_from="latest")
+        plain = trainings.config(steps=12)
+        record = lineage.RunRecord(
+            fingerprint=trainings.fingerprint(plain),
+            section=lineage.section(plain),
+            prepare=trainings.prepare.fingerprint,
+            data={},
+            created_at="9999",
+        )
+        record.write(trainings.folder(plain))
+        assert trainings.resolve(longer).continue_from == f"{trainings.fingerprint(trainings.config())}@4"
+        trainings(plain, stop_at=2)
+        with pytest.raises(ConfigError, match="has these very settings; leave --continue-from out"):
+            trainings.resolve(longer)
+
     def test_the_identity_includes_the_origin(self, trainings: Trainings) -> None:
         prints = {
             trainings.fingerprint(trainings.config(continue_from=origin))
