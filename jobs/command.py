@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
+from jobs.following import follow
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import provide_home
 from kraken.manifest import ArtefactError
@@ -68,7 +69,9 @@ def parse_overrides(kind: type[A], name: str, prog: str, description: str, overr
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            arguments = tyro.cli(kind, default=kind(config=preset), args=overrides, prog=prog, description=description)
+            arguments = tyro.cli(
+                kind, default=kind(config=preset), args=follow(preset, overrides), prog=prog, description=description
+            )
     except SystemExit as error:
         if error.code:
             raise ConfigError(one_line(errors.getvalue())) from error

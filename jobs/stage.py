@@ -12,7 +12,7 @@ def run_until(stage: Stage, description: str, argv: list[str]) -> None:
     if arguments.dry_run:
         print(end_to_end.describe(end_to_end.plan(arguments.config, stage.kind)))
         return
-    result = end_to_end.run(arguments.config, stage.kind)[stage.kind]
+    result = end_to_end.run_and_advise(arguments.config, stage.kind)[stage.kind]
     manifest = result.manifest
     state = "reused" if result.reused else "finished"
     print(f"{stage.kind} {state}: {join(arguments.config.storage, stage.kind, manifest.fingerprint[:16])}")

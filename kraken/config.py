@@ -7,6 +7,7 @@ later, and no secret ever enters the tree: tokens and keys come from the environ
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +23,12 @@ VOCAB_MULTIPLE = 64
 """Vocabularies are padded up to a multiple of this many ids: GPT-2's 50,257 become 50,304, as in nanoGPT."""
 
 GPT2_NUM_IDS = 50_257
+
+CONTINUE_FROM = re.compile(r"latest|[0-9a-f]{4,64}(@\d+)?")
+"""What `RunConfig.continue_from` may be."""
+
+MOST_WARMUP_STEPS = 2000
+"""Longest warm-up that is chosen where none is given."""
 
 
 class ConfigError(ValueError):
@@ -262,8 +269,8 @@ class TrainConfig:
     embeddings, biases and gains by AdamW. `beta1` and `beta2` are AdamW's alone: Muon's momentum is 0.95."""
     final_learning_rate_fraction: float = 0.1
     """The cosine ends at this fraction of the peak."""
-    warmup_steps: int = 2000
-    """Linear warm-up from zero, in steps."""
+    warmup_steps: int | None = None
+    """Linear warm-up from zero, in steps. None: a tenth of `steps`, 2000 at most."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -313,8 +320,9 @@ class TrainConfig:
             *("log_every", "validate_every", "validation_windows", "checkpoint_every", "keep_checkpoints"),
         )
         _require(
-            0 <= self.warmup_steps <= self.steps,
-            f"train.warmup_steps={self.warmup_steps} is outside 0..train.steps={self.steps}; warm up for fewer steps",
+            0 <= self.num_warmup_steps <= self.steps,
+            f"train.warmup_steps={self.warmup_steps} is outside 0..train.steps={self.steps}; warm up for fewer steps, "
+            "or leave it out for a tenth of them",
         )
         for name in ("beta1", "beta2", "final_learning_rate_fraction"):
             value = getattr(self, name)
@@ -328,6 +336,11 @@ class TrainConfig:
             self.max_loss_spike >= 0.0,
             f"train.max_loss_spike={self.max_loss_spike} is negative; 0 judges only whether the loss is finite",
         )
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the warm-up, whether given or derived from `steps`."""
+        return min(MOST_WARMUP_STEPS, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
 
 TENSORRT_LLM_BLOCKS = (16, 32, 64, 128)
@@ -581,6 +594,12 @@ class RunConfig:
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
+    continue_from: str | None = None
+    """Start training from an earlier run's newest good checkpoint instead of at step 0: the first characters of that
+    run's fingerprint, or `latest`; `FINGERPRINT@STEP` names the checkpoint, too. Weights, optimizer, position in the
+    data and history are the earlier run's, the schedule is this run's. Model, data, `train.seed`,
+    `train.sequences_per_step` and `train.optimizer` must be the same. An interrupted run of the same settings continues
+    without this."""
     storage: str = "storage"
     """Folder or URI (`s3://...`) that holds every artefact; a relative path counts from where the command is given."""
     experiment: str = "kraken"
@@ -588,6 +607,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "name is empty; give the run a name")
+        _require(
+            self.continue_from is None or CONTINUE_FROM.fullmatch(self.continue_from) is not None,
+            f"continue_from={self.continue_from} is no fingerprint; give the first characters of an earlier run's, "
+            "FINGERPRINT@STEP, or latest",
+        )
         _require(
             self.model.vocab_size == self.data.vocab_size,
             f"model.vocab_size={self.model.vocab_size} does not fit the {self.data.num_ids} ids of "
@@ -617,6 +641,12 @@ class RunConfig:
             self.train.optimizer == "adamw" or c.shard_size == 1,
             f"train.optimizer={self.train.optimizer} needs whole matrices, and cluster.shard_size={c.shard_size} "
             "divides them; choose cluster.shard_size=1, or train.optimizer=adamw",
+        )
+
+    def resolved(self) -> "RunConfig":
+        """The same run with every derived setting written out, which is what is recorded and compared."""
+        return dataclasses.replace(
+            self, train=dataclasses.replace(self.train, warmup_steps=self.train.num_warmup_steps)
         )
 
 

@@ -55,6 +55,10 @@ class CompareConfig:
             raise ConfigError(
                 f"baseline={self.baseline} is none of the compared models; choose from: {', '.join(names)}"
             )
+        if origin := self.models[0].continue_from:
+            raise ConfigError(
+                f"continue_from={origin}, but a comparison trains every model from its start; leave --continue-from out"
+            )
         for config in self.models[1:]:
             _require_equal(self.models[0], config)
         for _ in self.first_runs():
@@ -248,7 +252,7 @@ def train_each(
 
 def find(run: RunConfig, fingerprint_of: FingerprintOf) -> Manifest | None:
     """The manifest of a training that need not be run again."""
-    return Storage(run.storage).find("pretrain", fingerprint_of(run))
+    return pretrain.STAGE.find(run, fingerprint_of(run))
 
 
 def train(model: RunConfig, run: RunConfig, progress: "Progress", num_ready: int) -> Finished:

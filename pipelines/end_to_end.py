@@ -5,13 +5,15 @@ What is finished is not run again: fingerprints decide, before the cluster is as
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from kraken.config import ConfigError, RunConfig, from_dict, to_dict
 from kraken.environment import provide_home
 from kraken.manifest import Manifest, make_fingerprint
-from pipelines import convert, deploy, evaluate, prepare, pretrain
+from kraken.storage import Storage
+from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import RunRef
 from pipelines.training.stop import StopSwitch
@@ -48,22 +50,48 @@ class PlannedStage:
     fingerprint: str
     manifest: Manifest | None
     """Of the artefact that will be reused; None when the stage will run."""
+    first_step: int = 0
+    """Of training that will run: the step at which it continues, its own or that of the run that it continues."""
+    advice: str = ""
+    """Of training that would start at step 0: the earlier run that it could continue from, in a line."""
+
+
+def identify(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
+    """The run with every setting resolved that its identity needs, and kind -> fingerprint of all stages.
+
+    Raises:
+        ConfigError: `continue_from` names no run that fits.
+    """
+    known = fingerprints((prepare.STAGE,), config)
+    config = lineage.resolve(config.resolved(), known["prepare"])
+    return config, fingerprints(STAGES, config, known)
 
 
 def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None = None) -> list[PlannedStage]:
     """What would run and what would be reused; asks the storage and the endpoint, changes nothing.
 
     Args:
-        found: the stages' fingerprints, where they are known already; the corpus is read for them.
+        found: the stages' fingerprints, where the config is identified already; the corpus is read for them.
     """
-    found = found or fingerprints(STAGES, config)
+    if found is None:
+        config, found = identify(config)
     planned: list[PlannedStage] = []
     for stage in STAGES[: KINDS.index(until) + 1]:
         fingerprint = found[stage.kind]
         parents_reused = all(p.manifest is not None for p in planned if p.stage.kind in stage.parents)
         manifest = stage.find(config, fingerprint) if parents_reused else None
-        planned.append(PlannedStage(stage, fingerprint, manifest))
+        first_step, advice = _beginning(config, found) if stage.kind == "pretrain" and manifest is None else (0, "")
+        planned.append(PlannedStage(stage, fingerprint, manifest, first_step, advice))
     return planned
+
+
+def _beginning(config: RunConfig, found: dict[str, str]) -> tuple[int, str]:
+    """Where training would begin, and the advice if that is step 0."""
+    if step := lineage.newest_step(Storage(config.storage), found["pretrain"]):
+        return step, ""
+    if config.continue_from is not None:
+        return lineage.split_origin(config.continue_from)[1] or 0, ""
+    return 0, lineage.suggest(config, found["prepare"], found["pretrain"])
 
 
 def describe(planned: list[PlannedStage]) -> str:
@@ -71,8 +99,15 @@ def describe(planned: list[PlannedStage]) -> str:
     lines = [f"{'stage':10} {'fingerprint':16} {'needs':28} would be"]
     for p in planned:
         state = "run" if p.manifest is None else f"reused (made {p.manifest.created_at})"
+        if p.first_step:
+            state = f"continue at step {p.first_step}"
         lines.append(f"{p.stage.kind:10} {p.fingerprint[:16]} {', '.join(p.stage.parents) or '-':28} {state}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *announcements(planned)])
+
+
+def announcements(planned: list[PlannedStage]) -> list[str]:
+    """What is said of a plan before it is run, beyond its stages."""
+    return [f"{p.stage.kind}: {p.advice}" for p in planned if p.advice]
 
 
 def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
@@ -84,6 +119,20 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
         RunStopped: training had to end early, and the same call continues it.
     """
+    return _run(config, until, lambda planned: None)
+
+
+def run_and_advise(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
+    """As `run`, for a person who can choose: first says which earlier training a new one could continue from."""
+
+    def announce(planned: list[PlannedStage]) -> None:
+        for line in announcements(planned):
+            print(line, flush=True)
+
+    return _run(config, until, announce)
+
+
+def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]], None]) -> dict[str, StageResult]:
     import ray
 
     from pipelines import cluster, preflight
@@ -94,7 +143,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
             "the endpoint needs a cluster that outlives this command, and none runs: start one with `make run` or "
             "`python -m jobs.local run PRESET`, or set RAY_ADDRESS to the host:port of a cluster"
         )
-    found = fingerprints(STAGES, config)
+    config, found = identify(config)
     key = make_fingerprint("pipeline", config.name, found)
     with cluster.connect(config):
         tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
@@ -106,6 +155,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                 deploy.require_possible(config)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 preflight.check(config)
+            announce(planned)
             stop = StopSwitch.make()
             try:
                 for p in planned:

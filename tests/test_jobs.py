@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
         (["quickstart", "--train.steps", "many"], "--train.steps: invalid literal for int() with base 10: 'many'"),
         (["quickstart", "--train.precision", "int8"], "invalid choice 'int8' for argument '--train.precision'"),
         (["quickstart", "--model.num-ways", "3"], "model.num_heads=8 is not divisible by model.num_ways=3"),
-        (["quickstart", "--data.tokenizer", "gpt2"], "choose model.vocab_size=50304"),
+        (
+            ["quickstart", "--data.tokenizer", "gpt2", "--model.vocab-size", "4160"],
+            "model.vocab_size=4160 does not fit the 50257 ids of data.tokenizer=gpt2; choose model.vocab_size=50304",
+        ),
     ],
 )
 def test_bad_input_is_one_line(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

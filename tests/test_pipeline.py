@@ -132,8 +132,50 @@ def test_changing_a_setting_reruns_only_what_depends_on_it(
     assert [planned.manifest is None for planned in plan] == [False, True, True, True, True]
     described = end_to_end.describe(plan)
     assert "pretrain" in described and described.count("would be") == 1 and described.count(" run") == 4
+    origin = finished["pretrain"].manifest.fingerprint[:12]
+    assert described.splitlines()[-1] == (
+        f"pretrain: starts at step 0; training {origin} (train.steps=6) has a checkpoint of step 6 to go on from: "
+        f"--continue-from {origin}"
+    )
     other_port = dataclasses.replace(config, serve=dataclasses.replace(config.serve, model_name="other"))
     assert [planned.manifest is None for planned in end_to_end.plan(other_port)] == [False] * 4 + [True]
+
+
+def test_changing_how_a_stage_works_reruns_nothing(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    """Only the endpoint, which is its settings, is made anew."""
+    operation: dict[str, Any] = {
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "keep_checkpoints": 1,
+        "sequences_per_microbatch": 1,
+        "on_bad_step": "skip",
+    }
+    quieter = dataclasses.replace(config, train=dataclasses.replace(config.train, **operation))
+    assert all(planned.manifest is not None for planned in end_to_end.plan(quieter))
+    longer_queue = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+    assert [planned.manifest is None for planned in end_to_end.plan(longer_queue)] == [False] * 4 + [True]
+
+
+def test_more_steps_continue_an_earlier_training(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    longer = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=8), continue_from="latest", name="longer"
+    )
+    plan = end_to_end.plan(longer)
+    assert (plan[1].first_step, "continue at step 6" in end_to_end.describe(plan)) == (6, True)
+    manifest = end_to_end.run(longer, until="pretrain")["pretrain"].manifest
+    origin = f"{finished['pretrain'].manifest.fingerprint}@6"
+    assert manifest.config["continue_from"] == origin and manifest.value("steps") == 8
+    [run] = [run for run in mlflow_runs(storage) if run.data.tags.get("kraken.continued_from") == origin]
+    assert (run.info.run_name, run.info.status) == ("pretrain", "FINISHED")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2, 3, 4, 6, 8]
+    assert end_to_end.run(longer, until="pretrain")["pretrain"].reused
 
 
 def test_failed_parity_refuses_deployment_and_loses_nothing(

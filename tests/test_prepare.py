@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import tiny
 
-from kraken.config import DataConfig, RunConfig
+from kraken.config import ConfigError, DataConfig, RunConfig
 from kraken.data.corpora import Document, Piece, open_corpus, split_of
 from kraken.data.files import SECTION_BYTES
 from kraken.data.pieces import RECORDS_FOLDER, finished_record, tokenize_piece, training_texts
 from kraken.data.prepare import prepare
-from kraken.data.shards import TokenShards
-from kraken.manifest import MANIFEST_NAME, ArtefactError
+from kraken.data.shards import TokenShards, shard_name
+from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric
 from kraken.storage import Storage
 from kraken.tokenizer import Tokenizer
+from pipelines.prepare import is_valid
 from pipelines.progress import ProgressLines
 
 Files = dict[str, bytes]
@@ -141,6 +142,41 @@ class TestBadInput:
         assert record.num_skipped == 1 and record.num_tokens == 18
         assert record.skipped[0].startswith("x.jsonl:21: tiktoken cannot encode these 1500001 characters")
         assert finished_record(tmp_path, piece, tokenizer) == record
+    def test_both_settings_share_what_has_no_bad_document(self, tmp_path: Path) -> None:
+        """The folder is the same: `skip` continues what `stop` left, and `stop` accepts nothing skipped."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name, bad in (("a.jsonl", []), ("b.jsonl", ["{"]), ("c.jsonl", [])):
+            rows = [json.dumps({"text": f"text {i} " + "word " * 50}) for i in range(100)]
+            (folder / name).write_text("\n".join([*bad, *rows]))
+        stop, skip = (data_config(folder, on_bad_document=choice) for choice in ("stop", "skip"))
+        made = tmp_path / "made"
+        made.mkdir()
+        Tokenizer.train(("text and word " * 50 for _ in range(9)), 257).save(made)  # so that the pieces come first
+        with pytest.raises(ArtefactError, match="b.jsonl"):
+            prepare_here(stop, made)
+        finished = made / shard_name("train", 0)
+        written_at = finished.stat().st_mtime_ns
+        metrics, _ = prepare_here(skip, made)
+        assert metrics["skipped_documents"].value == 1
+        assert finished.stat().st_mtime_ns == written_at, "the piece before the bad document is not done again"
+        with pytest.raises(ArtefactError, match="b.jsonl"):
+            prepare_here(stop, made)
+
+    def test_data_without_their_bad_documents_are_not_reused_for_stop(self) -> None:
+        manifest = Manifest(
+            kind="prepare",
+            fingerprint="f" * 64,
+            config={},
+            parents={},
+            metrics={"skipped_documents": Metric(2, "documents")},
+        )
+        config = tiny.config()
+        with pytest.raises(
+            ConfigError, match="data.on_bad_document=stop, but the prepared data ffffffffffff leave out 2"
+        ):
+            is_valid(config, manifest)
+        assert is_valid(config, dataclasses.replace(manifest, metrics={"skipped_documents": Metric(0, "documents")}))
 
     def test_empty_corpora_and_splits_are_errors(self, tmp_path: Path) -> None:
         (tmp_path / "x.txt").write_text("")

@@ -54,6 +54,8 @@ def prepare(
         raise ArtefactError(f"the corpus is empty: nothing in {config.paths or config.dataset or corpus.name} is text")
     tokenizer = make_tokenizer(config, corpus, pieces, folder)
     finished = finished_records(folder, pieces, tokenizer)
+    if config.on_bad_document == "stop":  # pieces of which an earlier attempt skipped documents must stop this one
+        finished = {index: record for index, record in finished.items() if not record.num_skipped}
     records = list(finished.values())
     meter = Meter(pieces, records, on_progress)
     todo = [piece for piece in pieces if piece.index not in finished]

@@ -104,8 +104,8 @@ def worker_loop(attempt: Attempt) -> dict[str, Any]:
     storage = Storage(config.storage)
     storage.fetch("prepare", attempt.prepare)
     run_folder = storage.folder("pretrain", attempt.pretrain)
-    storage.fetch_checkpoints(run_folder)
     context = ray.train.get_context()
+    storage.fetch_checkpoints(run_folder, thorough=context.get_local_rank() == 0)
     is_first = context.get_local_rank() == 0
     node = f"{context.get_node_rank()}/" if context.get_world_size() > context.get_local_world_size() else ""
     gpu = context.get_local_rank() if config.cluster.gpus_per_worker else None
