@@ -6,11 +6,12 @@ import dataclasses
 import io
 import os
 import re
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TextIO, TypeVar
 
 import tyro
 
@@ -23,7 +24,8 @@ from kraken.storage import is_remote
 from pipelines.local_cluster import ClusterError
 from pipelines.training.stop import RunStopped
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE, INTERRUPTED, NO_READER = 2, 1, 130, 141
+"""Exit statuses; the last two are what a shell reports of SIGINT and SIGPIPE."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,8 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         provide_home()
-        main(sys.argv[1:])
+        with _quiet_without_reader():
+            main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)
     except (ArtefactError, ClusterError, RunStopped) as error:
@@ -137,6 +140,31 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted; what is finished stays, and the same command continues", INTERRUPTED)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Leave quietly where the standard output is a pipe whose reader has ended, as in `... | head`.
+
+    A pipe that breaks elsewhere, in a library, is an error as any other.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, since at the end of the interpreter it would fail with a message
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):
+            raise
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is still buffered goes there
+        sys.exit(NO_READER)
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(message: object, status: int) -> NoReturn:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
 from starlette.exceptions import HTTPException
@@ -21,8 +21,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kraken.engine import protocol as engine_protocol
+from kraken.engine.prompt import encode_prompt
 from kraken.engine.protocol import SamplingParams
-from serve.completions import CompletionCall, ServedModel, encode_prompt, log_failure
+from serve.completions import CompletionCall, ServedModel
+from serve.errors import MISSING_ENDPOINTS, ErrorResponses, missing_endpoint_response, routing_error_response
 from serve.protocol import (
     ApiError,
     CompletionRequest,
@@ -85,18 +87,21 @@ class Endpoint:
 
         # No documentation pages: they would load scripts from elsewhere. No CORS either: browsers stay out.
         app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-        guarded = APIRouter(dependencies=[Depends(self._require_api_key)])
-        guarded.add_api_route("/v1/completions", self._create_completion, methods=["POST"])
-        guarded.add_api_route("/v1/models", self._list_models, methods=["GET"])
-        guarded.add_api_route("/v1/models/{name:path}", self._get_model, methods=["GET"])
-        guarded.add_api_route("/tokenizer_info", self._tokenizer_info, methods=["GET"])
-        guarded.add_api_route("/tokenize", self._tokenize, methods=["POST"])
-        guarded.add_api_route("/detokenize", self._detokenize, methods=["POST"])
-        app.include_router(guarded)
+        guard = [Depends(self._require_api_key)]
+        for method, path, handler in (
+            ("POST", "/v1/completions", self._create_completion),
+            ("GET", "/v1/models", self._list_models),
+            ("GET", "/v1/models/{name:path}", self._get_model),
+            ("GET", "/tokenizer_info", self._tokenizer_info),
+            ("POST", "/tokenize", self._tokenize),
+            ("POST", "/detokenize", self._detokenize),
+        ):
+            app.add_api_route(path, handler, methods=[method], dependencies=guard)
+        for path in MISSING_ENDPOINTS:
+            app.add_api_route(path, missing_endpoint_response, methods=["GET", "POST"], dependencies=guard)
         app.add_api_route("/health", self._health, methods=["GET"])
-        app.add_exception_handler(HTTPException, _routing_error_response)
-        for error_class in (ApiError, engine_protocol.RequestError, engine_protocol.EngineError, Exception):
-            app.add_exception_handler(error_class, _error_response)
+        app.add_exception_handler(HTTPException, routing_error_response)
+        app.add_middleware(ErrorResponses)
         return app
 
     async def check_health(self) -> None:
@@ -235,18 +240,6 @@ async def read_body(body_class: type[Body], request: Request) -> Body:
         return body_class.model_validate_json(bytes(raw))
     except ValidationError as error:
         raise bad_request(error) from None
-
-
-async def _routing_error_response(request: Request, error: Exception) -> Response:
-    """No such URL, or not with this method."""
-    assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path}"
-    return ApiError(error.status_code, message, headers=error.headers).response()
-
-
-async def _error_response(_request: Request, error: Exception) -> Response:
-    log_failure(error)
-    return ApiError.of(error).response()
 
 
 def _json(body: BaseModel, status: int = 200) -> Response:

@@ -434,8 +434,8 @@ class TestRequests:
         "fields",
         [
             {"temperature": -1.0},
-            {"top_p": 0.0},
-            {"top_k": -1},
+            {"top_p": -0.1},
+            {"top_k": -2},
             {"min_p": 1.5},
             {"repetition_penalty": 0.0},
             {"max_tokens": -1},

@@ -142,6 +142,7 @@ class TestBadInput:
         assert record.num_skipped == 1 and record.num_tokens == 18
         assert record.skipped[0].startswith("x.jsonl:21: tiktoken cannot encode these 1500001 characters")
         assert finished_record(tmp_path, piece, tokenizer) == record
+
     def test_both_settings_share_what_has_no_bad_document(self, tmp_path: Path) -> None:
         """The folder is the same: `skip` continues what `stop` left, and `stop` accepts nothing skipped."""
         folder = tmp_path / "corpus"
