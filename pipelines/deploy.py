@@ -1,24 +1,38 @@
-"""Stage 5, deploy: the converted model behind an OpenAI-compatible endpoint; refused unless parity passed."""
+"""Stage 5, deploy: the converted model behind an OpenAI-compatible endpoint; refused unless parity passed.
 
+A deployment is reused only where the endpoint itself shows the digest of the model, every setting, the code and the
+owner, and lets in exactly those who should come in.
+"""
+
+import hashlib
 import json
-import os
+import secrets
 import socket
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
-from kraken.config import ConfigError, RunConfig, ServeConfig
-from kraken.manifest import ArtefactError, Manifest, Metric
-from pipelines.stage import Outcome, Stage, Work, section_of
+import kraken
+from kraken.config import ConfigError, RunConfig, ServeConfig, to_dict
+from kraken.manifest import ArtefactError, Manifest, Metric, library_versions, make_fingerprint
+from pipelines.application import claimed, http_address, owner_of, require_no_others, require_own_name
+from pipelines.stage import Outcome, Stage, Work
+from serve.api_key import ApiKey, api_key
 
-APPLICATION = "kraken"
 HTTP_TIMEOUT_S = 5.0
+SWITCH_LIMIT_S = 30.0
+"""How long Serve's proxies may take to send requests to the new replicas only."""
+SERVED_CODE = ("kraken", "serve")
+"""Folders whose code replicas run."""
 
 
 def endpoint_url(serve: ServeConfig) -> str:
     """Base URL of the endpoint, for clients on this machine when it listens on every address."""
-    host = "127.0.0.1" if serve.host in ("0.0.0.0", "::") else serve.host
-    return f"http://{host}:{serve.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{serve.port}{serve.route_prefix.rstrip('/')}"
 
 
 def health(serve: ServeConfig) -> dict[str, Any] | None:
@@ -31,15 +45,81 @@ def health(serve: ServeConfig) -> dict[str, Any] | None:
         return None
 
 
+def served_section(config: RunConfig) -> dict[str, Any]:
+    """What of the config decides what is served and how."""
+    serve = to_dict(config.serve)
+    del serve["replace"]  # says how to begin
+    return {"serve": serve, "engine": to_dict(config.engine)}
+
+
+def deployment_digest(config: RunConfig, exchange_fingerprint: str) -> str:
+    """Digest of everything that decides what an endpoint serves, how, and for whom, except its key."""
+    section = served_section(config) | {"libraries": library_versions(), "owner": owner_of(config).id}
+    return make_fingerprint("deployment", section, {"convert": exchange_fingerprint, "code": code_digest()})
+
+
+def code_digest() -> str:
+    """Digest of the code that a replica runs; it also differs where two checkouts of one commit do."""
+    root = Path(kraken.__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for folder in SERVED_CODE:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".c"):
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+                digest.update(content)
+    return digest.hexdigest()
+
+
 def is_serving(config: RunConfig, manifest: Manifest) -> bool:
-    """Whether the endpoint answers, healthy, with the very model that a deploy manifest records."""
-    answer = health(config.serve)
-    return (
-        answer is not None
-        and answer.get("status") == "ok"
-        and answer.get("model") == config.serve.model_name
-        and answer.get("exchange_fingerprint") == manifest.parents["convert"]
+    """Whether the endpoint answers, healthy, as this config would deploy it, and lets in whom it should."""
+    return difference(config.serve, deployment_digest(config, manifest.parents["convert"])) is None
+
+
+def difference(serve: ServeConfig, digest: str) -> str | None:
+    """What is wrong with the endpoint, compared with a deployment and the key in the environment; None: nothing."""
+    answer = health(serve)
+    if answer is None:
+        return "it does not answer"
+    if answer.get("status") != "ok":
+        return f"its status is {answer.get('status')}"
+    if answer.get("deployment") != digest:
+        return "it serves another deployment"
+    return wrong_access(serve)
+
+
+def wrong_access(serve: ServeConfig) -> str | None:
+    """Who comes in that should not, or does not that should, found by requests; None: nobody."""
+    key = api_key()
+    if key is None:
+        status = status_of_models(serve, None)
+        return None if status == 200 else f"a request without a key gets status {status}, and no key is configured"
+    wanted = (
+        ("without a key", None, 401),
+        ("with a wrong key", ApiKey(secrets.token_urlsafe()), 401),
+        ("with the right key", key, 200),
     )
+    for which, shown, status in wanted:
+        if (found := status_of_models(serve, shown)) != status:
+            return f"a request {which} gets status {found} instead of {status}"
+    return None
+
+
+def status_of_models(serve: ServeConfig, key: ApiKey | None) -> int | None:
+    """HTTP status of a request for the list of models; None without an answer."""
+    request = urllib.request.Request(f"{endpoint_url(serve)}/v1/models", headers=authorization(key))
+    try:
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError):
+        return None
+
+
+def authorization(key: ApiKey | None) -> dict[str, str]:
+    """The header that shows a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key.value}"}
 
 
 def work(work: Work) -> Outcome:
@@ -58,26 +138,53 @@ def work(work: Work) -> Outcome:
         )
     require_proven(work.parents["convert"])
     serve_config = work.config.serve
+    owner = owner_of(work.config)
+    require_own_name(serve_config, owner)
+    if (address := http_address()) and address[1] == serve_config.port and address[0] != serve_config.host:
+        # Serve cannot move: it would go on listening on the old address and only warn.
+        require_no_others(
+            owner, f"serve.host={serve_config.host}: this cluster serves on {address[0]}, and must be restarted to move"
+        )
+        ray_serve.shutdown()
     require_free_port(serve_config)
     ray_serve.start(
         http_options=HTTPOptions(host=serve_config.host, port=serve_config.port),
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
+    digest = deployment_digest(work.config, work.parents["convert"].fingerprint)
     args = ServeArgs(
-        exchange=work.parent_folder("convert"), engine_config=work.config.engine, serve_config=serve_config
+        exchange=work.parent_folder("convert"),
+        engine_config=work.config.engine,
+        serve_config=serve_config,
+        deployment=digest,
     )
-    ray_serve.run(build(args), name=APPLICATION, route_prefix="/")
-    url = endpoint_url(serve_config)
-    answer = health(serve_config)
-    if answer is None or answer.get("exchange_fingerprint") != work.parents["convert"].fingerprint:
-        raise ArtefactError(
-            f"the endpoint at {url} does not answer with the new model; see the Serve logs of the cluster"
-        )
+    application = build(args)
+    with claimed(serve_config, owner):
+        ray_serve.run(application, name=serve_config.name, route_prefix=serve_config.route_prefix)
+    answer = wait_until_served(serve_config, digest)
     return {"replicas": Metric(serve_config.num_replicas, "replicas")}, {
-        "endpoint": f"{url}/v1",
+        "endpoint": f"{endpoint_url(serve_config)}/v1",
         "model_name": serve_config.model_name,
         "engine": answer["engine"],
     }
+
+
+def wait_until_served(serve: ServeConfig, digest: str) -> dict[str, Any]:
+    """What the endpoint says of itself, once it is this deployment and lets in whom it should.
+
+    Raises:
+        ArtefactError: it is not, after the time that Serve may take to switch over.
+    """
+    deadline = time.monotonic() + SWITCH_LIMIT_S
+    while (wrong := difference(serve, digest)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    answer = health(serve)
+    if wrong or answer is None:
+        raise ArtefactError(
+            f"the endpoint at {endpoint_url(serve)} is not what was deployed: {wrong}; see the Serve logs of the "
+            "cluster"
+        )
+    return answer
 
 
 def require_free_port(serve: ServeConfig) -> None:
@@ -86,12 +193,12 @@ def require_free_port(serve: ServeConfig) -> None:
     """
     from ray import serve as ray_serve
 
-    running = ray_serve.status().proxies
-    if running:
-        if health(serve) is None:
+    if ray_serve.status().proxies:
+        address = http_address()
+        if address is not None and address[1] != serve.port:
             raise ConfigError(
-                f"serve.port={serve.port}: this cluster already serves on another address, and has one HTTP port; "
-                "use that port, or stop the cluster first (make stop)"
+                f"serve.port={serve.port}: this cluster already serves on port {address[1]}, and has one HTTP port; "
+                f"use --serve.port {address[1]}, or stop the cluster first (make stop)"
             )
         return
     family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
@@ -112,9 +219,7 @@ def complete(url: str, body: dict[str, Any]) -> str:
     Raises:
         ArtefactError: the endpoint refuses or does not answer.
     """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("KRAKEN_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json"} | authorization(api_key())
     request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -127,7 +232,7 @@ def complete(url: str, body: dict[str, Any]) -> str:
 STAGE = Stage(
     "deploy",
     parents=("convert", "evaluate"),
-    section=section_of("serve", "engine"),
+    section=served_section,
     work=work,
     still_valid=is_serving,
 )

@@ -3,17 +3,23 @@
 What is finished is not run again: fingerprints decide, before the cluster is asked for anything.
 """
 
-import os
+import contextlib
 import time
+import uuid
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kraken.config import RunConfig, from_dict, to_dict
-from kraken.manifest import Manifest, make_fingerprint
-from pipelines import convert, deploy, evaluate, prepare, pretrain
+from kraken.environment import environment
+from kraken.manifest import Manifest
+from pipelines import application, convert, deploy, evaluate, prepare, pretrain
+from pipelines.local_cluster import ClusterError
 from pipelines.stage import Stage, fingerprints
-from pipelines.tracking import RunRef
+from pipelines.tracking import PipelineRun, RunRef, Tracker
+from pipelines.training.lease import Lease, submission
 from pipelines.training.stop import StopSwitch
+from serve.api_key import API_KEY_VARIABLE, ApiKey, api_key
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)
@@ -81,23 +87,26 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
         Kind -> result, in the order in which data flows.
     Raises:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
+        ClusterError: another process runs this very pipeline.
         RunStopped: training had to end early, and the same call continues it.
     """
     import ray
 
     from pipelines import cluster, preflight
-    from pipelines.tracking import Tracker
 
+    access_key = api_key() if until == "deploy" else None
     found = fingerprints(STAGES, config)
-    key = make_fingerprint("pipeline", config.name, found)
     with cluster.connect(config):
-        tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
-        with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
+        tracker = Tracker(config.storage, config.experiment, submission())
+        key = tracker.key("pipeline", config.name, found)
+        with sole_pipeline(tracker, key, config.name, to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 preflight.check(config)
+            if any(p.stage.kind == "deploy" and p.manifest is None for p in planned):
+                application.require_own_name(config.serve, application.owner_of(config))
             stop = StopSwitch.make()
             try:
                 for p in planned:
@@ -113,7 +122,13 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                     )
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
-                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, stop, *parents
+                        p.stage.kind,
+                        to_dict(config),
+                        p.fingerprint,
+                        pipeline_run.ref,
+                        stop,
+                        *parents,
+                        access_key=access_key if p.stage.kind == "deploy" else None,
                     )
                 for p in planned:
                     if p.manifest is None:
@@ -135,6 +150,25 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
             }
             pipeline_run.log_metrics(headlines, step=0)
     return {p.stage.kind: results[p.stage.kind] for p in planned}
+
+
+@contextlib.contextmanager
+def sole_pipeline(
+    tracker: Tracker, key: str, name: str, params: Mapping[str, Any], what: str = "training"
+) -> Iterator[PipelineRun]:
+    """`Tracker.pipeline` for one process at a time; needs a connection to Ray.
+
+    Raises:
+        ClusterError: on entering; another process has this pipeline's run open. That run is left alone: the refusal is
+            recorded in a run of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(Lease(f"pipeline/{key}", what))
+        except ClusterError:
+            with tracker.pipeline(f"{key}/{uuid.uuid4().hex}", f"{name} (refused)", params):
+                raise
+        yield stack.enter_context(tracker.pipeline(key, name, params))
 
 
 def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
@@ -161,11 +195,17 @@ def run_stage(
     pipeline: RunRef,
     stop: StopSwitch,
     *parents: Manifest,
+    access_key: ApiKey | None = None,
 ) -> Manifest:
-    """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
+    """The body of a stage's Ray task. Parents arrive as values of the references they were given as.
+
+    Args:
+        access_key: of the endpoint; from the driver, since a cluster's processes need not have its environment.
+    """
     config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
-    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
+    with environment({} if access_key is None else {API_KEY_VARIABLE: access_key.value}):
+        return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
 
 
 def wait_for(reference: Any) -> Manifest:
