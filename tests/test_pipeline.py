@@ -203,28 +203,22 @@ def test_a_new_key_or_another_deployment_is_never_reused(
     def is_reused(config: RunConfig) -> bool:
         return end_to_end.plan(config)[-1].manifest is not None
 
+    limited = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
     assert is_reused(config)
-    for key, others in (("first-key", (None, "wrong")), ("second-key", (None, "first-key"))):
+    for changed, key, others in ((config, "first-key", (None, "wrong")), (limited, "second-key", (None, "first-key"))):
         monkeypatch.setenv("KRAKEN_API_KEY", key)
         assert not is_reused(config)
-        results = end_to_end.run(config)
+        results = end_to_end.run(changed)
         assert not results["deploy"].reused and results["evaluate"].reused
         assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
-        assert is_reused(config)
-    assert deploy.complete(f"{deploy.endpoint_url(config.serve)}/v1", summary.request_body(config))
-    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(config, results))
-
+        assert is_reused(changed)
+    assert not is_reused(config), "its manifest is there, but the endpoint has the other limits"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(limited, results))
     with monkeypatch.context() as patch:
         patch.setattr(deploy, "code_digest", lambda: "of other code")
-        assert not is_reused(config)
-    limited = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+        assert not is_reused(limited)
     monkeypatch.delenv("KRAKEN_API_KEY")
-    assert not end_to_end.run(limited)["deploy"].reused
-    assert status_of(config, None) == 200
-    assert is_reused(limited)
-    assert not is_reused(config), "its manifest is there, but the endpoint has the other limits"
-    end_to_end.run(config)
-    assert is_reused(config) and not is_reused(limited)
+    assert not is_reused(limited), "the endpoint asks for a key, and none is configured"
 
     secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
     for path in storage.rglob("*"):
@@ -236,30 +230,29 @@ def test_a_new_key_or_another_deployment_is_never_reused(
 def test_a_name_belongs_to_the_pipeline_that_deployed_under_it(
     finished: dict[str, end_to_end.StageResult], config: RunConfig
 ) -> None:
-    from ray import serve as ray_serve
-
     def named(**fields: Any) -> RunConfig:
         return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
 
-    assert deploy.is_serving(config, finished["deploy"].manifest)
+    def deployed() -> Any:
+        return deploy.health(config.serve)["deployment"]
+
+    before = deployed()
     refused = f"serve.name=kraken belongs to run {config.name} of experiment kraken in storage {config.storage}"
     with pytest.raises(ConfigError, match=rf"{refused}.*--serve.name other.*--serve.replace"):
         end_to_end.run(named())
-    assert deploy.is_serving(config, finished["deploy"].manifest)
+    assert deployed() == before
 
     beside = end_to_end.run(named(name="beside"))["deploy"].manifest
     assert beside.details["endpoint"] == f"http://127.0.0.1:{config.serve.port}/beside/v1"
     assert deploy.complete(beside.details["endpoint"], summary.request_body(config))
     assert deploy.is_serving(named(name="beside"), beside)
-    assert deploy.is_serving(config, finished["deploy"].manifest)
-    ray_serve.delete("beside")
+    assert deployed() == before
 
-    end_to_end.run(named(replace=True))
-    assert not deploy.is_serving(config, finished["deploy"].manifest)
+    taken_over = end_to_end.run(named(replace=True))["deploy"].manifest
+    assert deploy.is_serving(named(), taken_over)
+    assert status_of(config, None) == 200
     with pytest.raises(ConfigError, match="serve.name=kraken belongs to run other"):
         end_to_end.run(config)
-    end_to_end.run(dataclasses.replace(config, serve=dataclasses.replace(config.serve, replace=True)))
-    assert deploy.is_serving(config, finished["deploy"].manifest)
 
 
 @pytest.mark.slow
@@ -270,6 +263,8 @@ def test_another_host_restarts_serve_and_a_strange_application_is_not_ended(
 
     from serve.app import ServeArgs, build
 
+    ray_serve.shutdown()
+    end_to_end.run(config)
     host = dataclasses.replace(config, serve=dataclasses.replace(config.serve, host="localhost"))
     args = ServeArgs(exchange=Path(config.storage) / "convert" / finished["convert"].manifest.fingerprint[:16])
     ray_serve.run(build(args), name="strange", route_prefix="/strange")
