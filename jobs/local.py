@@ -100,11 +100,12 @@ def run(preset: str, storage: str, overrides: list[str]) -> int:
 
 
 def end_stale_runs(head: Head, config: RunConfig) -> None:
-    """End the MLflow runs of jobs that died too fast to do it themselves, by SIGKILL or for lack of memory."""
+    """End the MLflow runs of this cluster's jobs that died too fast to do it themselves, by SIGKILL or for lack of
+    memory. What the server has of other clusters' jobs may be alive."""
     with contextlib.suppress(ConfigError):  # a tracking server that is away; the job has said so
-        alive = local_cluster.running_jobs(head)
+        ended = local_cluster.all_jobs(head) - local_cluster.running_jobs(head).keys()
         tracker = Tracker(config.storage, config.experiment)
-        for run_id in tracker.reconcile(lambda submission: None if submission in alive else "FAILED"):
+        for run_id in tracker.reconcile(lambda submission: "FAILED" if submission in ended else None):
             say(f"MLflow run {run_id} was left open and is marked as failed")
 
 
@@ -170,9 +171,12 @@ def excludes(working_dir: Path) -> list[str]:
 
 def job_environment(submission_id: str) -> dict[str, str]:
     """Variables that go with a job, since the cluster may be older than their values."""
+    from pipelines.tracking import submitter
+
     variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "KRAKEN_API_KEY")}
     variables["KRAKEN_SUBMISSION"] = submission_id
     variables["KRAKEN_GIT_REVISION"] = git_revision()
+    variables["KRAKEN_USER"] = submitter()
     return {name: value for name, value in variables.items() if value}
 
 

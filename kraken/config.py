@@ -29,6 +29,9 @@ CONTINUE_FROM = re.compile(r"latest|[0-9a-f]{4,64}(@\d+)?")
 
 MOST_WARMUP_STEPS = 2000
 """Longest warm-up that is chosen where none is given."""
+DEFAULT_APPLICATION = "kraken"
+RESERVED_ROUTES = ("v1", "health", "tokenize", "detokenize", "tokenizer_info")
+"""First parts of the default application's URLs, which another application of these names would hide."""
 
 
 class ConfigError(ValueError):
@@ -513,6 +516,11 @@ class EvaluateConfig:
 class ServeConfig:
     """The endpoint."""
 
+    name: str = DEFAULT_APPLICATION
+    """Name of the Ray Serve application, which belongs to the pipeline (storage, experiment and run name) that deployed
+    it. `kraken` is served at `/v1`, another name beside it at `/NAME/v1`."""
+    replace: bool = False
+    """Take the name over from another pipeline, whose endpoint then ends."""
     host: str = "127.0.0.1"
     """Address to listen on; loopback unless changed."""
     port: int = 8000
@@ -527,12 +535,22 @@ class ServeConfig:
     """GPUs that a replica reserves."""
 
     def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None and self.name not in RESERVED_ROUTES,
+            f"serve.name={self.name} cannot be a route; give letters, digits, '_', '.' and '-', and none of "
+            f"{', '.join(RESERVED_ROUTES)}",
+        )
         _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
         _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
         _require_positive("serve", self, "num_replicas")
         for name in ("cpus_per_replica", "gpus_per_replica"):
             value = getattr(self, name)
             _require(value >= 0, f"serve.{name}={value} is negative; 0 reserves none")
+
+    @property
+    def route_prefix(self) -> str:
+        """Where the application's URLs begin."""
+        return "/" if self.name == DEFAULT_APPLICATION else f"/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

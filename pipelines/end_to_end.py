@@ -3,20 +3,24 @@
 What is finished is not run again: fingerprints decide, before the cluster is asked for anything.
 """
 
-import os
+import contextlib
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kraken.config import ConfigError, RunConfig, from_dict, to_dict
-from kraken.environment import provide_home
-from kraken.manifest import Manifest, make_fingerprint
+from kraken.environment import environment, provide_home
+from kraken.manifest import Manifest
 from kraken.storage import Storage
 from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
+from pipelines.local_cluster import ClusterError
 from pipelines.stage import Stage, fingerprints
-from pipelines.tracking import RunRef
+from pipelines.tracking import PipelineRun, RunRef, Tracker
+from pipelines.training.lease import Lease, submission
 from pipelines.training.stop import StopSwitch
+from serve.api_key import API_KEY_VARIABLE, ApiKey, api_key
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)
@@ -117,6 +121,7 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
         Kind -> result, in the order in which data flows.
     Raises:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
+        ClusterError: another process runs this very pipeline.
         RunStopped: training had to end early, and the same call continues it.
     """
     return _run(config, until, lambda planned: None)
@@ -136,18 +141,18 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
     import ray
 
     from pipelines import cluster, preflight
-    from pipelines.tracking import Tracker
 
     if until == "deploy" and cluster.is_embedded(config):
         raise ConfigError(
             "the endpoint needs a cluster that outlives this command, and none runs: start one with `make run` or "
             "`python -m jobs.local run PRESET`, or set RAY_ADDRESS to the host:port of a cluster"
         )
+    access_key = api_key() if until == "deploy" else None
     config, found = identify(config)
-    key = make_fingerprint("pipeline", config.name, found)
     with cluster.connect(config):
-        tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
-        with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
+        tracker = Tracker(config.storage, config.experiment, submission())
+        key = tracker.key("pipeline", config.name, found)
+        with sole_pipeline(tracker, key, config.name, to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
@@ -171,7 +176,13 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                     )
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
-                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, stop, *parents
+                        p.stage.kind,
+                        to_dict(config),
+                        p.fingerprint,
+                        pipeline_run.ref,
+                        stop,
+                        *parents,
+                        access_key=access_key if p.stage.kind == "deploy" else None,
                     )
                 for p in planned:
                     if p.manifest is None:
@@ -193,6 +204,25 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
             }
             pipeline_run.log_metrics(headlines, step=0)
     return {p.stage.kind: results[p.stage.kind] for p in planned}
+
+
+@contextlib.contextmanager
+def sole_pipeline(
+    tracker: Tracker, key: str, name: str, params: Mapping[str, Any], what: str = "training"
+) -> Iterator[PipelineRun]:
+    """`Tracker.pipeline` for one process at a time; needs a connection to Ray.
+
+    Raises:
+        ClusterError: on entering; another process has this pipeline's run open. That run is left alone: the refusal is
+            recorded in a run of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(Lease(f"pipeline/{key}", what))
+        except ClusterError:
+            with tracker.pipeline(f"{key}/{uuid.uuid4().hex}", f"{name} (refused)", params):
+                raise
+        yield stack.enter_context(tracker.pipeline(key, name, params))
 
 
 def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
@@ -219,12 +249,18 @@ def run_stage(
     pipeline: RunRef,
     stop: StopSwitch,
     *parents: Manifest,
+    access_key: ApiKey | None = None,
 ) -> Manifest:
-    """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
+    """The body of a stage's Ray task. Parents arrive as values of the references they were given as.
+
+    Args:
+        access_key: of the endpoint; from the driver, since a cluster's processes need not have its environment.
+    """
     provide_home()
     config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
-    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
+    with environment({} if access_key is None else {API_KEY_VARIABLE: access_key.value}):
+        return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
 
 
 def wait_for(reference: Any) -> Manifest:

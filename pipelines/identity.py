@@ -116,6 +116,7 @@ DETERMINING: dict[str, frozenset[str]] = {
             "serve.num_replicas",
             "serve.cpus_per_replica",
             "serve.gpus_per_replica",
+            "serve.name",
         }
     )
     | _ENGINE_RESULT
@@ -146,7 +147,7 @@ NOT_DETERMINING: dict[str, frozenset[str]] = {
     ),
     "convert": frozenset(),
     "evaluate": _ENGINE_OPERATION,
-    "deploy": frozenset(),
+    "deploy": frozenset({"serve.replace"}),  # says how to begin
 }
 """Stage -> the fields that do not."""
 

@@ -636,15 +636,20 @@ def running_jobs(head: Head) -> dict[str, str]:
     Raises:
         ClusterError: the cluster does not answer.
     """
+    return {job["submission_id"]: job["entrypoint"] for job in _jobs(head) if job["status"] in ("PENDING", "RUNNING")}
+
+
+def all_jobs(head: Head) -> set[str]:
+    """Submission ids of every submitted job that the cluster remembers; raises as `running_jobs` does."""
+    return {job["submission_id"] for job in _jobs(head)}
+
+
+def _jobs(head: Head) -> list[dict[str, Any]]:
     try:
         jobs = head.request("GET", "/api/jobs/")
     except OSError as error:
         raise ClusterError(f"the local cluster does not answer ({error}); `make stop`, then run this again") from error
-    return {
-        job["submission_id"]: job["entrypoint"]
-        for job in jobs
-        if job["type"] == "SUBMISSION" and job["status"] in ("PENDING", "RUNNING")
-    }
+    return [job for job in jobs if job["type"] == "SUBMISSION"]
 
 
 def exports(head: Head) -> str:

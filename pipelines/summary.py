@@ -12,6 +12,7 @@ from kraken.storage import is_remote
 from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
 from pipelines.tracking import ui_command
+from serve.api_key import API_KEY_VARIABLE, api_key
 
 SUMMARY_NAME = "summary.json"
 PROMPT = "import os\n\ndef "
@@ -84,7 +85,8 @@ def write(config: RunConfig, summary: dict[str, Any]) -> Path | None:
 def render(config: RunConfig, summary: dict[str, Any]) -> str:
     """The same for people."""
     body = shlex.quote(json.dumps(request_body(config)))
-    curl = f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json' -d {body}"
+    key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if api_key() else ""
+    curl = f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json'{key} -d {body}"
     stages = [
         f"  {kind:10} {stage['seconds']:8.1f} s  {'reused' if stage['reused'] else 'ran'}"
         for kind, stage in summary["stages"].items()

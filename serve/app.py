@@ -8,10 +8,8 @@ Serve itself (`ray_serve.start`), not to an application.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,12 +38,13 @@ from kraken.engine.protocol import Engine, EngineInfo
 from kraken.manifest import MANIFEST_NAME
 from kraken.storage import is_remote, local_artefact
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
+from serve.api_key import API_KEY_VARIABLE as API_KEY_VARIABLE
+from serve.api_key import ApiKeyDigest, api_key
 from serve.completions import ServedModel
 from serve.deployment import Endpoint
 
 logger = logging.getLogger("ray.serve")
 
-API_KEY_VARIABLE = "KRAKEN_API_KEY"
 ECHO_CONTEXT_LENGTH = 1024
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -74,6 +73,9 @@ class ServeArgs(BaseModel):
     serve_config: Annotated[ServeConfig, BeforeValidator(partial(_section, ServeConfig))] = ServeConfig()
     echo_token_delay_s: float = 0.0
     """Pause of the echo engine before every token."""
+    deployment: str | None = None
+    """Digest of everything that decides what is served and how; `/health` shows it, so that a later deployment can be
+    compared with it. A new digest replaces every replica."""
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> "ServeArgs":
@@ -109,13 +111,13 @@ def build(args: ServeArgs) -> Application:
         ConfigError: TensorRT-LLM is asked for and not possible.
     """
     if args.engine == "echo":
-        return bind(partial(load_model, args), args.serve_config)
+        return bind(partial(load_model, args), args.serve_config, deployment=args.deployment)
     exchange = args.folder()
     num_ways = num_ways_of(exchange)
     choice = choose_for(exchange, args.resolved_engine_config, partial(find_serving_machine, num_ways))
     logger.info("%s", choice)
     bundles = replica_bundles(args.serve_config, num_ways) if choice.kind == "tensorrt_llm" else ()
-    return bind(partial(load_model, args, choice), args.serve_config, bundles)
+    return bind(partial(load_model, args, choice), args.serve_config, bundles, args.deployment)
 
 
 def replica_bundles(config: ServeConfig, num_ways: int) -> tuple[dict[str, float], ...]:
@@ -137,13 +139,23 @@ def find_serving_machine(num_ways: int) -> Machine:
     return dataclasses.replace(machine, num_gpus=num_gpus)
 
 
-def bind(load: Callable[[], ServedModel], config: ServeConfig, bundles: Sequence[dict[str, float]] = ()) -> Application:
+def bind(
+    load: Callable[[], ServedModel],
+    config: ServeConfig,
+    bundles: Sequence[dict[str, float]] = (),
+    deployment: str | None = None,
+) -> Application:
     """An application around any model that `load` makes.
 
     Args:
         bundles: a placement group for every replica, which runs in the first of them; without, `config` says what a
             replica reserves.
+        deployment: digest that `/health` shows.
+
+    Raises:
+        ConfigError: KRAKEN_API_KEY is set but empty.
     """
+    key = api_key()
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     }
@@ -161,17 +173,12 @@ def bind(load: Callable[[], ServedModel], config: ServeConfig, bundles: Sequence
     endpoint: Deployment = Endpoint.options(  # type: ignore[attr-defined]  # the decorator's result is typed as the class
         num_replicas=config.num_replicas, **options
     )
-    return endpoint.bind(load, api_key_sha256(), loopback_only=config.host in LOOPBACK)
-
-
-def api_key_sha256() -> bytes | None:
-    """Digest of the key in the environment. Only the digest travels, so that no part of the cluster stores the key."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    if key is None:
-        return None
-    if not key.strip():
-        raise ConfigError(f"{API_KEY_VARIABLE} is set but empty; give it a key, or unset it to let every client in")
-    return hashlib.sha256(key.strip().encode()).digest()
+    return endpoint.bind(
+        load,
+        None if key is None else ApiKeyDigest.of(key),
+        loopback_only=config.host in LOOPBACK,
+        deployment=deployment,
+    )
 
 
 def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:

@@ -5,8 +5,6 @@ engine. Requests queue inside the engine, which knows its batch, and never in Se
 """
 
 import asyncio
-import hashlib
-import hmac
 import importlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from kraken.engine import protocol as engine_protocol
 from kraken.engine.prompt import encode_prompt
 from kraken.engine.protocol import SamplingParams
+from serve.api_key import ApiKeyDigest
 from serve.completions import CompletionCall, ServedModel
 from serve.errors import MISSING_ENDPOINTS, ErrorResponses, missing_endpoint_response, routing_error_response
 from serve.protocol import (
@@ -64,16 +63,22 @@ class Endpoint:
 
     Args:
         load: makes the model, in the replica and on its event loop, where the engine will run.
-        api_key_sha256: digest of the key that clients must show; None lets everybody in.
+        api_key: digest of the key that clients must show; None lets everybody in.
         loopback_only: nothing of this replica listens on another address.
+        deployment: digest of what is served and how, for `/health`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, load: Callable[[], ServedModel], api_key_sha256: bytes | None = None, loopback_only: bool = False
+        self,
+        load: Callable[[], ServedModel],
+        api_key: ApiKeyDigest | None = None,
+        loopback_only: bool = False,
+        deployment: str | None = None,
     ) -> None:
         if loopback_only:
             keep_replica_on_loopback()
-        self._api_key_sha256 = api_key_sha256
+        self._api_key = api_key
+        self._deployment = deployment
         self._model = load()
         await warm_up(self._model)
 
@@ -154,6 +159,7 @@ class Endpoint:
             engine=model.engine.info.name,
             tokenizer_fingerprint=model.tokenizer.fingerprint,
             exchange_fingerprint=model.exchange_fingerprint,
+            deployment=self._deployment,
             stats=EngineStatus.model_validate(stats),
         )
         return _json(health, status=200 if stats.healthy else 503)
@@ -167,11 +173,10 @@ class Endpoint:
             self._model.require_name(name)
 
     async def _require_api_key(self, request: Request) -> None:
-        if self._api_key_sha256 is None:
+        if self._api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        shown = hashlib.sha256(key.strip().encode()).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(shown, self._api_key_sha256):
+        if scheme.lower() != "bearer" or not self._api_key.matches(key):
             raise ApiError(
                 401,
                 "Incorrect or missing API key; send it as `Authorization: Bearer KEY`",

@@ -448,4 +448,6 @@ class Health(BaseModel):
     engine: str
     tokenizer_fingerprint: str
     exchange_fingerprint: str | None
+    deployment: str | None
+    """Digest of the model and of every setting and file of code that decides how it is served."""
     stats: EngineStatus

@@ -6,6 +6,7 @@ import errno
 import json
 import socket
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,12 @@ from kraken.config import ConfigError, RunConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 from kraken.storage import Storage, join, local_artefact
 from pipelines import deploy, end_to_end, summary
-from pipelines.stage import Stage
+from pipelines.application import http_address
+from pipelines.local_cluster import ClusterError
+from pipelines.stage import Stage, fingerprints
+from pipelines.tracking import Tracker
+from pipelines.training.lease import Lease
+from serve.api_key import ApiKey
 
 pytestmark = pytest.mark.ray
 
@@ -191,6 +197,132 @@ def test_failed_parity_refuses_deployment_and_loses_nothing(
     assert ("deploy", "FAILED") in states and ("evaluate", "FINISHED") in states
     assert not [state for state in states if state[1] == "RUNNING"]
     assert deploy.is_serving(config, finished["deploy"].manifest)
+
+
+def test_two_storages_of_one_server_have_a_run_each(
+    finished: dict[str, end_to_end.StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/server.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    configs = [run_config(tmp_path / name, 8000) for name in ("a", "b")]
+    for config in (*configs, configs[0]):  # the last is a resumption
+        end_to_end.run(config, "prepare")
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("kraken").experiment_id])
+    pipelines = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert {run.data.params["storage"] for run in pipelines} == {config.storage for config in configs}
+    assert sorted(run.data.tags["kraken.attempts"] for run in pipelines) == ["1", "2"]
+    for run in pipelines:
+        children = [child for child in found if child.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+        assert [child.data.tags["kraken.artefact"].rsplit("/", 2)[0] for child in children] == [
+            run.data.params["storage"]
+        ]
+
+
+def test_the_same_pipeline_twice_at_once_is_recorded_on_the_second_only(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {run.info.run_id: run for run in mlflow_runs(storage)}
+    tracker = Tracker(config.storage, config.experiment)
+    key = tracker.key("pipeline", config.name, fingerprints(end_to_end.STAGES, config))
+    monkeypatch.setenv("KRAKEN_SUBMISSION", "job-1")
+    with Lease(f"pipeline/{key}"), pytest.raises(ClusterError, match="ray job logs job-1 --follow.*ray job stop job-1"):
+        end_to_end.run(config)
+    after = {run.info.run_id: run for run in mlflow_runs(storage)}
+    for run_id, run in before.items():
+        assert after[run_id].info.status == run.info.status
+        assert after[run_id].data.tags == run.data.tags
+    [refused] = [run for run_id, run in after.items() if run_id not in before]
+    assert (refused.info.run_name, refused.info.status) == (f"{config.name} (refused)", "FAILED")
+    assert "ray job logs job-1" in refused.data.tags["kraken.error"]
+
+
+def status_of(config: RunConfig, key: str | None) -> int | None:
+    return deploy.status_of_models(config.serve, None if key is None else ApiKey(key))
+
+
+def test_a_new_key_or_another_deployment_is_never_reused(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster's processes do not have the key in their environment: it was set after they started."""
+
+    def is_reused(config: RunConfig) -> bool:
+        return end_to_end.plan(config)[-1].manifest is not None
+
+    limited = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+    assert is_reused(config)
+    for changed, key, others in ((config, "first-key", (None, "wrong")), (limited, "second-key", (None, "first-key"))):
+        monkeypatch.setenv("KRAKEN_API_KEY", key)
+        assert not is_reused(config)
+        results = end_to_end.run(changed)
+        assert not results["deploy"].reused and results["evaluate"].reused
+        assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
+        assert is_reused(changed)
+    assert not is_reused(config), "its manifest is there, but the endpoint has the other limits"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(limited, results))
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "code_digest", lambda: "of other code")
+        assert not is_reused(limited)
+    monkeypatch.delenv("KRAKEN_API_KEY")
+    assert not is_reused(limited), "the endpoint asks for a key, and none is configured"
+
+    secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
+    for path in storage.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), path
+
+
+def test_a_name_belongs_to_the_pipeline_that_deployed_under_it(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    def named(**fields: Any) -> RunConfig:
+        return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
+
+    def deployed() -> Any:
+        return deploy.health(config.serve)["deployment"]
+
+    before = deployed()
+    refused = f"serve.name=kraken belongs to run {config.name} of experiment kraken in storage {config.storage}"
+    with pytest.raises(ConfigError, match=rf"{refused}.*--serve.name other.*--serve.replace"):
+        end_to_end.run(named())
+    assert deployed() == before
+
+    beside = end_to_end.run(named(name="beside"))["deploy"].manifest
+    assert beside.details["endpoint"] == f"http://127.0.0.1:{config.serve.port}/beside/v1"
+    assert deploy.complete(beside.details["endpoint"], summary.request_body(config))
+    assert deploy.is_serving(named(name="beside"), beside)
+    assert deployed() == before
+
+    taken_over = end_to_end.run(named(replace=True))["deploy"].manifest
+    assert deploy.is_serving(named(), taken_over)
+    assert status_of(config, None) == 200
+    with pytest.raises(ConfigError, match="serve.name=kraken belongs to run other"):
+        end_to_end.run(config)
+
+
+@pytest.mark.slow
+def test_another_host_restarts_serve_and_a_strange_application_is_not_ended(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    from ray import serve as ray_serve
+
+    from serve.app import ServeArgs, build
+
+    ray_serve.shutdown()
+    end_to_end.run(config)
+    host = dataclasses.replace(config, serve=dataclasses.replace(config.serve, host="localhost"))
+    args = ServeArgs(exchange=Path(config.storage) / "convert" / finished["convert"].manifest.fingerprint[:16])
+    ray_serve.run(build(args), name="strange", route_prefix="/strange")
+    with pytest.raises(ConfigError, match="serve.host=localhost.*would end the application strange"):
+        end_to_end.run(host)
+    ray_serve.delete("strange")
+    end_to_end.run(host)
+    assert http_address() == ("localhost", config.serve.port)
+    end_to_end.run(config)
+    assert http_address() == ("127.0.0.1", config.serve.port)
 
 
 def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:

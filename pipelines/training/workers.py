@@ -17,6 +17,7 @@ from kraken.config import ConfigError, RunConfig, from_dict, to_dict
 from kraken.environment import provide_home
 from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, join
+from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
 from pipelines.local_cluster import ClusterError
 from pipelines.stage import Work
@@ -133,7 +134,7 @@ def fit(work: Work) -> dict[str, Metric]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     stop = work.stop or StopSwitch.make()
-    with Lease(work.fingerprint) as lease:
+    with Lease(f"{storage_id(work.config.storage)}/{work.fingerprint}") as lease:
         while True:
             log_missing(work.run, work.folder)
             pause = StopSwitch.make()
