@@ -131,7 +131,7 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         provide_home()
-        with _quiet_without_reader():
+        with quiet_without_reader():
             main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)
@@ -143,7 +143,7 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _quiet_without_reader() -> Iterator[None]:
+def quiet_without_reader() -> Iterator[None]:
     """Leave quietly where the standard output is a pipe whose reader has ended, as in `... | head`.
 
     A pipe that breaks elsewhere, in a library, is an error as any other.

@@ -257,4 +257,5 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with command.quiet_without_reader():
+        sys.exit(main())
