@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,24 +43,53 @@ def shared_chunk_gradient(
     """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts.
 
     Args:
+        logits_TV: overwritten.
         num_ids: the softmax is over the ids below; a process may hold none of them.
     """
-    exact = logits_TV.to(torch.float64 if logits_TV.dtype == torch.float64 else torch.float32)
     rows = ways.part(vocab_size)
-    if rows.stop > num_ids:
-        exact = exact.clone()
-        exact[:, max(0, num_ids - rows.start) :] = -torch.inf
-    is_here_T = (targets_T >= rows.start) & (targets_T < rows.stop)
-    columns_T1 = (targets_T - rows.start).clamp(0, len(rows) - 1)[:, None]
-    largest_T1 = ways.all_reduce(exact.max(dim=-1, keepdim=True).values, dist.ReduceOp.MAX)
-    exponentials_TV = (exact - largest_T1).exp()
-    # not a product: the gathered column of a process that holds only padding ids is -inf, and -inf * 0 is not a number
-    target_logits_T1 = exact.gather(1, columns_T1).where(is_here_T[:, None], 0.0)
-    sums_T2 = ways.all_reduce(torch.cat((exponentials_TV.sum(dim=-1, keepdim=True), target_logits_T1), dim=-1))
-    loss = (sums_T2[:, 0].log() + largest_T1[:, 0] - sums_T2[:, 1]).sum()
-    gradient_TV = exponentials_TV.div_(sums_T2[:, :1]).to(logits_TV.dtype)
-    gradient_TV.scatter_add_(1, columns_T1, -is_here_T[:, None].to(logits_TV.dtype))
-    return loss, gradient_TV
+    if rows.stop > num_ids:  # finite, since a process that holds only padding ids subtracts its largest logit
+        logits_TV[:, max(0, num_ids - rows.start) :] = torch.finfo(logits_TV.dtype).min
+    functions = row_statistics, softmax_less_target
+    if _has_kernel(logits_TV):
+        from kraken import loss_kernel  # which imports Triton, and only CUDA has that
+
+        functions = loss_kernel.row_statistics, loss_kernel.softmax_less_target
+    statistics_of, gradient_of = functions
+    columns_T = targets_T - rows.start  # outside of 0..V where another process holds the target
+    largest, totals, target_logits = ways.all_gather(statistics_of(logits_TV, columns_T)).unbind(dim=-1)
+    largest_T = largest.amax(dim=0)
+    log_total_T = largest_T + (totals * (largest - largest_T).exp()).sum(dim=0).log()
+    loss = (log_total_T - target_logits.sum(dim=0)).sum()
+    return loss, gradient_of(logits_TV, columns_T, log_total_T)
+
+
+def row_statistics(logits_TV: Tensor, columns_T: Tensor) -> Tensor:
+    """[T, 3]: the largest logit, the sum of the exponentials less it, and the target's logit; at least float32.
+
+    Args:
+        columns_T: the targets; one outside of 0..V counts 0.
+    """
+    exact = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    is_here_T, columns_T1 = _here(columns_T, logits_TV.shape[1])
+    largest_T1 = exact.amax(dim=-1, keepdim=True)
+    target_T1 = exact.gather(1, columns_T1) * is_here_T[:, None]
+    return torch.cat((largest_T1, (exact - largest_T1).exp().sum(dim=-1, keepdim=True), target_T1), dim=-1)
+
+
+def softmax_less_target(logits_TV: Tensor, columns_T: Tensor, log_total_T: Tensor) -> Tensor:
+    """The gradient by the logits, in their type, of log_total_T minus the target's logit."""
+    is_here_T, columns_T1 = _here(columns_T, logits_TV.shape[1])
+    gradient_TV = (logits_TV.to(log_total_T.dtype) - log_total_T[:, None]).exp_().to(logits_TV.dtype)
+    return gradient_TV.scatter_add_(1, columns_T1, -is_here_T[:, None].to(logits_TV.dtype))
+
+
+def _here(columns_T: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Which targets are among the columns, and a column for each of them."""
+    return (columns_T >= 0) & (columns_T < num_columns), columns_T.clamp(0, num_columns - 1)[:, None]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in KERNEL_TYPES
 
 
 def chunked_cross_entropy(

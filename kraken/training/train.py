@@ -252,7 +252,10 @@ class _Run:
             self.saver,
             Prefetcher(self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, first, last) as self.batches,
         ):
-            self._run_steps()
+            try:
+                self._run_steps()
+            finally:
+                self.step.close()
         if self.history and "validation_loss" in self.history[-1]:
             validation_loss = self.history[-1]["validation_loss"]
         else:  # of a checkpoint that was written by a run with other settings
