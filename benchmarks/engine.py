@@ -40,10 +40,10 @@ import torch.nn.functional as F
 
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.chunk import Chance, Chunk, Readout
-from kraken.engine.cpu_kernels import cpu_kernels
+from kraken.engine.batch import Chance, Chunk, Readout
+from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
 from kraken.presets import PRESETS

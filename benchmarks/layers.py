@@ -33,10 +33,10 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.ttft import SIZES, shapes
-from kraken.engine.devices.choose_sums import Messages, graph_of, open_peers
-from kraken.engine.devices.collectives import DeviceGroup, Method, join_group
-from kraken.engine.devices.partition import Part, random_weights
-from kraken.engine.network import Network
+from kraken.engine.distributed.all_reduce import DeviceGroup, Method, join_group
+from kraken.engine.distributed.choose_backend import Messages, graph_of, open_peers
+from kraken.engine.distributed.partition import Part, random_weights
+from kraken.engine.model.network import Network
 
 PEER_WAYS = ("direct", "copied")
 WAYS: dict[str, tuple[Any, Method]] = {

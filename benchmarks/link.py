@@ -40,7 +40,7 @@ import torch
 from benchmarks.ttft import Contestant, sums_of
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.devices.meeting import Meeting
+from kraken.engine.distributed.rendezvous import Meeting
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PAPER_SHARE = 0.35

@@ -49,12 +49,12 @@ from torch._C._distributed_c10d import TCPStore
 from benchmarks.engine import bandwidth, best_seconds, matrix_rate
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.devices.collectives import join_group
-from kraken.engine.devices.meeting import Meeting
+from kraken.engine.distributed.all_reduce import join_group
+from kraken.engine.distributed.rendezvous import Meeting
+from kraken.engine.engine import TorchEngine
+from kraken.engine.model.quantized import FLOAT8, Fp8Linear, quantise
+from kraken.engine.model_runner import Runner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.quantized import FLOAT8, Fp8Linear, quantise
-from kraken.engine.runner import Runner
-from kraken.engine.torch_engine import TorchEngine
 
 SIZES = {
     "tiny": (2, 128, 64),

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _generate(options: argparse.Namespace) -> None:
-    from kraken.engine.torch_engine import TorchEngine
+    from kraken.engine.engine import TorchEngine
     from kraken.tokenizer import Tokenizer
 
     config = EngineConfig(
@@ -156,7 +156,7 @@ class Session:
         Raises:
             RequestError: the text does not fit the context, or a sampling option is out of range.
         """
-        from kraken.engine.text import TextOutput, generate_text
+        from kraken.engine.detokenizer import TextOutput, generate_text
 
         ids = [*self._ids, *self._tokenizer.encode(prompt)] or [self._tokenizer.eot_id]
         request = self._request(ids)

@@ -4,8 +4,8 @@ import asyncio
 import threading
 from typing import Any
 
-from kraken.engine.chunk import Readout
-from kraken.engine.torch_engine import TorchEngine
+from kraken.engine.batch import Readout
+from kraken.engine.engine import TorchEngine
 
 
 class Gate:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.chunk import GraphSizes, Readout, sizes_up_to
+from kraken.engine.batch import GraphSizes, Readout, sizes_up_to
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 16, 31, 100, 2048])

@@ -22,7 +22,9 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
-from kraken.engine.chunk import Chunk, Readout
+from kraken.engine.batch import Chunk, Readout
+from kraken.engine.engine import TorchEngine
+from kraken.engine.model_runner import Runner
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -33,10 +35,8 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.runner import Runner
-from kraken.engine.sampling import Draw, sample, uniform
-from kraken.engine.sampling import _truncate as truncated
-from kraken.engine.torch_engine import TorchEngine
+from kraken.engine.sampler import Draw, sample, uniform
+from kraken.engine.sampler import _truncate as truncated
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
 from kraken.model import Kraken, next_token_loss

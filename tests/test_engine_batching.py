@@ -11,11 +11,11 @@ import torch
 from gate import Gate
 
 from kraken.config import EngineConfig, ModelConfig
+from kraken.engine.engine import TorchEngine
 from kraken.engine.kv_cache import BlockPool, BlockTable
-from kraken.engine.linear import PackedLinear, PlainLinear, make_linear
+from kraken.engine.model.linear import PackedLinear, PlainLinear, make_linear
 from kraken.engine.protocol import EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.engine.scheduler import Scheduler, Sequence
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kraken.engine import attention, sampling
-from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels, huge_zeros
-from kraken.engine.linear import NativeLinear, PackedLinear, PlainLinear, make_linear
+from kraken.engine import sampler as sampling
+from kraken.engine.kernels.cpu.kernels import CpuKernels, cpu_kernels, huge_zeros
+from kraken.engine.model import attention
+from kraken.engine.model.attention import PagedCache, Piece
+from kraken.engine.model.linear import NativeLinear, PackedLinear, PlainLinear, make_linear
 from kraken.engine.protocol import SamplingParams
-from kraken.engine.sampling import Draw, sample, uniform
+from kraken.engine.sampler import Draw, sample, uniform
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_linears_equal_torchs(
     num_ways: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kraken.engine.linear.MAX_FEW_TOKENS", max_few_tokens)
+    monkeypatch.setattr("kraken.engine.model.linear.MAX_FEW_TOKENS", max_few_tokens)
     torch.manual_seed(0)
     weight, bias = torch.randn(num_ways, 101, num_inputs) / num_inputs**0.5, torch.randn(num_ways, 101)
     x = torch.randn(num_ways, num_tokens, num_inputs)

@@ -21,13 +21,13 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
+from kraken.engine.batch import Chunk, Readout
 from kraken.engine.choose import Choice, open_engine
-from kraken.engine.chunk import Chunk, Readout
-from kraken.engine.devices.control import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
-from kraken.engine.devices.meeting import Meeting
-from kraken.engine.devices.partition import Part, read_weights, shapes_of, weights_of
+from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
+from kraken.engine.distributed.rendezvous import Meeting
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken, whole_shapes
 
@@ -309,7 +309,7 @@ class TestFailure:
         expected = run(model, together(made))
         meeting = Meeting(2)
         code = (
-            "import sys; from kraken.engine.devices.ranks import follow, Invitation; "
+            "import sys; from kraken.engine.distributed.worker_group import follow, Invitation; "
             "follow(Invitation.from_json(sys.argv[1]))"
         )
         guest = subprocess.Popen([sys.executable, "-c", code, meeting.invitation(1).to_json()])

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 from kraken.config import EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine.devices import choose_sums
-from kraken.engine.devices.meeting import Meeting, RanksError
-from kraken.engine.devices.ranks import Source
-from kraken.engine.linear import PlainLinear
+from kraken.engine.distributed import choose_backend as choose_sums
+from kraken.engine.distributed.rendezvous import Meeting, RanksError
+from kraken.engine.distributed.worker_group import Source
+from kraken.engine.engine import TorchEngine
+from kraken.engine.model.linear import PlainLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
 
@@ -43,7 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 HAS_TWO = torch.cuda.device_count() > 1
 SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
 COPIED = (
-    "from kraken.engine.devices import choose_sums, ranks\n"
+    "from kraken.engine.distributed import choose_backend as choose_sums\n"
+    "from kraken.engine.distributed import worker_group as ranks\n"
     "choose_sums._candidates = lambda *_: ['copied']\n"
     "ranks.main()"
 )
@@ -188,8 +189,8 @@ class TestFailure:
 
     def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
         failing = (
-            "from kraken.engine import runner\n"
-            "from kraken.engine.devices import ranks\n"
+            "from kraken.engine import model_runner as runner\n"
+            "from kraken.engine.distributed import worker_group as ranks\n"
             "def record(self, sizes): raise ValueError('no graph today')\n"
             "runner.Runner.record = record; ranks.main()"
         )

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from kraken.config import EngineConfig
+from kraken.engine.detokenizer import Detokenizer, TextOutput, generate_text
 from kraken.engine.echo import EchoEngine
 from kraken.engine.protocol import (
     EngineError,
@@ -17,7 +18,6 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.text import Detokenizer, TextOutput, generate_text
 from kraken.tokenizer import Tokenizer
 
 TRAINING_TEXT = "the cat sat on the mat, and the naïve café — 東京 — 🐙 stopped. " * 8

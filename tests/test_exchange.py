@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import HashStore
 
-from kraken.engine.devices.exchange import MAX_MESSAGE_BYTES, Exchange, connect_all
+from kraken.engine.distributed.socket_exchange import MAX_MESSAGE_BYTES, Exchange, connect_all
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import pytest
 import torch
 from test_engine_devices import DIVISIBLE, make_model
 
-from kraken.engine import attention
-from kraken.engine.chunk import Chunk
-from kraken.engine.devices.collectives import DeviceGroup
-from kraken.engine.devices.partition import Part, weights_of
-from kraken.engine.network import Network
-from kraken.engine.runner import Runner
+from kraken.engine.batch import Chunk
+from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.partition import Part, weights_of
+from kraken.engine.model import attention
+from kraken.engine.model.network import Network
+from kraken.engine.model_runner import Runner
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -23,7 +23,7 @@ BLOCKS = [5, 2, 9, 0, 11]
 
 @pytest.mark.parametrize("variant", DIVISIBLE)
 def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine.graphs import GraphedForward
+    from kraken.engine.cuda_graphs import GraphedForward
 
     monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)  # whose cache has another layout
     model = make_model(variant).to(DEVICE)

@@ -22,8 +22,8 @@ from test_model import VARIANTS
 from kraken.config import EngineConfig
 from kraken.convert import CODE, CODE_FOLDER, to_exchange, write_folder
 from kraken.data.embedded import EmbeddedCorpus
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import Request, SamplingParams, TokenOutput
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.huggingface.tokenizer import TOKENIZER_NAME, oniguruma, write_fast_tokenizer
 from kraken.manifest import finish_artefact

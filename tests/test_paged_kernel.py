@@ -23,7 +23,7 @@ def plain(q_BNH: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("num_parts", [1, 4])
 @pytest.mark.parametrize("head_size", [16, 24])
 def test_paged_decode_equals_plain_attention(num_parts: int, head_size: int) -> None:
-    from kraken.engine.paged_kernel import paged_decode
+    from kraken.engine.kernels.cuda.paged_attention import paged_decode
 
     torch.manual_seed(0)
     N, H, tokens_per_block, lengths = 3, head_size, 4, [1, 37, 0, 66, 4]
@@ -55,13 +55,13 @@ def test_paged_decode_equals_plain_attention(num_parts: int, head_size: int) -> 
 
 
 def test_parts_fill_the_device_and_no_more() -> None:
-    from kraken.engine.paged_kernel import num_parts_for
+    from kraken.engine.kernels.cuda.paged_attention import num_parts_for
 
     assert num_parts_for(1, 12, 132) == 16 and num_parts_for(8, 12, 132) == 2 and num_parts_for(64, 12, 132) == 1
 
 
 def test_paged_store_writes_a_sequence_and_nothing_behind_its_end() -> None:
-    from kraken.engine.paged_kernel import Shelf, paged_store
+    from kraken.engine.kernels.cuda.paged_attention import Shelf, paged_store
 
     torch.manual_seed(0)
     keys_NSH, values_NSH = (torch.randn(2, 12, 24, device=DEVICE) for _ in range(2))

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.chunk import Chunk
-from kraken.engine.devices import choose_sums
-from kraken.engine.devices.collectives import DeviceGroup, Method
-from kraken.engine.devices.meeting import RanksError
-from kraken.engine.devices.partition import Part, weights_of
-from kraken.engine.devices.peer_memory import PeerMemory
-from kraken.engine.devices.peer_sums import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
-from kraken.engine.network import Network
-from kraken.engine.norm import Norm
-from kraken.engine.runner import Runner
+from kraken.engine.batch import Chunk
+from kraken.engine.distributed import choose_backend as choose_sums
+from kraken.engine.distributed.all_reduce import DeviceGroup, Method
+from kraken.engine.distributed.partition import Part, weights_of
+from kraken.engine.distributed.peer_all_reduce import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.distributed.peer_memory import PeerMemory
+from kraken.engine.distributed.rendezvous import RanksError
+from kraken.engine.model.network import Network
+from kraken.engine.model.norm import Norm
+from kraken.engine.model_runner import Runner
 from kraken.model import Kraken
 
 NUM_IDS = 120
@@ -200,7 +200,7 @@ def test_whoever_waits_is_released() -> None:
 
 
 class SimulatedRank:
-    """One rank of the protocol in `kraken/engine/devices/peer_sums.py`, an atomic action at a time."""
+    """One rank of the protocol in `kraken/engine/distributed/peer_all_reduce.py`, an atomic action at a time."""
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
         self.rank, self.world, self.round = rank, world, 0
@@ -350,7 +350,7 @@ class TestChoice:
 
 def test_meetings_are_counted_from_the_first() -> None:
     """A leader that has met other followers before, and one that has met nobody, use the same keys."""
-    from kraken.engine.devices.peer_memory import _Renumbered
+    from kraken.engine.distributed.peer_memory import _Renumbered
 
     shared = HashStore()
     leader, follower = _Renumbered(shared), _Renumbered(shared)

@@ -17,8 +17,8 @@ DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torc
 @pytest.mark.parametrize("head_size", [8, 24, 64])
 @pytest.mark.parametrize("num_tokens", [1, 16, 45, 130, 300])  # the last too long for the kernel
 def test_a_prompt_equals_plain_attention(num_tokens: int, head_size: int, dtype: torch.dtype) -> None:
-    from kraken.engine.paged_kernel import Shelf
-    from kraken.engine.prompt_kernel import attend_prompt
+    from kraken.engine.kernels.cuda.paged_attention import Shelf
+    from kraken.engine.kernels.cuda.prompt_attention import attend_prompt
 
     torch.manual_seed(0)
     T, N, H = num_tokens, 3, head_size

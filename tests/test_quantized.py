@@ -13,15 +13,15 @@ from test_engine_devices import DIVISIBLE, INFO
 from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig, Quantization
-from kraken.engine.chunk import Chunk
-from kraken.engine.devices.collectives import DeviceGroup
-from kraken.engine.devices.partition import Part, weights_of
-from kraken.engine.network import Network
-from kraken.engine.norm import Norm
+from kraken.engine.batch import Chunk
+from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.partition import Part, weights_of
+from kraken.engine.engine import TorchEngine
+from kraken.engine.model.network import Network
+from kraken.engine.model.norm import Norm
+from kraken.engine.model.quantized import FLOAT8, LARGEST, Fp8Linear, Rows, quantise, require_quantisable
+from kraken.engine.model_runner import Runner
 from kraken.engine.protocol import TokenOutput
-from kraken.engine.quantized import FLOAT8, LARGEST, Fp8Linear, Rows, quantise, require_quantisable
-from kraken.engine.runner import Runner
-from kraken.engine.torch_engine import TorchEngine
 from kraken.model import Kraken
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +71,7 @@ def test_rows_stand_for_their_values(with_gelu: bool) -> None:
 @needs_triton
 @pytest.mark.parametrize("with_gelu", [False, True])
 def test_the_kernel_equals_the_plain_operations(with_gelu: bool) -> None:
-    from kraken.engine import quantized_kernel
+    from kraken.engine.kernels.cuda import quantization as quantized_kernel
 
     torch.manual_seed(0)
     x_WTI = torch.randn(3, 2, 5, 40, device=DEVICE)[:, 1] * 7  # of any strides
@@ -84,7 +84,7 @@ def test_the_kernel_equals_the_plain_operations(with_gelu: bool) -> None:
 @needs_triton
 @pytest.mark.parametrize("num_ways", [1, 3])
 def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
-    from kraken.engine import residual_kernel
+    from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, 5, 40, device=DEVICE)
@@ -99,7 +99,7 @@ def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
 
 @needs_triton
 def test_the_norm_of_a_sum_over_devices_is_quantised_too() -> None:
-    from kraken.engine.devices.sum_kernel import Signals
+    from kraken.engine.distributed.signals import Signals
 
     torch.manual_seed(0)
     flags = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]

@@ -81,7 +81,7 @@ def test_only_cluster_calls_ray_init() -> None:
 
 def test_training_loads_no_ray_and_no_mlflow() -> None:
     heavy = "{'ray', 'mlflow', 'fastapi'}"
-    code = f"import sys, kraken.training.train, kraken.engine.torch_engine; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, kraken.training.train, kraken.engine.engine; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from test_engine_cpu_kernels import kernels_of
 from torch import Tensor
 
-from kraken.engine import residual
-from kraken.engine.norm import Norm
+from kraken.engine.model import residual
+from kraken.engine.model.norm import Norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -89,7 +89,7 @@ def test_on_a_cpu_bfloat16_is_rounded_once(num_ways: int) -> None:
 def test_the_kernels_equal_the_plain_operations(
     num_ways: int, has_bias: bool, are_ways_one: bool, dtype: torch.dtype
 ) -> None:
-    from kraken.engine import residual_kernel
+    from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
     torch.manual_seed(0)
     T, D = 5, 40

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kraken.engine.protocol import SamplingParams
-from kraken.engine.sampling import Draw, chance_of, sample, uniform
+from kraken.engine.sampler import Draw, chance_of, sample, uniform
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -18,13 +18,13 @@ GREEDY = (0.0, 0.0)
 
 @pytest.fixture(autouse=True)
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine import sampling_kernel
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
     monkeypatch.setattr(sampling_kernel, "TILE", 512)
 
 
 def next_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> list[int]:
-    from kraken.engine import sampling_kernel
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
     chances_B2 = torch.tensor(chances, dtype=torch.float64, device=logits_BV.device)
     found: list[int] = sampling_kernel.next_ids(logits_BV, chances_B2).tolist()
@@ -69,7 +69,8 @@ def test_draws_walk_the_distribution(num_ids: int, temperature: float) -> None:
 
 def test_a_pass_that_draws_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every kind: those that the pass has drawn are taken over, truncated and constrained ones are not."""
-    from kraken.engine import sampling, sampling_kernel
+    from kraken.engine import sampler as sampling
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
     monkeypatch.setattr(sampling, "cpu_kernels", lambda device, dtype: None)
     torch.manual_seed(2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken.engine.norm import Norm
+from kraken.engine.model.norm import Norm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -21,7 +21,7 @@ SIZES = pytest.mark.parametrize("num_ranks", [2, 4])
 
 def make_ranks(num_ranks: int) -> list[Any]:
     """Every rank's signals, all in this process."""
-    from kraken.engine.devices.sum_kernel import Signals
+    from kraken.engine.distributed.signals import Signals
 
     flags = [torch.zeros(num_ranks, dtype=torch.int64, device=DEVICE) for _ in range(num_ranks)]
     return [
@@ -76,7 +76,7 @@ def test_a_layer_of_ways_divided_among_ranks(
     num_ranks: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel tells, or another does; the output has a slot or none; every other rank gets the sum."""
-    from kraken.engine import residual_kernel
+    from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
     monkeypatch.setattr(residual_kernel, "MAX_ASKING", 3)  # so that a program has several tokens
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_a_layer_of_ways_divided_among_ranks(
 
 
 def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine.devices import sum_kernel
+    from kraken.engine.distributed import signals as sum_kernel
 
     monkeypatch.setattr(sum_kernel, "MAX_COLUMNS", 16)
     ranks, held = make_ranks(2), slots(2, 200)

@@ -135,7 +135,7 @@ def open_engine(choice: Choice, exchange: Path, config: EngineConfig, placement:
             "benchmarks only; choose overlapped or blocking"
         )
     if choice.kind == "torch":
-        from kraken.engine.torch_engine import TorchEngine  # torch is loaded only where a model is
+        from kraken.engine.engine import TorchEngine  # torch is loaded only where a model is
 
         return TorchEngine.from_exchange(exchange, config)
     from kraken.trtllm.engine import TensorRTEngine

@@ -1,6 +1,7 @@
 """The key-value cache's memory: blocks of equal size, who holds them, and which prefixes lie in them already.
 
-Policy only; the tensors are in `kraken/engine/attention.py`. A full block is known by a digest of every token up to its
+Policy only; the tensors are in `kraken/engine/model/attention.py`. A full block is known by a digest of every token
+up to its
 end, so that a prompt that begins as an earlier one did takes over its blocks instead of computing them. A block that
 nobody holds keeps its content until it is needed for something else, the one longest free first.
 """

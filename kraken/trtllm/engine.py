@@ -38,7 +38,7 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
-from kraken.engine.sampling import token_logprobs
+from kraken.engine.sampler import token_logprobs
 from kraken.manifest import ArtefactError, Manifest
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from kraken.trtllm.backend import Backend, ProcessBackend, RayBackend

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.quantized import LARGEST, SMALLEST_SCALE, Rows, empty_rows
+from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, Rows, empty_rows
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _quantise(  # type: ignore[no-untyped-def]
 
 
 def quantise(x_WTI: Tensor, with_gelu: bool) -> Rows:
-    """See `kraken.engine.quantized.quantise`."""
+    """See `kraken.engine.model.quantized.quantise`."""
     W, T, D = x_WTI.shape
     x_WTI = x_WTI if x_WTI.stride(2) == 1 else x_WTI.contiguous()
     rows = empty_rows(W, T, D, x_WTI.device)

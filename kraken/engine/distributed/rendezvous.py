@@ -1,7 +1,8 @@
 """How the processes of one engine find each other, and how the leader notices that one of them has ended.
 
 The leader, which is rank 0, opens a `Meeting` and invites the other ranks; they are started by it on this host, or
-exist already, as Ray actors do, and call `kraken.engine.devices.ranks.follow` with their invitation. An invitation
+exist already, as Ray actors do, and call `kraken.engine.distributed.worker_group.follow` with their invitation. An
+invitation
 holds a key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is
 named.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kraken.engine.devices.control import Connection, ConnectionLost, Kind
+from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind
 from kraken.engine.protocol import EngineError
 
 STOP_TIMEOUT_S = 5.0
@@ -80,11 +81,11 @@ class Meeting:
             num_threads: CPU threads of each.
             prefixes: rank -> a command that runs another command, to place that rank somewhere.
         """
-        root = str(Path(__file__).parents[2])
+        root = str(Path(__file__).parents[3])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(num_threads)}
         for rank in range(1, self.num_devices):
-            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", "kraken.engine.devices.ranks"]
+            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", "kraken.engine.distributed.worker_group"]
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, bufsize=0
             )

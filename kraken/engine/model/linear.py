@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.cpu_kernels import CpuKernels, cpu_kernels
+from kraken.engine.kernels.cpu.kernels import CpuKernels, cpu_kernels
 
 Linear = Callable[[Any], Tensor]
-"""W linears side by side: [W, T, I] -> [W, T, O]; quantised ones also take `kraken.engine.quantized.Rows`."""
+"""W linears side by side: [W, T, I] -> [W, T, O]; quantised ones also take `kraken.engine.model.quantized.Rows`."""
 Activation = Literal["none", "gelu"]
 """What follows a linear at once; `gelu` is the tanh form."""
 

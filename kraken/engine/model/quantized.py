@@ -2,10 +2,11 @@
 
 Weights are scaled by output and inputs by token, so that the largest magnitude of each row is the largest of float8
 e4m3; a product adds up in float32 and is scaled back in its own kernel. On CUDA inputs are quantised where they are
-computed: by the kernels of `kraken/engine/residual_kernel.py` with a norm, by one of their own with GELU or alone.
+computed: by the kernels of `kraken/engine/kernels/cuda/residual_norm.py` with a norm, by one of their own with GELU
+or alone.
 Elsewhere plain operations do it, which shows what the numbers are and saves memory, not time.
 
-Shape letters as in `kraken/engine/linear.py`, and: R of T tokens.
+Shape letters as in `kraken/engine/model/linear.py`, and: R of T tokens.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import ConfigError, ModelConfig
-from kraken.engine.kernels import has_kernels
+from kraken.engine.kernels.choose import has_kernels
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -57,7 +58,9 @@ def empty_rows(num_ways: int, num_tokens: int, num_inputs: int, device: torch.de
 def quantise(x_WTI: Tensor, with_gelu: bool = False) -> Rows:
     """The rows of x, or of GELU of x (the tanh form)."""
     if has_kernels(x_WTI):
-        from kraken.engine import quantized_kernel  # which imports Triton, and only CUDA has that
+        from kraken.engine.kernels.cuda import (
+            quantization as quantized_kernel,  # which imports Triton, and only CUDA has that
+        )
 
         return quantized_kernel.quantise(x_WTI, with_gelu)
     x_WTI = F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.chunk import Chance
-from kraken.engine.cpu_kernels import NOT_FINITE, CpuKernels, cpu_kernels
-from kraken.engine.kernels import has_kernels
+from kraken.engine.batch import Chance
+from kraken.engine.kernels.choose import has_kernels
+from kraken.engine.kernels.cpu.kernels import NOT_FINITE, CpuKernels, cpu_kernels
 from kraken.engine.protocol import SamplingParams, TokenLogprobs
 
 IDS_PER_GROUP = 256
@@ -79,7 +79,7 @@ def chance_of(draw: Draw) -> Chance:
 
 def _by_chance(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """int64 [B] on CUDA, each by `chance_of`; `NOT_FINITE` where the logits are no numbers."""
-    from kraken.engine import sampling_kernel  # which imports Triton, and only CUDA has that
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel  # which imports Triton, and only CUDA has that
 
     chances_B2 = torch.tensor([chance_of(draw) for draw in draws], dtype=torch.float64, device=logits_BV.device)
     return sampling_kernel.next_ids(logits_BV, chances_B2)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from kraken.config import Sums
-from kraken.engine.devices.collectives import DeviceGroup, Method
-from kraken.engine.devices.meeting import RanksError
-from kraken.engine.devices.peer_memory import share_memory
-from kraken.engine.devices.peer_sums import PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.distributed.all_reduce import DeviceGroup, Method
+from kraken.engine.distributed.peer_all_reduce import PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.distributed.peer_memory import share_memory
+from kraken.engine.distributed.rendezvous import RanksError
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def open_peers(
         return None, "the devices are on different hosts"
     if wanted == "auto" and len({there["gpu"] for there in said}) < ranks.size:
         return None, "several ranks share a GPU"
-    from kraken.engine.devices.sum_kernel import Signals  # which imports Triton
+    from kraken.engine.distributed.signals import Signals  # which imports Triton
 
     peers, problem = None, ""
     try:

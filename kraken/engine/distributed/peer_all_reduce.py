@@ -25,7 +25,7 @@ wait for the leader when they write next.
 The host picks the slot, and a CUDA graph keeps what was picked when it was recorded. So every forward pass takes an
 even number of rounds, the last of them without a part where need be (`end_pass`), and begins with slot 0. Then slots
 alternate over the whole life of the ranks, in whatever order passes are computed kernel by kernel, replayed as graphs,
-or left without sums. Rounds themselves are counted on the device, see `kraken/engine/devices/sum_kernel.py`.
+or left without sums. Rounds themselves are counted on the device, see `kraken/engine/distributed/signals.py`.
 
 Shape letters as in `kraken/model.py`, and: R rows, C columns.
 """
@@ -37,9 +37,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kraken.engine.devices.collectives import Method
-from kraken.engine.devices.peer_memory import PeerMemory
-from kraken.engine.norm import Norm, Normed
+from kraken.engine.distributed.all_reduce import Method
+from kraken.engine.distributed.peer_memory import PeerMemory
+from kraken.engine.model.norm import Norm, Normed
 
 FLAGS_BYTES = 4096
 """Before the slots."""
@@ -49,7 +49,7 @@ FOREVER = 2**62
 
 
 class Signals(Protocol):
-    """One rank's rounds; see `kraken.engine.devices.sum_kernel.Signals`."""
+    """One rank's rounds; see `kraken.engine.distributed.signals.Signals`."""
 
     def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None: ...
 

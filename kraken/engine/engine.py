@@ -21,14 +21,16 @@ from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
-from kraken.engine.chunk import Chunk, GraphSizes, Readout
-from kraken.engine.cpu_kernels import cpu_kernels
-from kraken.engine.devices.collectives import DeviceGroup
-from kraken.engine.devices.meeting import Meeting, RanksError
-from kraken.engine.devices.partition import Part
-from kraken.engine.devices.ranks import Source, lead, threads_of_a_rank
+from kraken.engine.batch import Chunk, GraphSizes, Readout
+from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.partition import Part
+from kraken.engine.distributed.rendezvous import Meeting, RanksError
+from kraken.engine.distributed.worker_group import Source, lead, threads_of_a_rank
+from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.kv_cache import BlockPool
-from kraken.engine.network import Network
+from kraken.engine.model.network import Network
+from kraken.engine.model.quantized import require_quantisable
+from kraken.engine.model_runner import Runner
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -43,9 +45,7 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
-from kraken.engine.quantized import require_quantisable
-from kraken.engine.runner import Runner
-from kraken.engine.sampling import Draw, chance_of, sample, token_logprobs
+from kraken.engine.sampler import Draw, chance_of, sample, token_logprobs
 from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
 from kraken.manifest import Manifest
 from kraken.model import Kraken

@@ -5,7 +5,8 @@ sequence's blocks with a running softmax (Milakov and Gimelshein, 2018). Where s
 the device, several programs share the walk, and a second kernel puts their parts together (Dao et al., Flash-Decoding,
 2023). Nothing is read back by the host and no shape depends on the lengths, so that a CUDA graph can hold it.
 
-Shape letters as in `kraken/engine/attention.py`, and: P parts that share a walk, M blocks that a table has room for.
+Shape letters as in `kraken/engine/model/attention.py`, and: P parts that share a walk, M blocks that a table has room
+for.
 """
 
 from dataclasses import dataclass

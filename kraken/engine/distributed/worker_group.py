@@ -4,7 +4,8 @@ Every rank holds its part of the weights, and of the cache the keys and values o
 everywhere. For every step the leader tells the others its chunks, all run the same forward pass, and the leader gets
 the logits.
 
-`python -m kraken.engine.devices.ranks` is a follower that the leader starts; one that exists already calls `follow`.
+`python -m kraken.engine.distributed.worker_group` is a follower that the leader starts; one that exists already calls
+`follow`.
 """
 
 import contextlib
@@ -25,14 +26,14 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
-from kraken.engine.devices.choose_sums import Messages, choose_sums
-from kraken.engine.devices.collectives import DeviceGroup, join_group
-from kraken.engine.devices.control import Connection, ConnectionLost, Kind, pack_step, unpack_step
-from kraken.engine.devices.meeting import Followers, Invitation, Meeting, RanksError, connect
-from kraken.engine.devices.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
-from kraken.engine.network import Network
-from kraken.engine.runner import Runner
+from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
+from kraken.engine.distributed.all_reduce import DeviceGroup, join_group
+from kraken.engine.distributed.choose_backend import Messages, choose_sums
+from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.distributed.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
+from kraken.engine.distributed.rendezvous import Followers, Invitation, Meeting, RanksError, connect
+from kraken.engine.model.network import Network
+from kraken.engine.model_runner import Runner
 from kraken.model import Kraken
 
 

@@ -4,9 +4,10 @@ A sum is computed in one of three ways. In an *exchange* every rank sends its ow
 receives: one round, and no more bytes than an all-reduce where there are two ranks. An *all-reduce* divides the
 work in a ring: fewer bytes where there are more ranks, but more rounds. Over gloo, two ranks always exchange, and more
 of them do while a message is small; over NCCL it is the library's all-reduce, on a stream of its own. CPU processes
-exchange what fits into the kernel's buffers without gloo, see `kraken/engine/devices/exchange.py`. On CUDA devices
+exchange what fits into the kernel's buffers without gloo, see `kraken/engine/distributed/socket_exchange.py`. On CUDA
+devices
 of one host a rank may also read the others' parts in their memory, in the kernel that needs the sum; see
-`kraken/engine/devices/peer_sums.py`.
+`kraken/engine/distributed/peer_all_reduce.py`.
 
 Nothing here is global: an engine has a process group of its own, whatever else the process takes part in.
 """
@@ -21,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from kraken.engine import residual
-from kraken.engine.devices.exchange import Exchange, connect_all
-from kraken.engine.norm import Norm, Normed
+from kraken.engine.distributed.socket_exchange import Exchange, connect_all
+from kraken.engine.model import residual
+from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:  # which imports this module
-    from kraken.engine.devices.peer_sums import PeerSum, PeerSums
+    from kraken.engine.distributed.peer_all_reduce import PeerSum, PeerSums
 
 Overlap = Literal["overlapped", "blocking", "none"]
 Method = Literal["library", "direct", "copied"]

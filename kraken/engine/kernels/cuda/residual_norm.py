@@ -1,10 +1,11 @@
 """What stands between the products of a layer, on CUDA: one Triton kernel, which also writes and reads sums of devices.
 
-`advance` is the end of a layer and the beginning of the next, `see` the middle of one; `kraken/engine/residual.py` has
+`advance` is the end of a layer and the beginning of the next, `see` the middle of one;
+`kraken/engine/model/residual.py` has
 their equations. A program computes one token, in float32.
 
 With several devices whose memory is shared, `advance` also writes the ways' sum where the others read it, and `see`
-reads what they wrote, in *rounds*: `kraken/engine/devices/sum_kernel.py` says what these are. A program of `see` waits
+reads what they wrote, in *rounds*: `kraken/engine/distributed/signals.py` says what these are. A program of `see` waits
 after it has done all that needs nobody else.
 
 Shape letters as in `kraken/model.py`, and: P ranks.
@@ -18,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.norm import Norm, Normed
-from kraken.engine.quantized import LARGEST, SMALLEST_SCALE, empty_rows
-from kraken.engine.quantized_kernel import store_quantised
+from kraken.engine.kernels.cuda.quantization import store_quantised
+from kraken.engine.model.norm import Norm, Normed
+from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, empty_rows
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_ASKING = 512

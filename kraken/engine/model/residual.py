@@ -11,16 +11,18 @@ Each is one kernel: on CUDA where Triton is installed, on a CPU where there is a
 
 from torch import Tensor
 
-from kraken.engine.cpu_kernels import cpu_kernels
-from kraken.engine.kernels import has_kernels
-from kraken.engine.norm import Norm, Normed
+from kraken.engine.kernels.choose import has_kernels
+from kraken.engine.kernels.cpu.kernels import cpu_kernels
+from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 
 
 def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
     """x + addend, and the norm of it where there is one."""
     if has_kernels(x_WTD):
-        from kraken.engine import residual_kernel  # which imports Triton, and only CUDA has that
+        from kraken.engine.kernels.cuda import (
+            residual_norm as residual_kernel,  # which imports Triton, and only CUDA has that
+        )
 
         return residual_kernel.advance(x_WTD, addend_WTD, norm)
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
@@ -40,7 +42,7 @@ def see(
         is_total: whether the ways held here are in the part.
     """
     if has_kernels(x_WTD):
-        from kraken.engine import residual_kernel
+        from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
         return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:

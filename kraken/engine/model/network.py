@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import Quantization
-from kraken.engine import residual
-from kraken.engine.attention import PagedAttend
-from kraken.engine.devices.collectives import DeviceGroup, PendingSum
-from kraken.engine.devices.partition import Part, Weights
-from kraken.engine.devices.peer_sums import PeerSum
-from kraken.engine.kernels import has_kernels
-from kraken.engine.linear import Activation, Linear, make_linear
-from kraken.engine.norm import Norm, Normed, select
-from kraken.engine.quantized import Fp8Linear
+from kraken.engine.distributed.all_reduce import DeviceGroup, PendingSum
+from kraken.engine.distributed.partition import Part, Weights
+from kraken.engine.distributed.peer_all_reduce import PeerSum
+from kraken.engine.kernels.choose import has_kernels
+from kraken.engine.model import residual
+from kraken.engine.model.attention import PagedAttend
+from kraken.engine.model.linear import Activation, Linear, make_linear
+from kraken.engine.model.norm import Norm, Normed, select
+from kraken.engine.model.quantized import Fp8Linear
 from kraken.model import rotate, rotation_of
 
 NUM_FIRST_LAYERS = 5
@@ -80,7 +80,9 @@ class Network:
         def heads(*qkv_WTNH: Tensor) -> Tensor:
             q, k, v = (_side_by_side(x_WTNH) for x_WTNH in qkv_WTNH)
             if has_kernels(q):
-                from kraken.engine.prompt_kernel import attend_prompt  # which imports Triton, and only CUDA has that
+                from kraken.engine.kernels.cuda.prompt_attention import (
+                    attend_prompt,  # which imports Triton, and only CUDA has that
+                )
 
                 out_TNH = attend_prompt(q, k, v)
             else:

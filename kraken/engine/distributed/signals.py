@@ -2,7 +2,8 @@
 
 Rounds are counted on the device, so that a kernel in a CUDA graph knows which one it is in. A rank's *cells* hold the
 number of its last rounds and a count of the programs that are done; its *flags* hold, for every rank, the last round
-that this rank has published, and are written by the others. `kraken/engine/devices/peer_sums.py` says why nothing is
+that this rank has published, and are written by the others. `kraken/engine/distributed/peer_all_reduce.py` says why
+nothing is
 written over while somebody reads it.
 
 A wait is a loop, in every program that needs it.
@@ -15,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine import residual_kernel
-from kraken.engine.norm import Norm, Normed
-from kraken.engine.residual_kernel import (
+from kraken.engine.kernels.cuda import residual_norm as residual_kernel
+from kraken.engine.kernels.cuda.residual_norm import (
     Round,
     Rounds,
     await_round,
@@ -26,6 +26,7 @@ from kraken.engine.residual_kernel import (
     tell_round,
     tell_when_all_are_done,
 )
+from kraken.engine.model.norm import Norm, Normed
 
 MAX_COLUMNS = 4096
 """Columns that one program publishes."""

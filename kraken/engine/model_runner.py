@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from kraken.engine.attention import PagedCache, Piece
-from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
-from kraken.engine.network import Network
+from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
+from kraken.engine.model.attention import PagedCache, Piece
+from kraken.engine.model.network import Network
 
 if TYPE_CHECKING:
-    from kraken.engine.graphs import GraphedForward
+    from kraken.engine.cuda_graphs import GraphedForward
 
 
 class Runner:
@@ -36,7 +36,7 @@ class Runner:
     def record(self, sizes: GraphSizes) -> None:
         """On CUDA, record these steps as graphs; with several ranks, at the same time on all of them."""
         if self.network.device.type == "cuda":
-            from kraken.engine import graphs  # which imports Triton, and only CUDA has that
+            from kraken.engine import cuda_graphs as graphs  # which imports Triton, and only CUDA has that
 
             self._graphs = graphs.GraphedForward(self.network, self.cache, sizes)
 

@@ -4,7 +4,8 @@ There is a graph for each of a few batch sizes of sequences that decode, and for
 begins; a step is rounded up to the next. Any other step (prompts in pieces, prompts beside sequences that decode,
 prompts that are scored) is not for graphs.
 
-Shape letters as in `kraken/engine/attention.py`, and: B sequences that decode, M blocks that a table has room for.
+Shape letters as in `kraken/engine/model/attention.py`, and: B sequences that decode, M blocks that a table has room
+for.
 """
 
 import math
@@ -16,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken.engine.attention import PagedCache
-from kraken.engine.chunk import Chance, Chunk, GraphSizes, Readout
-from kraken.engine.network import Network
-from kraken.engine.paged_kernel import Shelf, num_parts_for, paged_decode
-from kraken.engine.prompt_kernel import attend_prompt
-from kraken.engine.sampling_kernel import next_ids
+from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
+from kraken.engine.kernels.cuda.paged_attention import Shelf, num_parts_for, paged_decode
+from kraken.engine.kernels.cuda.prompt_attention import attend_prompt
+from kraken.engine.kernels.cuda.sampling import next_ids
+from kraken.engine.model.attention import PagedCache
+from kraken.engine.model.network import Network
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""

@@ -3,7 +3,7 @@ keys and values, drawing.
 
 torch has neither a product of a few tokens that runs at the speed of memory nor attention over paged keys and values;
 the rest takes it dozens of operators, each of which is slow to start when a step's weights have just passed the caches.
-`cpu_kernels.c` is compiled for this machine and a type when an engine first asks, which takes about a second; where
+`kernels.c` is compiled for this machine and a type when an engine first asks, which takes about a second; where
 there is no C compiler with OpenMP, the engine computes the same with torch's operators, slower.
 
 In bfloat16 weights are half the bytes, which is what decoding waits for. Sums are float32, also on processors that have
@@ -130,7 +130,8 @@ class CpuKernels:
         sees: bool = False,
         is_total: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """x + addend, and with a gain the LayerNorm of that and of what it sees; as `kraken.engine.residual` says."""
+        """x + addend, and with a gain the LayerNorm of that and of what it sees; as `kraken.engine.model.residual`
+        says."""
         given = (x_WTD, addend_WTD, part_1TD, gain_WD, bias_WD)
         held = [None if tensor is None else tensor.contiguous() for tensor in given]
         a_WTD = x_WTD.new_empty(x_WTD.shape)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kraken.engine.chunk import Chunk
+from kraken.engine.batch import Chunk
 
 HEADER = struct.Struct("!BQ")
 MAX_FRAME_BYTES = 2**30

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.chunk import Numbers
-from kraken.engine.cpu_kernels import cpu_kernels, huge_zeros
+from kraken.engine.batch import Numbers
+from kraken.engine.kernels.cpu.kernels import cpu_kernels, huge_zeros
 
 PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q_TNH, k_TNH, v_TNH) -> out_TNH; stores k and v first."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.quantized import Rows
+from kraken.engine.model.quantized import Rows
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 Normed = Tensor | Rows

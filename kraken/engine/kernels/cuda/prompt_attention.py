@@ -5,7 +5,7 @@ FlashAttention, 2022), then stores its own keys and values in the cache. Up to s
 library's kernel, before which others have to run; beyond, the library computes it. The programs that walk furthest
 begin first.
 
-Shape letters as in `kraken/engine/attention.py`.
+Shape letters as in `kraken/engine/model/attention.py`.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from kraken.engine.paged_kernel import Shelf, alike, paged_store, slots_of
+from kraken.engine.kernels.cuda.paged_attention import Shelf, alike, paged_store, slots_of
 from kraken.model import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048

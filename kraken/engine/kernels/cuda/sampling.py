@@ -1,7 +1,7 @@
 """The next token of every row on CUDA: one Triton kernel where torch takes five for the most likely one, and thirty for
 one that is drawn.
 
-Shape letters as in `kraken/engine/sampling.py`; G groups of ids.
+Shape letters as in `kraken/engine/sampler.py`; G groups of ids.
 """
 
 import torch
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.sampling import IDS_PER_GROUP
+from kraken.engine.sampler import IDS_PER_GROUP
 
 TILE = 4096
 """Ids that a program holds at a time; a multiple of the ids per group."""
@@ -68,7 +68,7 @@ def next_ids(logits_BV: Tensor, chances_B2: Tensor) -> Tensor:
 
     Args:
         logits_BV: float32.
-        chances_B2: float64, see `kraken.engine.chunk.Chance`.
+        chances_B2: float64, see `kraken.engine.batch.Chance`.
     """
     logits_BV = logits_BV if logits_BV.stride(-1) == 1 else logits_BV.contiguous()
     num_rows, num_ids = logits_BV.shape
