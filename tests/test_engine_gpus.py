@@ -23,7 +23,7 @@ from kraken.engine.distributed import choose_backend as choose_sums
 from kraken.engine.distributed.rendezvous import Meeting, RanksError
 from kraken.engine.distributed.worker_group import Source
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model.linear import TorchLinear
+from kraken.engine.kernels.torch.linear import TorchLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.evaluate import collect
 from kraken.model import Kraken

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,10 +26,10 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.batch import Chance, Chunk, ForwardOutput, GraphSizes
+from kraken.engine.batch import ForwardOutput, GraphSizes, StepBatch
 from kraken.engine.distributed.all_reduce import DeviceGroup, join_group
 from kraken.engine.distributed.choose_backend import Messages, choose_sums
-from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind
 from kraken.engine.distributed.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
 from kraken.engine.distributed.rendezvous import Followers, Invitation, Meeting, RanksError, connect
 from kraken.engine.model.network import Network
@@ -77,7 +77,7 @@ class LeadRunner(ModelRunner):
             super().record(sizes)
             self._end()
 
-    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> ForwardOutput:
+    def forward(self, batch: StepBatch) -> ForwardOutput:
         """See `ModelRunner.forward`; `join` must follow.
 
         Raises:
@@ -85,8 +85,8 @@ class LeadRunner(ModelRunner):
         """
         with self._explained():
             self._begin(self._config.collective_timeout_s)
-            self._followers.tell(Kind.STEP, pack_step(chunks))
-            return super().forward(chunks, chances)
+            self._followers.tell(Kind.STEP, batch.to_bytes())
+            return super().forward(batch)
 
     def join(self) -> None:
         """See `ModelRunner.join`: what is launched for the first time may have to be loaded, which may wait for the
@@ -251,7 +251,7 @@ def follow(invitation: Invitation) -> None:
         if cache["graph_sizes"] is not None:
             runner.record(GraphSizes(**cache["graph_sizes"]))
         while (frame := connection.receive(spins=runner.is_asynchronous))[0] is Kind.STEP:
-            runner.forward(unpack_step(frame[1]))
+            runner.forward(StepBatch.from_bytes(frame[1]))
     except ConnectionLost:
         if runner is not None:
             runner.drop_graphs()  # or NCCL would wait for them

@@ -12,7 +12,7 @@ Each is one kernel: on CUDA where Triton is installed, on a CPU where there is a
 from torch import Tensor
 
 from kraken.engine.kernels.choose import has_kernels
-from kraken.engine.kernels.cpu.kernels import cpu_kernels
+from kraken.engine.kernels.cpu.library import cpu_kernels
 from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 

@@ -1,4 +1,4 @@
-/* Kernels of the engine on a CPU; `cpu_kernels.py` compiles and calls them, for tensors of float32, or of bfloat16 where
+/* Kernels of the engine on a CPU; `library.py` compiles and calls them, for tensors of float32, or of bfloat16 where
    BFLOAT16 is defined. Both compute in float32.
 
    Written with vector extensions of GCC and Clang, so that one source serves every instruction set. A vector is as wide
@@ -460,7 +460,7 @@ static float softmax(float *scores, int64_t num_panels, int64_t num_seen, float 
 
 /* Neighbouring tokens of one sequence, their own keys and values stored before: out[T, N, H]; each sees the keys up to
    its own. Returns 0, or 1 where there is no memory. */
-int32_t kraken_attend_many(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys,
+int32_t kraken_attend_prompt_chunk(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys,
                            const stored *values, int64_t num_slots, const int32_t *blocks, int64_t tokens_per_block,
                            int64_t start, int64_t num_tokens, int64_t num_heads, int64_t head_size, float scale,
                            stored *out, int32_t num_threads) {

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kraken.engine.kernels.cuda.quantization import store_quantized
+from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.engine.model.norm import Norm, Normed
-from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_ASKING = 512
