@@ -2,12 +2,16 @@
 where that is installed; `tests/test_engine_gpus.py` replays them."""
 
 import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_engine_devices import DIVISIBLE, make_model
+from torch import Tensor
 
-from kraken.engine.batch import StepBatch
+from kraken.engine.batch import ForwardOutput, SamplingInput, StepBatch
 from kraken.engine.distributed.all_reduce import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.kernels.torch.kernels import TorchKernels
@@ -22,6 +26,19 @@ NUM_IDS, PROMPT, SIZE, TOKENS_PER_BLOCK = 120, 18, 24, 4
 BLOCKS = [5, 2, 9, 0, 11]
 
 
+class Eager:
+    """Computes what a captured graph replays, from inputs that hold what an earlier step has left."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], *shape: int):
+        self._forward, self._values = forward, np.full(shape, 7, dtype=np.int32)
+
+    def inputs(self) -> np.ndarray:
+        return self._values
+
+    def replay(self, num_rows: int, sampling: Sequence[SamplingInput]) -> ForwardOutput:
+        return ForwardOutput(self._forward(torch.from_numpy(self._values).to(DEVICE))[:num_rows])
+
+
 @pytest.mark.parametrize("variant", DIVISIBLE)
 def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kraken.engine.cuda_graphs import CudaGraphRunner
@@ -31,22 +48,20 @@ def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pyte
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup())
     plain, graphed = (ModelRunner(network, num_blocks=16, tokens_per_block=TOKENS_PER_BLOCK) for _ in range(2))
-    graphs = object.__new__(CudaGraphRunner)  # no device to record on
+    graphs: Any = object.__new__(CudaGraphRunner)  # no device to capture on
     graphs._network, graphs._cache, graphs._num_multiprocessors = network, graphed.cache, 132
+    graphs._batch_sizes, graphs._decodes = [2], {2: Eager(graphs._decode, 2, 2 + len(BLOCKS))}
+    graphs._prompt_lengths, graphs._prompts = [SIZE], {SIZE: Eager(graphs._prompt, 2 * SIZE + 1)}
     ids = torch.randint(NUM_IDS, (PROMPT + 1,), generator=torch.Generator().manual_seed(0)).tolist()
-    prompt_C = torch.full((2 * SIZE + 1,), 7, dtype=torch.int32, device=DEVICE)  # what another prompt left behind it
-    prompt_C[:PROMPT] = torch.tensor(ids[:PROMPT])
-    prompt_C[SIZE : SIZE + len(BLOCKS)] = torch.tensor(BLOCKS)
-    prompt_C[-1] = PROMPT - 1
-    token_BC = torch.zeros(2, 2 + len(BLOCKS), dtype=torch.int32, device=DEVICE)  # the second only fills the batch up
-    token_BC[0] = torch.tensor([ids[PROMPT], PROMPT + 1, *BLOCKS])
+
+    def batch(start: int, end: int, num_logits: int = 1) -> StepBatch:
+        return StepBatch.concatenate([ids[start:end]], [start], [BLOCKS], [num_logits], TOKENS_PER_BLOCK)
+
     with torch.inference_mode():
-        expected_1V = plain.forward(
-            StepBatch.concatenate([ids[:PROMPT]], [0], [BLOCKS], [1], TOKENS_PER_BLOCK)
-        ).logits_RV
-        torch.testing.assert_close(graphs._prompt(prompt_C), expected_1V, rtol=0, atol=1e-5)
-        assert torch.equal(graphed.cache.keys_LNSH != 0, plain.cache.keys_LNSH != 0)  # the same slots, and no others
-        expected_1V = plain.forward(
-            StepBatch.concatenate([ids[PROMPT:]], [PROMPT], [BLOCKS], [1], TOKENS_PER_BLOCK)
-        ).logits_RV
-        torch.testing.assert_close(graphs._decode(token_BC)[:1], expected_1V, rtol=0, atol=1e-5)
+        for step in (batch(0, PROMPT), batch(PROMPT, PROMPT + 1)):
+            expected_1V = plain.forward(step).logits_RV
+            torch.testing.assert_close(graphs.run(step).logits_RV, expected_1V, rtol=0, atol=1e-5)
+            # the same slots are written, and no others
+            assert torch.equal(graphed.cache.keys_LNSH != 0, plain.cache.keys_LNSH != 0)
+    for other in (batch(0, PROMPT, num_logits=2), batch(4, PROMPT), batch(0, PROMPT, num_logits=0)):
+        assert graphs.run(other) is None
