@@ -33,13 +33,13 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.ttft import SIZES, shapes
-from kraken.engine.distributed.all_reduce import DeviceGroup, Method, join_group
-from kraken.engine.distributed.choose_backend import Messages, graph_of, open_peers
+from kraken.engine.distributed.all_reduce import Backend, DeviceGroup, join_group
+from kraken.engine.distributed.choose_backend import MessageShapes, graph_of, open_peers
 from kraken.engine.distributed.partition import Part, random_weights
 from kraken.engine.model.network import Network
 
 PEER_WAYS = ("direct", "copied")
-WAYS: dict[str, tuple[Any, Method]] = {
+WAYS: dict[str, tuple[Any, Backend]] = {
     "none": ("none", "library"),
     "blocking_library": ("blocking", "library"),
     "library": ("overlapped", "library"),
@@ -64,9 +64,9 @@ class Rank:
         message_bytes = max(args.prompts) * shape.width * dtype.itemsize
 
         def group(overlap: Any) -> DeviceGroup:
-            meeting, leaves_room = PrefixStore(f"{size}/{overlap}", store), overlap == "overlapped"
+            own, leaves_room = PrefixStore(f"{size}/{overlap}", store), overlap == "overlapped"
             return join_group(
-                meeting, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S, overlap, leaves_room, message_bytes
+                own, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S, overlap, leaves_room, message_bytes
             )
 
         def network(overlap: Any) -> Network:
@@ -76,7 +76,7 @@ class Rank:
         self._networks = {overlap: network(overlap) for overlap in dict.fromkeys(when for when, _ in WAYS.values())}
         self._peers = None
         if args.device == "cuda":
-            messages = Messages(
+            messages = MessageShapes(
                 num_ways=len(self.part.ways),
                 width=shape.width,
                 max_tokens=max(args.prompts),
@@ -84,9 +84,9 @@ class Rank:
                 dtype=dtype,
                 is_kraken=True,
             )
-            meeting = PrefixStore(f"{size}/peers", store)
+            rendezvous = PrefixStore(f"{size}/peers", store)
             overlapped = self._networks["overlapped"].group
-            self._peers, problem = open_peers(overlapped, meeting, self._device, messages, "auto", TIMEOUT_S)
+            self._peers, problem = open_peers(overlapped, rendezvous, self._device, messages, "auto", TIMEOUT_S)
             if self._peers is None and rank == 0:
                 print(f"no sums over peer memory: {problem}", flush=True)
 
@@ -112,10 +112,10 @@ class Rank:
             network.group.close()
 
     def _run(self, name: str, x_WTD: torch.Tensor) -> Callable[[], None]:
-        overlap, method = WAYS[name]
+        overlap, backend = WAYS[name]
         network = self._networks[overlap]
         if self._peers is not None and overlap == "overlapped":
-            network.group.use_peers(self._peers, lambda num_tokens: method)
+            network.group.use_peers(self._peers, lambda num_tokens: backend)
 
         def work() -> None:
             network.first_layers(x_WTD, self._args.layers)

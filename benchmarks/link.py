@@ -40,7 +40,7 @@ import torch
 from benchmarks.ttft import Contestant, sums_of
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.distributed.rendezvous import Meeting
+from kraken.engine.distributed.rendezvous import Rendezvous
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PAPER_SHARE = 0.35
@@ -134,9 +134,9 @@ def open_contestant(name: str, shape: ModelConfig, args: argparse.Namespace, lin
         max_step_tokens=args.prompt_tokens,
         prefix_reuse=False,
     )
-    meeting = Meeting(2, HOSTS[0])
-    meeting.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
-    return Contestant(name, shape, config, meeting)
+    rendezvous = Rendezvous(2, HOSTS[0])
+    rendezvous.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
+    return Contestant(name, shape, config, rendezvous)
 
 
 def time_attention(contestant: Contestant) -> list[float]:

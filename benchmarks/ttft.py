@@ -50,7 +50,7 @@ from benchmarks.engine import bandwidth, best_seconds, matrix_rate
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.distributed.all_reduce import join_group
-from kraken.engine.distributed.rendezvous import Meeting
+from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
 from kraken.engine.model.quantized import FLOAT8, Fp8Linear, quantise
 from kraken.engine.model_runner import Runner
@@ -88,7 +88,7 @@ class Contestant:
         meeting: to which its other ranks are invited; None starts them on this host.
     """
 
-    def __init__(self, name: str, shape: ModelConfig, config: EngineConfig, meeting: Meeting | None = None):
+    def __init__(self, name: str, shape: ModelConfig, config: EngineConfig, rendezvous: Rendezvous | None = None):
         self.name, self.shape = name, shape
         info = EngineInfo(
             name="torch",
@@ -97,7 +97,7 @@ class Contestant:
             eot_id=0,
             tokenizer_fingerprint="none",
         )
-        self._engine = TorchEngine.from_shape(shape, info, config, meeting)
+        self._engine = TorchEngine.from_shape(shape, info, config, rendezvous)
         self._loop = asyncio.Runner()
         self._num_requests = 0
 
@@ -192,12 +192,12 @@ def sum_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], 
         for _ in range(NUM_SUMS_ALONE + 1):
             started_at = time.perf_counter()
             for _ in range(count):
-                group.sum(x)
+                group.all_reduce(x)
             if args.device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started_at)
         found.append(statistics.median(times[1:]))
-    group.sum(torch.zeros(1, device=device))  # nobody leaves while another still waits
+    group.all_reduce(torch.zeros(1, device=device))  # nobody leaves while another still waits
     if rank == 0:
         answers.put(found)
 
@@ -277,7 +277,7 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     # what decodes together, and every prompt
     tokens_kept = max(max(args.batches) * (args.prompts[0] + args.new_tokens + BLOCK), max(args.prompts) + 2 * BLOCK)
 
-    def open_one(architecture: str, sums: Any, mode: Any, meeting: Meeting) -> Contestant:
+    def open_one(architecture: str, sums: Any, mode: Any, rendezvous: Rendezvous) -> Contestant:
         config = EngineConfig(
             device=args.device,
             dtype=args.dtype,
@@ -293,13 +293,13 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             prefix_reuse=False,
             cuda_graph_sizes=tuple(sorted({*args.prompts, *args.batches})) if args.device == "cuda" else (),
         )
-        return Contestant(architecture, models[architecture], config, meeting)
+        return Contestant(architecture, models[architecture], config, rendezvous)
 
     def take_turns(group: Sequence[Name]) -> None:
         contestants: list[Contestant] = []
         try:
             for name in group:
-                contestants.append(open_one(*name, meetings.pop(name)))
+                contestants.append(open_one(*name, open_rendezvous.pop(name)))
             for prompt_tokens in args.prompts:
                 for turn in range(args.rounds + 1):
                     for name, contestant in zip(group, contestants, strict=True):
@@ -316,9 +316,9 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             for contestant in contestants:
                 contestant.close()
 
-    meetings = {name: Meeting(args.devices) for name in names}
-    for meeting in meetings.values():  # all processes begin now, since that takes longer than anything else
-        meeting.launch(max(1, args.threads // args.devices))
+    open_rendezvous = {name: Rendezvous(args.devices) for name in names}
+    for rendezvous in open_rendezvous.values():  # all processes start now: starting takes longest
+        rendezvous.launch(max(1, args.threads // args.devices))
     for group in [[name] for name in names] if args.apart else [names]:
         take_turns(group)
     cases = [(architecture, prompt) for architecture in args.architectures for prompt in args.prompts]

@@ -23,12 +23,12 @@ from torch.distributed import HashStore
 
 from kraken.config import ConfigError, EngineConfig
 from kraken.engine.batch import Chunk
-from kraken.engine.distributed import choose_backend as choose_sums
-from kraken.engine.distributed.all_reduce import DeviceGroup, Method
+from kraken.engine.distributed import choose_backend as choose_backend
+from kraken.engine.distributed.all_reduce import Backend, DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
-from kraken.engine.distributed.peer_all_reduce import FOREVER, PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.distributed.peer_all_reduce import RELEASED, PeerAllReduce, num_buffer_bytes, num_memory_bytes
 from kraken.engine.distributed.peer_memory import PeerMemory
-from kraken.engine.distributed.rendezvous import RanksError
+from kraken.engine.distributed.rendezvous import WorkerError
 from kraken.engine.model.network import Network
 from kraken.engine.model.norm import Norm
 from kraken.engine.model_runner import Runner
@@ -37,68 +37,68 @@ from kraken.model import Kraken
 NUM_IDS = 120
 
 
-class PlainSignals:
+class PlainKernels:
     """What the kernels do, in plain operations on memory that threads share."""
 
-    def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
-        self.rank, self.flags_P, self.flags_of_others, self.round = rank, flags_P, flags_of_others, 0
+    def __init__(self, rank: int, flags_P: Tensor, peer_flags: tuple[Tensor, ...]):
+        self.rank, self.flags_P, self.peer_flags, self.message = rank, flags_P, peer_flags, 0
 
-    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
-        self._begin(turn, awaits)
-        slot[: x_RC.numel()] = x_RC.flatten()
-        self.tell(turn)
+    def publish(self, x_RC: Tensor, buffer: Tensor, buffer_index: int, waits: bool) -> None:
+        self._begin(buffer_index, waits)
+        buffer[: x_RC.numel()] = x_RC.flatten()
+        self.signal(buffer_index)
 
-    def advance(
+    def add_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+        out_buffer: Tensor | None, buffer_index: int, waits: bool, sends_signal: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         out_WTD = x_WTD + addend_WTD
-        self._begin(turn, awaits)
+        self._begin(buffer_index, waits)
         for target in targets:
             target[: out_WTD[0].numel()] = out_WTD.sum(0).flatten()
-        if out_slot is not None:
-            out_slot[: out_WTD.numel()] = out_WTD.flatten()
-            out_WTD = out_slot[: out_WTD.numel()].view(out_WTD.shape)
-        if tells:
-            self.tell(turn)
+        if out_buffer is not None:
+            out_buffer[: out_WTD.numel()] = out_WTD.flatten()
+            out_WTD = out_buffer[: out_WTD.numel()].view(out_WTD.shape)
+        if sends_signal:
+            self.signal(buffer_index)
         return out_WTD, None if norm is None else norm(out_WTD)
 
-    def tell(self, turn: int) -> None:
-        assert self.round % 2 != turn, "the first round's turn is 0"
-        for flag in self.flags_of_others:
-            flag.fill_(self.round)
+    def signal(self, buffer_index: int) -> None:
+        assert self.message % 2 != buffer_index, "the first round's turn is 0"
+        for flag in self.peer_flags:
+            flag.fill_(self.message)
 
-    def skip(self, turn: int) -> None:
-        self.round += 1
-        self.tell(turn)
+    def skip(self, buffer_index: int) -> None:
+        self.message += 1
+        self.signal(buffer_index)
 
-    def wait(self, turn: int) -> None:
-        assert self.round % 2 != turn
-        self._await(self.round)
+    def wait(self, buffer_index: int) -> None:
+        assert self.message % 2 != buffer_index
+        self._await(self.message)
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, buffer_index: int
     ) -> Tensor | None:
-        self.wait(turn)
+        self.wait(buffer_index)
         total_TD = sum(part[: out_TD.numel()].view(out_TD.shape) for part in parts)
         out_TD.copy_(total_TD if x_TD is None else x_TD + total_TD)
         return None if norm is None else norm(out_TD[None])
 
-    def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
     ) -> tuple[Tensor, Tensor]:
-        if turn is not None:
-            self.wait(turn)
+        if buffer_index is not None:
+            self.wait(buffer_index)
         others = sum(part.flatten()[: x_WTD[0].numel()].view(x_WTD[0].shape) for part in parts)
         return x_WTD + addend_WTD, norm(addend_WTD + x_WTD.sum(0) + others)
 
-    def _begin(self, turn: int, awaits: bool) -> None:
-        if awaits:
-            self._await(self.round)
-        elif any(int(flag) < self.round for peer, flag in enumerate(self.flags_P) if peer != self.rank):
+    def _begin(self, buffer_index: int, waits: bool) -> None:
+        if waits:
+            self._await(self.message)
+        elif any(int(flag) < self.message for peer, flag in enumerate(self.flags_P) if peer != self.rank):
             raise AssertionError("the others may still read what is written over")
-        self.round += 1
-        assert self.round % 2 != turn
+        self.message += 1
+        assert self.message % 2 != buffer_index
 
     def _await(self, round_: int) -> None:
         ends_at = time.monotonic() + 30
@@ -107,11 +107,11 @@ class PlainSignals:
             time.sleep(0)
 
 
-def make_peers(num_ranks: int, slot_bytes: int) -> list[PeerSums]:
+def make_peers(num_ranks: int, buffer_bytes: int) -> list[PeerAllReduce]:
     """Of ranks in one process."""
-    num_bytes = num_memory_bytes(num_ranks, slot_bytes)
+    num_bytes = num_memory_bytes(num_ranks, buffer_bytes)
     memory = PeerMemory([torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(num_ranks)])
-    return [PeerSums(memory, rank, slot_bytes, torch.float32, PlainSignals) for rank in range(num_ranks)]
+    return [PeerAllReduce(memory, rank, buffer_bytes, torch.float32, PlainKernels) for rank in range(num_ranks)]
 
 
 def on_all_ranks(work: list[Callable[[], Any]]) -> list[Any]:
@@ -130,15 +130,15 @@ def on_all_ranks(work: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def make_runners(model: Kraken, num_ranks: int, overlap: Any, method: Method) -> list[Runner]:
+def make_runners(model: Kraken, num_ranks: int, overlap: Any, backend: Backend) -> list[Runner]:
     config = model.config
     columns = -(-NUM_IDS // num_ranks)
-    peers = make_peers(num_ranks, num_slot_bytes(24, config.width, columns, torch.float32))
+    peers = make_peers(num_ranks, num_buffer_bytes(24, config.width, columns, torch.float32))
     runners = []
     for rank in range(num_ranks):
         part = Part(config, rank, num_ranks)
         group = DeviceGroup(rank, num_ranks, None, overlap)
-        group.use_peers(peers[rank], lambda num_tokens: method)
+        group.use_peers(peers[rank], lambda num_tokens: backend)
         weights = {name: weight.clone() for name, weight in weights_of(model, part).items()}
         runners.append(Runner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
     return runners
@@ -149,7 +149,7 @@ def make_runners(model: Kraken, num_ranks: int, overlap: Any, method: Method) ->
     [("overlapped", "direct"), ("overlapped", "copied"), ("blocking", "direct"), ("none", "direct")],
 )
 @pytest.mark.parametrize("variant", DIVISIBLE)
-def test_passes_equal_those_of_one_device(variant: str, overlap: str, method: Method) -> None:
+def test_passes_equal_those_of_one_device(variant: str, overlap: str, backend: Backend) -> None:
     """Prompts in pieces, with and without logits, and tokens one by one: an odd or even number of sums in each pass."""
     model = make_model(variant)
     ids = torch.randint(NUM_IDS, (40,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -163,11 +163,11 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, method: Me
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     alone = Runner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
     for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
-        runners = make_runners(model, num_ranks, overlap, method)
+        runners = make_runners(model, num_ranks, overlap, backend)
         passes_of = [lambda runner=runner: [runner.forward(step).logits_RV for step in steps] for runner in runners]  # type: ignore[misc]
         found = on_all_ranks(passes_of)
         assert all(passes is not None for passes in found)
-        assert all(runner.network.group._peers._turn == 0 for runner in runners)  # type: ignore[union-attr]
+        assert all(runner.network.group._peers._buffer_index == 0 for runner in runners)  # type: ignore[union-attr]
         for logits_RV, step in zip(found[0], steps, strict=True):
             assert logits_RV.shape == (sum(chunk.num_logits for chunk in step), NUM_IDS)
             if overlap != "none":
@@ -175,7 +175,7 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, method: Me
 
 
 def test_columns_are_gathered_also_where_a_slot_is_small() -> None:
-    peers = make_peers(2, slot_bytes=4096)
+    peers = make_peers(2, buffer_bytes=4096)
     x_RRC = torch.randn(2, 5, 300)
     for num_rows in (1, 3, 5):  # 3 rows fit into a slot, 5 do not
 
@@ -191,26 +191,26 @@ def test_columns_are_gathered_also_where_a_slot_is_small() -> None:
 
 def test_whoever_waits_is_released() -> None:
     """For a rank that is gone."""
-    peers = make_peers(2, slot_bytes=4096)
-    waits = threading.Thread(target=lambda: peers[0].sum(torch.ones(1, 8)))
+    peers = make_peers(2, buffer_bytes=4096)
+    waits = threading.Thread(target=lambda: peers[0].all_reduce(torch.ones(1, 8)))
     waits.start()
     peers[1].release()
     waits.join(10)
-    assert not waits.is_alive() and all(bool((flags_P == FOREVER).any()) for flags_P in peers[0]._flags)
+    assert not waits.is_alive() and all(bool((flags_P == RELEASED).any()) for flags_P in peers[0]._flags)
 
 
 class SimulatedRank:
     """One rank of the protocol in `kraken/engine/distributed/peer_all_reduce.py`, an atomic action at a time."""
 
     def __init__(self, rank: int, world: "SimulatedWorld"):
-        self.rank, self.world, self.round = rank, world, 0
+        self.rank, self.world, self.message = rank, world, 0
         self.copies: deque[tuple[int, int]] = deque()
         """What the stream that copies has to do, and then to tell: slots and rounds."""
 
     def can_write(self) -> bool:
-        return all(told >= self.round for peer, told in enumerate(self.world.told) if peer != self.rank)
+        return all(told >= self.message for peer, told in enumerate(self.world.told) if peer != self.rank)
 
-    def tell(self, round_: int) -> None:
+    def signal(self, round_: int) -> None:
         assert self.world.told[self.rank] == round_ - 1, "rounds are told out of their order"
         self.world.told[self.rank] = round_
 
@@ -220,55 +220,55 @@ class SimulatedRank:
         world = self.world
         others = [peer for peer in range(len(world.told)) if peer != self.rank]
         for _ in range(num_passes):
-            slot = 0
+            buffer = 0
             for _ in range(choices.randrange(5)):
                 kind = choices.choice(["publish", "gather", "direct", "copied"])
                 while kind != "copied" and self.copies:  # what the kernel tells comes behind them
                     yield "joining"
                 while not self.can_write():
                     yield "write"
-                self.round += 1
+                self.message += 1
                 if kind == "direct":
                     for peer in others:
-                        world.received[peer][self.rank][slot] = self.round
+                        world.received[peer][self.rank][buffer] = self.message
                         yield "sending"
                 else:
-                    world.published[self.rank][slot] = self.round
+                    world.published[self.rank][buffer] = self.message
                     yield "publishing"
                 if kind == "copied":
-                    self.copies.append((slot, self.round))
+                    self.copies.append((buffer, self.message))
                 else:
-                    self.tell(self.round)
+                    self.signal(self.message)
                 if kind in ("direct", "copied"):
                     yield "attention"
                 if kind != "gather" or self.rank == 0:  # columns are gathered by the leader
-                    while min(world.told[peer] for peer in others) < self.round:
+                    while min(world.told[peer] for peer in others) < self.message:
                         yield "read"
                     for _ in range(2):
                         for peer in others:
                             is_sent = kind in ("direct", "copied")
                             place = world.received[self.rank][peer] if is_sent else world.published[peer]
-                            world.read(place, slot, self.round)
+                            world.read(place, buffer, self.message)
                         yield "reading"
-                slot = 1 - slot
+                buffer = 1 - buffer
             while self.copies:
                 yield "joining"
-            if slot:
-                self.round += 1
-                self.tell(self.round)
+            if buffer:
+                self.message += 1
+                self.signal(self.message)
 
     def copying_stream(self) -> Iterator[str]:
         """Likewise, for ever."""
         while True:
             while not self.copies:
                 yield "nothing"
-            slot, round_ = self.copies[0]
+            buffer, round_ = self.copies[0]
             for peer in range(len(self.world.told)):
                 if peer != self.rank:
-                    self.world.read(self.world.published[self.rank], slot, round_)
+                    self.world.read(self.world.published[self.rank], buffer, round_)
                     yield "copying"
-                    self.world.received[peer][self.rank][slot] = round_
-            self.tell(round_)
+                    self.world.received[peer][self.rank][buffer] = round_
+            self.signal(round_)
             self.copies.popleft()
             yield "copied"
 
@@ -279,8 +279,8 @@ class SimulatedWorld:
         self.published = [[0, 0] for _ in range(num_ranks)]
         self.received = [[[0, 0] for _ in range(num_ranks)] for _ in range(num_ranks)]
 
-    def read(self, slots: list[int], slot: int, value: int) -> None:
-        assert slots[slot] == value, "a slot was written before everybody had read it"
+    def read(self, slots: list[int], buffer: int, value: int) -> None:
+        assert slots[buffer] == value, "a slot was written before everybody had read it"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
@@ -310,14 +310,14 @@ class TestChoice:
         assert EngineConfig(sums="peers", num_devices=2).sums == "peers"
 
     def test_sizes_and_what_is_used_between_them(self) -> None:
-        assert choose_sums.sizes_up_to(1) == [1] and choose_sums.sizes_up_to(24) == [1, 2, 4, 8, 16, 24]
-        sizes, methods = [1, 2, 4, 6], ["direct", "direct", "library", "copied"]
-        found = [choose_sums.method_of(sizes, methods, count) for count in (1, 2, 3, 4, 5, 6, 7)]  # type: ignore[arg-type]
+        assert choose_backend.sizes_up_to(1) == [1] and choose_backend.sizes_up_to(24) == [1, 2, 4, 8, 16, 24]
+        sizes, backends = [1, 2, 4, 6], ["direct", "direct", "library", "copied"]
+        found = [choose_backend.backend_for(sizes, backends, count) for count in (1, 2, 3, 4, 5, 6, 7)]  # type: ignore[arg-type]
         assert found == ["direct", "direct", "library", "library", "copied", "copied", "copied"]
 
     def test_what_was_chosen_is_one_line(self) -> None:
         times: Any = {"library": [2e-5, 3e-5], "direct": [1e-5, 4e-5], "copied": [math.inf, 5e-5]}
-        assert choose_sums.describe([1, 512], ["direct", "library"], times) == (
+        assert choose_backend.describe([1, 512], ["direct", "library"], times) == (
             "peer memory (direct) up to 1 tokens, NCCL up to 512 tokens (microseconds of some layers: "
             "1 tokens NCCL 20.0, peer memory (direct) 10.0; 512 tokens NCCL 30.0, peer memory (direct) 40.0, "
             "peer memory (copied) 50.0)"
@@ -325,26 +325,28 @@ class TestChoice:
 
     @pytest.mark.parametrize("wanted", ["auto", "peers"])
     def test_devices_of_two_hosts_use_nccl(
-        self, wanted: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, setting: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Both ranks decide alike, from what both say."""
         properties = SimpleNamespace(uuid="gpu")
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(choose_sums, "_problem", lambda dtype: "")
+        monkeypatch.setattr(choose_backend, "_problem", lambda dtype: "")
         store = HashStore()
         store.set_timeout(timedelta(seconds=20))
         there = {"problem": "", "host": ["elsewhere", ""], "gpu": "another"}
         store.set("sums/places/1", json.dumps(there))
-        messages = choose_sums.Messages(
+        shapes = choose_backend.MessageShapes(
             num_ways=1, width=8, max_tokens=4, num_columns=8, dtype=torch.float32, is_kraken=True
         )
         group, device = DeviceGroup(0, 2), torch.device("cuda", 0)
         caplog.set_level("INFO")
-        if wanted == "peers":
-            with pytest.raises(RanksError, match=r"engine.sums=peers does not work here: the devices are on different"):
-                choose_sums.choose_sums(group, store, device, messages, lambda x_WTD: None, wanted, True, 1.0)
+        if setting == "peers":
+            with pytest.raises(
+                WorkerError, match=r"engine.sums=peers does not work here: the devices are on different"
+            ):
+                choose_backend.choose_backend(group, store, device, shapes, lambda x_WTD: None, setting, True, 1.0)
         else:
-            choose_sums.choose_sums(group, store, device, messages, lambda x_WTD: None, wanted, True, 1.0)
+            choose_backend.choose_backend(group, store, device, shapes, lambda x_WTD: None, setting, True, 1.0)
             assert "NCCL, since peer memory cannot be used: the devices are on different hosts" in caplog.text
 
 
@@ -369,7 +371,7 @@ def test_the_next_norm_may_come_with_a_sum() -> None:
     torch.manual_seed(0)
     x_1TD, part_1TD = torch.randn(2, 1, 3, 8)
     norm = Norm(torch.randn(1, 8), None)
-    total_1TD, normed_1TD = DeviceGroup().add_sum(x_1TD, part_1TD, norm)
+    total_1TD, normed_1TD = DeviceGroup().all_reduce_add_norm(x_1TD, part_1TD, norm)
     assert torch.equal(total_1TD, x_1TD + part_1TD)
     assert normed_1TD is not None
     torch.testing.assert_close(normed_1TD, F.layer_norm(total_1TD, (8,), norm.weight_WD[0]))

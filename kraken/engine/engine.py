@@ -24,8 +24,8 @@ from kraken.convert import read_model_config
 from kraken.engine.batch import Chunk, GraphSizes, Readout
 from kraken.engine.distributed.all_reduce import DeviceGroup
 from kraken.engine.distributed.partition import Part
-from kraken.engine.distributed.rendezvous import Meeting, RanksError
-from kraken.engine.distributed.worker_group import Source, lead, threads_of_a_rank
+from kraken.engine.distributed.rendezvous import Rendezvous, WorkerError
+from kraken.engine.distributed.worker_group import WeightSource, load_distributed, threads_per_rank
 from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
@@ -131,7 +131,7 @@ class TorchEngine:
         self._num_finished = self._num_aborted = self._completion_tokens = 0
 
     @classmethod
-    def from_exchange(cls, folder: Path, config: EngineConfig, meeting: Meeting | None = None) -> "TorchEngine":
+    def from_exchange(cls, folder: Path, config: EngineConfig, rendezvous: Rendezvous | None = None) -> "TorchEngine":
         """Load an exchange folder.
 
         Args:
@@ -155,37 +155,37 @@ class TorchEngine:
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         device, dtype = _device_and_dtype(config)
-        return cls._open(Source(config=model_config, folder=folder), info, config, device, dtype, meeting)
+        return cls._open(WeightSource(config=model_config, folder=folder), info, config, device, dtype, rendezvous)
 
     @classmethod
     def from_model(
-        cls, model: Kraken, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+        cls, model: Kraken, info: EngineInfo, config: EngineConfig, rendezvous: Rendezvous | None = None
     ) -> "TorchEngine":
         """Build on a model in memory, on the device and in the type that it has; other ranks are sent their parts.
         Raises as `from_exchange` does.
         """
-        source = Source(config=model.config, model=model)
-        return cls._open(source, info, config, model.wte.weight.device, model.wte.weight.dtype, meeting)
+        source = WeightSource(config=model.config, model=model)
+        return cls._open(source, info, config, model.wte.weight.device, model.wte.weight.dtype, rendezvous)
 
     @classmethod
     def from_shape(
-        cls, shape: ModelConfig, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+        cls, shape: ModelConfig, info: EngineInfo, config: EngineConfig, rendezvous: Rendezvous | None = None
     ) -> "TorchEngine":
         """Random weights of a shape, for measuring time. Raises as `from_exchange` does."""
         device, dtype = _device_and_dtype(config)
-        return cls._open(Source(config=shape), info, config, device, dtype, meeting)
+        return cls._open(WeightSource(config=shape), info, config, device, dtype, rendezvous)
 
     @classmethod
     def _open(
         cls,
-        source: Source,
+        source: WeightSource,
         info: EngineInfo,
         config: EngineConfig,
         device: torch.device,
         dtype: torch.dtype,
-        meeting: Meeting | None,
+        rendezvous: Rendezvous | None,
     ) -> "TorchEngine":
-        torch.set_num_threads(threads_of_a_rank(config))
+        torch.set_num_threads(threads_per_rank(config))
         if config.quantization == "fp8":
             require_quantisable(source.config, config.num_devices, device, dtype)
         graph_sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
@@ -199,14 +199,14 @@ class TorchEngine:
                 runner.record(graph_sizes)
             _release_threads(device, dtype)
             return cls(runner, info, config, num_blocks)
-        led = lead(source, info.num_ids, config, device, dtype, meeting)
+        distributed_model = load_distributed(source, info.num_ids, config, device, dtype, rendezvous)
         try:
-            num_blocks = _num_blocks(led.network, config)
+            num_blocks = _num_blocks(distributed_model.network, config)
         except ConfigError:
-            led.followers.end()
+            distributed_model.workers.end()
             raise
         _release_threads(device, dtype)
-        return cls(led.open(num_blocks, config, graph_sizes), info, config, num_blocks)
+        return cls(distributed_model.open(num_blocks, config, graph_sizes), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:
@@ -333,7 +333,7 @@ class TorchEngine:
     # -- on the engine's thread --------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        torch.set_num_threads(threads_of_a_rank(self._config))  # OpenMP keeps the number per thread
+        torch.set_num_threads(threads_per_rank(self._config))  # OpenMP keeps the number per thread
         failure: Exception | None = None
         try:
             while not self._closed:
@@ -567,7 +567,7 @@ def _error_of(what: str, cause: BaseException) -> EngineError:
 
 def _is_fatal(error: Exception) -> bool:
     """Whether a device, its memory or the link to another is at fault, so that nothing else can be trusted to run."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError | RanksError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError | WorkerError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
 

@@ -28,10 +28,10 @@ from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:  # which imports this module
-    from kraken.engine.distributed.peer_all_reduce import PeerSum, PeerSums
+    from kraken.engine.distributed.peer_all_reduce import PeerAllReduce, PeerHandle
 
 Overlap = Literal["overlapped", "blocking", "none"]
-Method = Literal["library", "direct", "copied"]
+Backend = Literal["library", "direct", "copied"]
 """How a sum is computed: by gloo or NCCL, or over peer memory."""
 
 MAX_EXCHANGED_BYTES = 64 * 1024
@@ -42,7 +42,7 @@ SUM_TAG, GATHER_TAG, WEIGHT_TAG = range(3)
 
 
 @dataclass(slots=True)
-class PendingSum:
+class ProcessGroupHandle:
     """The sum of the ranks' parts, in flight."""
 
     own: Tensor
@@ -52,24 +52,24 @@ class PendingSum:
     total: Tensor | None = None
     """The sum of all parts, its own included, where it is an all-reduce."""
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until it is there."""
         for work in self.works:
-            _wait_for(work)
+            _wait(work)
         self.works.clear()
 
-    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+    def add_reduced_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """Wait, and give x + addend, and of each way held here the norm of that and of all other ways' x, which this is
         the sum of: those held here, and those of other ranks."""
-        self.finish()
+        self.wait()
         if self.total is not None:
-            return residual.see(x_WTD, addend_WTD, norm, self.total, is_total=True)
+            return residual.add_reduced_norm(x_WTD, addend_WTD, norm, self.total, is_total=True)
         if not self.received:
-            return residual.see(x_WTD, addend_WTD, norm)
+            return residual.add_reduced_norm(x_WTD, addend_WTD, norm)
         first, *rest = self.received
         for part in rest:
             first.add_(part)
-        return residual.see(x_WTD, addend_WTD, norm, first)
+        return residual.add_reduced_norm(x_WTD, addend_WTD, norm, first)
 
 
 class DeviceGroup:
@@ -92,94 +92,94 @@ class DeviceGroup:
         self._exchange = exchange
         self._group = process_group
         self._is_nccl = process_group is not None and process_group.name() == "nccl"
-        self._peers: PeerSums | None = None
-        self._method_of: Callable[[int], Method] = lambda num_tokens: "library"
+        self._peers: PeerAllReduce | None = None
+        self._backend_for: Callable[[int], Backend] = lambda num_tokens: "library"
 
-    def use_peers(self, peers: "PeerSums", method_of: Callable[[int], Method]) -> None:
+    def use_peers(self, peers: "PeerAllReduce", backend_for: Callable[[int], Backend]) -> None:
         """Also compute sums over peer memory.
 
         Args:
             method_of: number of tokens -> how to add up over them; the same on every rank.
         """
-        self._peers, self._method_of = peers, method_of
+        self._peers, self._backend_for = peers, backend_for
 
     @property
-    def sums(self) -> bool:
+    def reduces(self) -> bool:
         """Whether there is anybody to add up with."""
         return self.size > 1 and self.overlap != "none"
 
-    def advance(
+    def add_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, is_summed: bool
-    ) -> tuple[Tensor, Normed | None, "PendingSum | PeerSum | None"]:
+    ) -> tuple[Tensor, Normed | None, "ProcessGroupHandle | PeerHandle | None"]:
         """x + addend, and its norm where there is one; if asked for also its sum over the ranks, begun.
 
         That sum is, of each rank, the sum over the ways that it holds; what it is of may not change until it is seen.
         """
         if not is_summed:
-            return *residual.advance(x_WTD, addend_WTD, norm), None
-        if self.sums and self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
-            return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
-        out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
-        return out_WTD, normed_WTD, self._start_plain_sum(out_WTD)
+            return *residual.add_norm(x_WTD, addend_WTD, norm), None
+        if self.reduces and self._peers is not None and (backend := self._backend_for(x_WTD.shape[1])) != "library":
+            return self._peers.add_norm(x_WTD, addend_WTD, norm, backend, is_blocking=self.overlap != "overlapped")
+        out_WTD, normed_WTD = residual.add_norm(x_WTD, addend_WTD, norm)
+        return out_WTD, normed_WTD, self._start_process_group(out_WTD)
 
-    def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
+    def start(self, x_WTD: Tensor) -> "ProcessGroupHandle | PeerHandle":
         """The sum over all ways of x, those of other ranks included, begun; x may not change until it is seen."""
-        if self.sums and self._peers is not None and self._method_of(x_WTD.shape[1]) != "library":
+        if self.reduces and self._peers is not None and self._backend_for(x_WTD.shape[1]) != "library":
             own_TD = sum_across_ways(x_WTD)[0].to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD[0]
-            return self._peers.start_sum(own_TD, is_waited_for=self.overlap != "overlapped")
-        return self._start_plain_sum(x_WTD)
+            return self._peers.start(own_TD, is_blocking=self.overlap != "overlapped")
+        return self._start_process_group(x_WTD)
 
-    def _start_plain_sum(self, x_WTD: Tensor) -> PendingSum:
+    def _start_process_group(self, x_WTD: Tensor) -> ProcessGroupHandle:
         """By gloo, NCCL or an exchange."""
-        if not self.sums:
-            return PendingSum(x_WTD)
+        if not self.reduces:
+            return ProcessGroupHandle(x_WTD)
         overlapped = self.overlap == "overlapped"
         own = sum_across_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
-        pending = PendingSum(own)
+        pending = ProcessGroupHandle(own)
         if self._exchanges(own):
             self._start_exchange(pending)
         else:
             pending.total = own.clone()
             pending.works = [self._all_reduce(pending.total, on_own_stream=overlapped)]
         if not overlapped:
-            pending.finish()
+            pending.wait()
         return pending
 
-    def sum(self, own: Tensor) -> Tensor:
+    def all_reduce(self, own: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them; may overwrite `own`."""
-        if not self.sums:
+        if not self.reduces:
             return own
-        if self._peers is not None and self._method_of(own.shape[-2]) != "library":
-            return self._peers.sum(own)
+        if self._peers is not None and self._backend_for(own.shape[-2]) != "library":
+            return self._peers.all_reduce(own)
         if not self._exchanges(own):
             own = own.contiguous()
-            _wait_for(self._all_reduce(own, on_own_stream=False))
+            _wait(self._all_reduce(own, on_own_stream=False))
             return own
-        pending = PendingSum(own.contiguous())
+        pending = ProcessGroupHandle(own.contiguous())
         self._start_exchange(pending)
-        pending.finish()
+        pending.wait()
         parts = [*pending.received[: self.rank], pending.own, *pending.received[self.rank :]]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         return total
 
-    def add_sum(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+    def all_reduce_add_norm(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         """x plus the sum of the ranks' parts, and the norm of it where one is asked for; bit-equal on all ranks where x
         is. May overwrite the part."""
-        if self.sums and self._peers is not None and self._method_of(x_1TD.shape[1]) != "library":
+        if self.reduces and self._peers is not None and self._backend_for(x_1TD.shape[1]) != "library":
             return self._peers.add(x_1TD, part_1TD, norm)
-        return residual.advance(x_1TD, self.sum(part_1TD), norm)
+        return residual.add_norm(x_1TD, self.all_reduce(part_1TD), norm)
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """Every rank's columns side by side, on rank 0; the others get back what they gave."""
         if self.size == 1:
             return x_RC
-        if self._peers is not None and self._method_of(len(x_RC)) != "library":
+        if self._peers is not None and self._backend_for(len(x_RC)) != "library":
             return self._peers.gather_columns(x_RC)
         if self._is_nccl:
             parts = x_RC.new_empty(self.size, *x_RC.shape)
-            _wait_for(self._group._allgather_base(parts, x_RC.contiguous()))
+            _wait(self._group._allgather_base(parts, x_RC.contiguous()))
             return parts.permute(1, 0, 2).flatten(1) if self.rank == 0 else x_RC
         if self.rank > 0:
             self.send(x_RC, 0, GATHER_TAG)
@@ -187,16 +187,16 @@ class DeviceGroup:
         received = [torch.empty_like(x_RC) for _ in range(1, self.size)]
         works = [self._group.recv([part], rank, GATHER_TAG) for rank, part in enumerate(received, start=1)]
         for work in works:
-            _wait_for(work)
+            _wait(work)
         return torch.cat([x_RC, *received], dim=1)
 
     def send(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
         """Send to one rank."""
-        _wait_for(self._group.send([x.contiguous()], rank, tag))
+        _wait(self._group.send([x.contiguous()], rank, tag))
 
     def receive(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
         """Fill x with what a rank sends."""
-        _wait_for(self._group.recv([x], rank, tag))
+        _wait(self._group.recv([x], rank, tag))
 
     def end_pass(self) -> None:
         """To be called after every forward pass, also of those that are recorded."""
@@ -222,7 +222,7 @@ class DeviceGroup:
             return False
         return self.size == 2 or x.numel() * x.element_size() <= MAX_EXCHANGED_BYTES
 
-    def _start_exchange(self, pending: PendingSum) -> None:
+    def _start_exchange(self, pending: ProcessGroupHandle) -> None:
         own = pending.own.contiguous()
         others = [rank for rank in range(self.size) if rank != self.rank]
         received = [torch.empty_like(own) for _ in others]
@@ -241,7 +241,7 @@ class DeviceGroup:
         return self._group.allreduce([x], options)
 
 
-def _wait_for(work: Any) -> None:
+def _wait(work: Any) -> None:
     """Of what NCCL does on the current stream there is nothing to wait for: it is in order with what follows."""
     if work is not None:
         work.wait()

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from kraken.config import Sums
-from kraken.engine.distributed.all_reduce import DeviceGroup, Method
-from kraken.engine.distributed.peer_all_reduce import PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.engine.distributed.all_reduce import Backend, DeviceGroup
+from kraken.engine.distributed.peer_all_reduce import PeerAllReduce, num_buffer_bytes, num_memory_bytes
 from kraken.engine.distributed.peer_memory import share_memory
-from kraken.engine.distributed.rendezvous import RanksError
+from kraken.engine.distributed.rendezvous import WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ Layers = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Messages:
+class MessageShapes:
     """What an engine adds up."""
 
     num_ways: int
@@ -55,8 +55,8 @@ class Messages:
     is_kraken: bool
 
 
-def choose_sums(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, layers: Layers, wanted: Sums,
+def choose_backend(
+    group: DeviceGroup, store: Store, device: torch.device, shapes: MessageShapes, layers: Layers, setting: Sums,
     is_graphed: bool, timeout_s: float,
 ) -> None:  # fmt: skip
     """Have the group compute its sums in the way that is wanted, or in the fastest; at the same time on every rank.
@@ -69,38 +69,38 @@ def choose_sums(
         RanksError: peer memory is wanted and cannot be had.
         RuntimeError: a rank is stuck.
     """
-    if device.type != "cuda" or wanted == "nccl":
+    if device.type != "cuda" or setting == "nccl":
         return
-    peers, problem = open_peers(group, store, device, messages, wanted, timeout_s)
+    peers, problem = open_peers(group, store, device, shapes, setting, timeout_s)
     if peers is None:
-        if wanted == "peers":
-            raise RanksError(f"engine.sums=peers does not work here: {problem}; choose auto or nccl")
+        if setting == "peers":
+            raise WorkerError(f"engine.sums=peers does not work here: {problem}; choose auto or nccl")
         if group.rank == 0:
             log.info("sums over %d devices: NCCL, since peer memory cannot be used: %s", group.size, problem)
         return
-    methods = _candidates(group, messages, wanted)
-    sizes = sizes_up_to(messages.max_tokens)
-    if len(methods) == 1:
-        group.use_peers(peers, lambda num_tokens: methods[0])
+    backends = _candidates(group, shapes, setting)
+    sizes = sizes_up_to(shapes.max_tokens)
+    if len(backends) == 1:
+        group.use_peers(peers, lambda num_tokens: backends[0])
         if group.rank == 0:
             log.info("sums over %d devices: peer memory", group.size)
         return
     times = {
-        method: [
-            _seconds(group, peers, method, device, messages, layers, size, is_graphed, timeout_s)
-            if method != "copied" or size * messages.width * messages.dtype.itemsize >= MIN_COPIED_BYTES
+        backend: [
+            _seconds(group, peers, backend, device, shapes, layers, size, is_graphed, timeout_s)
+            if backend != "copied" or size * shapes.width * shapes.dtype.itemsize >= MIN_COPIED_BYTES
             else math.inf
             for size in sizes
         ]
-        for method in methods
+        for backend in backends
     }
-    said = _Ranks(group, store).exchange("times", times)
+    answers = _Ranks(group, store).exchange("times", times)
     slowest = {
-        method: [max(values) for values in zip(*(of_rank[method] for of_rank in said), strict=True)]
-        for method in methods
+        backend: [max(values) for values in zip(*(of_rank[backend] for of_rank in answers), strict=True)]
+        for backend in backends
     }
-    chosen = [min(methods, key=lambda method: slowest[method][index]) for index in range(len(sizes))]
-    group.use_peers(peers, functools.partial(method_of, sizes, chosen))
+    chosen = [min(backends, key=lambda backend: slowest[backend][index]) for index in range(len(sizes))]
+    group.use_peers(peers, functools.partial(backend_for, sizes, chosen))
     if group.rank == 0:
         log.info("sums over %d devices: %s", group.size, describe(sizes, chosen, slowest))
 
@@ -113,17 +113,17 @@ def sizes_up_to(most: int) -> list[int]:
     return sizes
 
 
-def method_of(sizes: list[int], methods: list[Method], num_tokens: int) -> Method:
+def backend_for(sizes: list[int], backends: list[Backend], num_tokens: int) -> Backend:
     """That of the next larger number of tokens that was timed."""
-    return methods[min(bisect_left(sizes, num_tokens), len(methods) - 1)]
+    return backends[min(bisect_left(sizes, num_tokens), len(backends) - 1)]
 
 
-def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[float]]) -> str:
+def describe(sizes: list[int], chosen: list[Backend], times: dict[Backend, list[float]]) -> str:
     """One line: what is used for how many tokens, and what each method took at the ends."""
     ranges = []
-    for index, (size, method) in enumerate(zip(sizes, chosen, strict=True)):
-        if index + 1 == len(sizes) or chosen[index + 1] != method:
-            ranges.append(f"{_name(method)} up to {size} tokens")
+    for index, (size, backend) in enumerate(zip(sizes, chosen, strict=True)):
+        if index + 1 == len(sizes) or chosen[index + 1] != backend:
+            ranges.append(f"{_name(backend)} up to {size} tokens")
     ends = [
         f"{size} tokens "
         + ", ".join(f"{_name(m)} {values[index] * 1e6:.1f}" for m, values in times.items() if values[index] < math.inf)
@@ -132,15 +132,15 @@ def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[fl
     return f"{', '.join(ranges)} (microseconds of some layers: {'; '.join(ends)})"
 
 
-def _name(method: Method) -> str:
-    return "NCCL" if method == "library" else f"peer memory ({method})"
+def _name(backend: Backend) -> str:
+    return "NCCL" if backend == "library" else f"peer memory ({backend})"
 
 
-def _candidates(group: DeviceGroup, messages: Messages, wanted: Sums) -> list[Method]:
-    if not group.sums:  # only logits are gathered
+def _candidates(group: DeviceGroup, shapes: MessageShapes, setting: Sums) -> list[Backend]:
+    if not group.reduces:  # only logits are gathered
         return ["direct"]
-    methods: list[Method] = ["library", "direct"] if wanted == "auto" else ["direct"]
-    return [*methods, "copied"] if messages.is_kraken and group.overlap == "overlapped" else methods
+    backends: list[Backend] = ["library", "direct"] if setting == "auto" else ["direct"]
+    return [*backends, "copied"] if shapes.is_kraken and group.overlap == "overlapped" else backends
 
 
 class _Ranks:
@@ -156,38 +156,38 @@ class _Ranks:
 
 
 def open_peers(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, wanted: Sums, timeout_s: float
-) -> tuple[PeerSums | None, str]:
+    group: DeviceGroup, store: Store, device: torch.device, shapes: MessageShapes, setting: Sums, timeout_s: float
+) -> tuple[PeerAllReduce | None, str]:
     """Sums over memory that all ranks of the group reach, or why there are none; at the same time on every rank."""
     ranks = _Ranks(group, store)
-    here = {
-        "problem": _problem(messages.dtype),
+    own = {
+        "problem": _problem(shapes.dtype),
         "host": [socket.gethostname(), BOOT_ID.read_text() if BOOT_ID.exists() else ""],
         "gpu": str(torch.cuda.get_device_properties(device).uuid),
     }
-    said = ranks.exchange("places", here)
-    for rank, there in enumerate(said):
+    answers = ranks.exchange("places", own)
+    for rank, there in enumerate(answers):
         if there["problem"]:
             return None, f"rank {rank}: {there['problem']}"
-    if any(there["host"] != here["host"] for there in said):
+    if any(there["host"] != own["host"] for there in answers):
         return None, "the devices are on different hosts"
-    if wanted == "auto" and len({there["gpu"] for there in said}) < ranks.size:
+    if setting == "auto" and len({there["gpu"] for there in answers}) < ranks.size:
         return None, "several ranks share a GPU"
-    from kraken.engine.distributed.signals import Signals  # which imports Triton
+    from kraken.engine.distributed.signals import PeerKernels  # which imports Triton
 
     peers, problem = None, ""
     try:
-        slot_bytes = num_slot_bytes(messages.max_tokens, messages.width, messages.num_columns, messages.dtype)
-        num_bytes = num_memory_bytes(ranks.size, slot_bytes)
+        buffer_bytes = num_buffer_bytes(shapes.max_tokens, shapes.width, shapes.num_columns, shapes.dtype)
+        num_bytes = num_memory_bytes(ranks.size, buffer_bytes)
         name = f"kraken-{id(ranks.store)}"
         memory = share_memory(ranks.store, ranks.rank, ranks.size, device, num_bytes, name)
-        peers = PeerSums(memory, ranks.rank, slot_bytes, messages.dtype, Signals)
+        peers = PeerAllReduce(memory, ranks.rank, buffer_bytes, shapes.dtype, PeerKernels)
     except Exception as error:  # of many kinds: drivers, links and containers differ
         problem = f"{type(error).__name__}: {error}"
     problems = ranks.exchange("opened", problem)
     if peers is not None and not any(problems):  # nobody waits for a rank that is not there
         try:
-            _require_sums(peers, ranks, device, messages, timeout_s)
+            _require_all_reduce(peers, ranks, device, shapes, timeout_s)
         except Exception as error:
             peers.release()
             problem = f"{type(error).__name__}: {error}"
@@ -206,11 +206,13 @@ def _problem(dtype: torch.dtype) -> str:
     return ""
 
 
-def _require_sums(peers: PeerSums, ranks: _Ranks, device: torch.device, messages: Messages, timeout_s: float) -> None:
+def _require_all_reduce(
+    peers: PeerAllReduce, ranks: _Ranks, device: torch.device, shapes: MessageShapes, timeout_s: float
+) -> None:
     """Raises: RuntimeError: signals do not arrive, or not what was sent."""
     for turn in range(4):  # both slots, twice
-        own = torch.full((1, messages.width), float(ranks.rank + turn), dtype=messages.dtype, device=device)
-        total = peers.sum(own)
+        own = torch.full((1, shapes.width), float(ranks.rank + turn), dtype=shapes.dtype, device=device)
+        total = peers.all_reduce(own)
         finish(device, timeout_s)
         expected = sum(rank + turn for rank in range(ranks.size))
         if not bool((total == expected).all()):
@@ -220,12 +222,12 @@ def _require_sums(peers: PeerSums, ranks: _Ranks, device: torch.device, messages
 
 
 def _seconds(
-    group: DeviceGroup, peers: PeerSums, method: Method, device: torch.device, messages: Messages, layers: Layers,
-    num_tokens: int, is_graphed: bool, timeout_s: float,
+    group: DeviceGroup, peers: PeerAllReduce, backend: Backend, device: torch.device, shapes: MessageShapes,
+    layers: Layers, num_tokens: int, is_graphed: bool, timeout_s: float,
 ) -> float:  # fmt: skip
     """Of the layers with a method."""
-    group.use_peers(peers, lambda num_tokens: method)
-    x_WTD = torch.randn(messages.num_ways, num_tokens, messages.width, dtype=messages.dtype, device=device)
+    group.use_peers(peers, lambda num_tokens: backend)
+    x_WTD = torch.randn(shapes.num_ways, num_tokens, shapes.width, dtype=shapes.dtype, device=device)
 
     def work() -> None:
         layers(x_WTD)

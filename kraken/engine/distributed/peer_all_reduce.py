@@ -37,63 +37,63 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kraken.engine.distributed.all_reduce import Method
+from kraken.engine.distributed.all_reduce import Backend
 from kraken.engine.distributed.peer_memory import PeerMemory
 from kraken.engine.model.norm import Norm, Normed
 
 FLAGS_BYTES = 4096
 """Before the slots."""
-NUM_TURNS = 2
-FOREVER = 2**62
+NUM_BUFFERS = 2
+RELEASED = 2**62
 """A round that nobody reaches."""
 
 
-class Signals(Protocol):
+class PeerKernels(Protocol):
     """One rank's rounds; see `kraken.engine.distributed.signals.Signals`."""
 
-    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None: ...
+    def publish(self, x_RC: Tensor, buffer: Tensor, buffer_index: int, waits: bool) -> None: ...
 
-    def advance(
+    def add_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+        out_buffer: Tensor | None, buffer_index: int, waits: bool, sends_signal: bool,
     ) -> tuple[Tensor, Normed | None]: ...  # fmt: skip
 
-    def tell(self, turn: int) -> None: ...
+    def signal(self, buffer_index: int) -> None: ...
 
-    def skip(self, turn: int) -> None: ...
+    def skip(self, buffer_index: int) -> None: ...
 
-    def wait(self, turn: int) -> None: ...
+    def wait(self, buffer_index: int) -> None: ...
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, buffer_index: int
     ) -> Normed | None: ...
 
-    def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
     ) -> tuple[Tensor, Normed]: ...
 
 
 @dataclass(slots=True)
-class PeerSum:
+class PeerHandle:
     """The sum of the other ranks' parts, in flight."""
 
-    peers: "PeerSums"
+    peers: "PeerAllReduce"
     parts: tuple[Tensor, ...]
-    turn: int | None
+    buffer_index: int | None
     """Of the round; None where it has been waited for."""
 
-    def finish(self) -> None:
+    def wait(self) -> None:
         """Wait until all parts are there."""
-        if self.turn is not None:
-            self.peers.wait(self.turn)
-            self.turn = None
+        if self.buffer_index is not None:
+            self.peers.wait(self.buffer_index)
+            self.buffer_index = None
 
-    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+    def add_reduced_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`."""
-        return self.peers.see(x_WTD, addend_WTD, self.parts, norm, self.turn)
+        return self.peers.add_reduced_norm(x_WTD, addend_WTD, self.parts, norm, self.buffer_index)
 
 
-class PeerSums:
+class PeerAllReduce:
     """What one rank does in every round.
 
     Args:
@@ -107,127 +107,135 @@ class PeerSums:
         self,
         memory: PeerMemory,
         rank: int,
-        slot_bytes: int,
+        buffer_bytes: int,
         dtype: torch.dtype,
-        make_signals: Callable[[int, Tensor, tuple[Tensor, ...]], Signals],
+        make_kernels: Callable[[int, Tensor, tuple[Tensor, ...]], PeerKernels],
     ):
-        self._rank, self._num_values = rank, slot_bytes // dtype.itemsize
+        self._rank, self._num_values = rank, buffer_bytes // dtype.itemsize
         self._memory = memory  # to keep it
         size, self._device = len(memory.buffers), memory.buffers[rank].device
         others = [peer for peer in range(size) if peer != rank]
         self._flags = [buffer[: size * 8].view(torch.int64) for buffer in memory.buffers]
-        self._signals = make_signals(
+        self._kernels = make_kernels(
             rank, self._flags[rank], tuple(self._flags[peer][rank : rank + 1] for peer in others)
         )
 
-        def slot(peer: int, index: int) -> Tensor:
-            start = FLAGS_BYTES + index * slot_bytes
-            return memory.buffers[peer][start : start + slot_bytes].view(dtype)
+        def buffer(peer: int, index: int) -> Tensor:
+            start = FLAGS_BYTES + index * buffer_bytes
+            return memory.buffers[peer][start : start + buffer_bytes].view(dtype)
 
-        turns = range(NUM_TURNS)
-        self._published = [tuple(slot(peer, turn) for peer in range(size)) for turn in turns]
+        buffer_indices = range(NUM_BUFFERS)
+        self._published = [tuple(buffer(peer, buffer_index) for peer in range(size)) for buffer_index in buffer_indices]
         """Of each turn, what every rank publishes."""
-        self._received = [tuple(slot(rank, NUM_TURNS * (1 + peer) + turn) for peer in others) for turn in turns]
+        self._received = [
+            tuple(buffer(rank, NUM_BUFFERS * (1 + peer) + buffer_index) for peer in others)
+            for buffer_index in buffer_indices
+        ]
         """Of each turn, what every other rank sends here."""
-        self._sent = [tuple(slot(peer, NUM_TURNS * (1 + rank) + turn) for peer in others) for turn in turns]
+        self._sent = [
+            tuple(buffer(peer, NUM_BUFFERS * (1 + rank) + buffer_index) for peer in others)
+            for buffer_index in buffer_indices
+        ]
         """Of each turn, where this rank sends to."""
-        self._turn = 0
-        self._is_settled = False
+        self._buffer_index = 0
+        self._has_waited = False
         """Whether the main stream has waited for all ranks' last round."""
         self._is_copying = False
         """Whether copies were begun that the main stream has not joined."""
         on_cuda = self._device.type == "cuda"
         # before the kernels beside it
-        self._copies = torch.cuda.Stream(self._device, priority=-1) if on_cuda else None
-        self._releases = torch.cuda.Stream(self._device) if on_cuda else None
-        self._forever_P = torch.full((size,), FOREVER, dtype=torch.int64, pin_memory=on_cuda)
+        self._copy_stream = torch.cuda.Stream(self._device, priority=-1) if on_cuda else None
+        self._release_stream = torch.cuda.Stream(self._device) if on_cuda else None
+        self._released_P = torch.full((size,), RELEASED, dtype=torch.int64, pin_memory=on_cuda)
 
-    def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, method: Method, is_waited_for: bool
-    ) -> tuple[Tensor, Normed | None, PeerSum]:
+    def add_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, backend: Backend, is_blocking: bool
+    ) -> tuple[Tensor, Normed | None, PeerHandle]:
         """x + addend, its norm, and its sum over the ranks, begun; of each the sum over the ways that it holds.
 
         Args:
             method: `direct` has the kernel that computes it write it into the others' memory; `copied` has a copy
                 engine bring it there.
         """
-        if method == "direct":
+        if backend == "direct":
             self._join_copies()
-        turn, awaits = self._begin()
-        sent, own = self._sent[turn], self._published[turn][self._rank]
-        targets, out_slot = sent, None
-        if method == "copied":  # one way is itself where it is copied from
-            targets, out_slot = ((), own) if len(x_WTD) == 1 else ((own,), None)
-        tells = method == "direct"
-        out_WTD, normed = self._signals.advance(x_WTD, addend_WTD, norm, targets, out_slot, turn, awaits, tells)
-        if method == "copied":
-            self._copy(own[: x_WTD[0].numel()], sent, turn)
-        pending = PeerSum(self, self._received[turn], turn)
-        if is_waited_for:
-            pending.finish()
+        buffer_index, waits = self._begin()
+        sent, own = self._sent[buffer_index], self._published[buffer_index][self._rank]
+        targets, out_buffer = sent, None
+        if backend == "copied":  # one way is itself where it is copied from
+            targets, out_buffer = ((), own) if len(x_WTD) == 1 else ((own,), None)
+        sends_signal = backend == "direct"
+        out_WTD, normed = self._kernels.add_norm(
+            x_WTD, addend_WTD, norm, targets, out_buffer, buffer_index, waits, sends_signal
+        )
+        if backend == "copied":
+            self._copy(own[: x_WTD[0].numel()], sent, buffer_index)
+        pending = PeerHandle(self, self._received[buffer_index], buffer_index)
+        if is_blocking:
+            pending.wait()
         return out_WTD, normed, pending
 
-    def _copy(self, own: Tensor, targets: tuple[Tensor, ...], turn: int) -> None:
+    def _copy(self, own: Tensor, targets: tuple[Tensor, ...], buffer_index: int) -> None:
         """Begin to bring the others what the main stream has computed, and to tell them."""
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copies):
+        if self._copy_stream is not None:
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copy_stream):
             for target in targets:
                 target[: own.numel()].copy_(own, non_blocking=True)
-            self._signals.tell(turn)
+            self._kernels.signal(buffer_index)
         self._is_copying = True
 
     def _join_copies(self) -> None:
         """What the main stream does from now on comes behind all copies."""
-        if self._is_copying and self._copies is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        if self._is_copying and self._copy_stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
         self._is_copying = False
 
-    def start_sum(self, own_RD: Tensor, is_waited_for: bool) -> PeerSum:
+    def start(self, own_RD: Tensor, is_blocking: bool) -> PeerHandle:
         """The sum over the ranks of few rows, begun: the others read them here."""
-        turn = self._publish(own_RD)
-        parts = self._published[turn]
-        pending = PeerSum(self, parts[: self._rank] + parts[self._rank + 1 :], turn)
-        if is_waited_for:
-            pending.finish()
+        buffer_index = self._publish(own_RD)
+        parts = self._published[buffer_index]
+        pending = PeerHandle(self, parts[: self._rank] + parts[self._rank + 1 :], buffer_index)
+        if is_blocking:
+            pending.wait()
         return pending
 
-    def wait(self, turn: int) -> None:
+    def wait(self, buffer_index: int) -> None:
         """Hold the main stream until all ranks have told the last round."""
-        self._signals.wait(turn)
-        self._is_settled = True
+        self._kernels.wait(buffer_index)
+        self._has_waited = True
 
-    def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
     ) -> tuple[Tensor, Normed]:
         """See `PendingSum.see`; of the last round, whose parts are waited for here or have been."""
-        self._is_settled = True
-        return self._signals.see(x_WTD, addend_WTD, parts, norm, turn)
+        self._has_waited = True
+        return self._kernels.add_reduced_norm(x_WTD, addend_WTD, parts, norm, buffer_index)
 
     def add(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         """x plus the sum of the parts, bit-equal on all ranks where x is, and the norm of it where one is asked for."""
-        turn = self._publish(part_1TD[0])
+        buffer_index = self._publish(part_1TD[0])
         total_1TD = torch.empty_like(part_1TD, memory_format=torch.contiguous_format)
-        normed = self._signals.add_parts(x_1TD[0], self._published[turn], total_1TD[0], norm, turn)
-        self._is_settled = True
+        normed = self._kernels.add_parts(x_1TD[0], self._published[buffer_index], total_1TD[0], norm, buffer_index)
+        self._has_waited = True
         return total_1TD, normed
 
-    def sum(self, own_RC: Tensor) -> Tensor:
+    def all_reduce(self, own_RC: Tensor) -> Tensor:
         """The sum over the ranks, bit-equal on all of them."""
-        turn = self._publish(own_RC)
+        buffer_index = self._publish(own_RC)
         total_RC = torch.empty_like(own_RC, memory_format=torch.contiguous_format)
-        self._signals.add_parts(None, self._published[turn], total_RC, None, turn)
-        self._is_settled = True
+        self._kernels.add_parts(None, self._published[buffer_index], total_RC, None, buffer_index)
+        self._has_waited = True
         return total_RC
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:
         """See `DeviceGroup.gather_columns`; in several rounds where a slot is too small."""
         pieces = []
         for piece_RC in x_RC.split(max(1, self._num_values // x_RC.shape[1])):
-            turn = self._publish(piece_RC)
+            buffer_index = self._publish(piece_RC)
             if self._rank == 0:
-                self.wait(turn)
-                columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in self._published[turn]]
+                self.wait(buffer_index)
+                columns = [part[: piece_RC.numel()].view(piece_RC.shape) for part in self._published[buffer_index]]
                 pieces.append(torch.cat(columns, dim=1))
         if self._rank > 0:
             return x_RC
@@ -236,40 +244,40 @@ class PeerSums:
     def end_pass(self) -> None:
         """After every forward pass: the next one begins with slot 0."""
         self._join_copies()
-        if self._turn:
-            self._signals.skip(self._turn)
-            self._turn = 0
-        self._is_settled = False  # a graph does not know what was replayed before it
+        if self._buffer_index:
+            self._kernels.skip(self._buffer_index)
+            self._buffer_index = 0
+        self._has_waited = False  # a graph does not know what was replayed before it
 
     def release(self) -> None:
         """Let every kernel go on that waits for a rank, here and on the others, whatever it then computes.
 
         By copy engines: kernels that wait may leave no room for another. From any thread.
         """
-        with torch.cuda.stream(self._releases):
+        with torch.cuda.stream(self._release_stream):
             for flags_P in self._flags:
-                flags_P.copy_(self._forever_P, non_blocking=True)
+                flags_P.copy_(self._released_P, non_blocking=True)
 
     def _publish(self, x_RC: Tensor) -> int:
         """A round that a kernel tells; gives its turn."""
         self._join_copies()
-        turn, awaits = self._begin()
-        self._signals.publish(x_RC, self._published[turn][self._rank], turn, awaits)
-        return turn
+        buffer_index, waits = self._begin()
+        self._kernels.publish(x_RC, self._published[buffer_index][self._rank], buffer_index, waits)
+        return buffer_index
 
     def _begin(self) -> tuple[int, bool]:
         """The turn of the round that is to come, and whether the others may still be reading what it writes over."""
-        turn, awaits = self._turn, not self._is_settled
-        self._turn, self._is_settled = 1 - turn, False
-        return turn, awaits
+        buffer_index, waits = self._buffer_index, not self._has_waited
+        self._buffer_index, self._has_waited = 1 - buffer_index, False
+        return buffer_index, waits
 
 
-def num_slot_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.dtype) -> int:
+def num_buffer_bytes(num_tokens: int, width: int, num_columns: int, dtype: torch.dtype) -> int:
     """Room for the part of so many tokens, and for one row of columns."""
     values = max(num_tokens * width, num_columns)
     return -(-values * dtype.itemsize // 4096) * 4096
 
 
-def num_memory_bytes(size: int, slot_bytes: int) -> int:
+def num_memory_bytes(size: int, buffer_bytes: int) -> int:
     """What a rank shares with `size` ranks: what it publishes, and what each of them sends."""
-    return FLAGS_BYTES + NUM_TURNS * (1 + size) * slot_bytes
+    return FLAGS_BYTES + NUM_BUFFERS * (1 + size) * buffer_bytes

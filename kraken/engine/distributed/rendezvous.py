@@ -35,12 +35,12 @@ HELLO_TIMEOUT_S = 10.0
 WATCH_INTERVAL_S = 0.5
 
 
-class RanksError(EngineError):
+class WorkerError(EngineError):
     """A process of the engine failed, so that none of them can go on."""
 
 
 @dataclass(frozen=True, slots=True)
-class Invitation:
+class JoinToken:
     """All that a rank needs to know to take part."""
 
     host: str
@@ -52,11 +52,11 @@ class Invitation:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Invitation":
+    def from_json(cls, text: str) -> "JoinToken":
         return cls(**json.loads(text))
 
 
-class Meeting:
+class Rendezvous:
     """Where the ranks of one engine meet.
 
     Args:
@@ -70,9 +70,9 @@ class Meeting:
         self._key = secrets.token_hex(16)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
-    def invitation(self, rank: int) -> Invitation:
+    def join_token(self, rank: int) -> JoinToken:
         """For one of the ranks 1 to `num_devices` - 1."""
-        return Invitation(self.host, self._server.getsockname()[1], self._key, rank)
+        return JoinToken(self.host, self._server.getsockname()[1], self._key, rank)
 
     def launch(self, num_threads: int, prefixes: Mapping[int, list[str]] | None = None) -> None:
         """Start every other rank on this host.
@@ -92,9 +92,9 @@ class Meeting:
             self._processes[rank] = process
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it ended at once, which `gather` reports
-                process.stdin.write(self.invitation(rank).to_json().encode() + b"\n")  # stays open: see `ranks.main`
+                process.stdin.write(self.join_token(rank).to_json().encode() + b"\n")  # stays open: see `ranks.main`
 
-    def gather(self, timeout_s: float) -> "Followers":
+    def wait_for_workers(self, timeout_s: float) -> "WorkerGroup":
         """Wait until every other rank is here.
 
         Raises:
@@ -104,46 +104,46 @@ class Meeting:
         ends_at = time.monotonic() + timeout_s
         try:
             while len(connections) < self.num_devices - 1:
-                self._require_all(connections, ends_at, timeout_s)
+                self._require_alive(connections, ends_at, timeout_s)
                 self._server.settimeout(WATCH_INTERVAL_S)
                 with contextlib.suppress(TimeoutError):
-                    self._admit(connections)
+                    self._accept(connections)
         except BaseException:
-            Followers(connections, self._processes).end()
+            WorkerGroup(connections, self._processes).end()
             raise
         finally:
             self._server.close()
-        return Followers(connections, self._processes)
+        return WorkerGroup(connections, self._processes)
 
-    def _require_all(self, connections: Mapping[int, Connection], ends_at: float, timeout_s: float) -> None:
+    def _require_alive(self, connections: Mapping[int, Connection], ends_at: float, timeout_s: float) -> None:
         missing = [rank for rank in range(1, self.num_devices) if rank not in connections]
         for rank in missing:
             process = self._processes.get(rank)
             if process is not None and process.poll() is not None:
-                raise RanksError(f"rank {rank} {_how_it_ended(process)} before it had begun")
+                raise WorkerError(f"rank {rank} {_exit_reason(process)} before it had begun")
         if time.monotonic() > ends_at:
-            raise RanksError(
+            raise WorkerError(
                 f"ranks {missing} did not come to {self.host} within engine.startup_timeout_s={timeout_s:.0f}; look"
                 " whether they run and reach that address"
             )
 
-    def _admit(self, connections: dict[int, Connection]) -> None:
+    def _accept(self, connections: dict[int, Connection]) -> None:
         end, _ = self._server.accept()
         connection = Connection(end)
         connection.set_timeout(HELLO_TIMEOUT_S)
         try:
-            hello = connection.receive_json()
-            known = secrets.compare_digest(str(hello.get("key")), self._key)
-            rank = int(hello.get("rank", 0))
+            greeting = connection.receive_json()
+            is_known = secrets.compare_digest(str(greeting.get("key")), self._key)
+            rank = int(greeting.get("rank", 0))
         except (OSError, ValueError):
-            known, rank = False, 0
-        if not known or rank in connections or not 0 < rank < self.num_devices:
+            is_known, rank = False, 0
+        if not is_known or rank in connections or not 0 < rank < self.num_devices:
             connection.close()  # a stranger, or somebody twice
             return
         connections[rank] = connection
 
 
-class Followers:
+class WorkerGroup:
     """The other ranks, as the leader sees them.
 
     Args:
@@ -163,15 +163,15 @@ class Followers:
         self.deadline: float | None = None
         """Monotonic time at which a step counts as stuck; None where sums watch over time themselves."""
 
-    def tell(self, kind: Kind, payload: bytes = b"") -> None:
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
         """One frame to every rank. Raises: OSError: one is gone."""
         for connection in self._connections.values():
             connection.send(kind, payload)
 
-    def tell_json(self, values: dict[str, Any]) -> None:
-        self.tell(Kind.JSON, json.dumps(values).encode())
+    def send_json(self, values: dict[str, Any]) -> None:
+        self.send(Kind.JSON, json.dumps(values).encode())
 
-    def wait_until_done(self, timeout_s: float) -> None:
+    def wait_until_ready(self, timeout_s: float) -> None:
         """Until every rank has answered what it was told.
 
         Raises:
@@ -183,11 +183,11 @@ class Followers:
             try:
                 answer = connection.receive_json()
             except TimeoutError as error:
-                raise RanksError(f"rank {rank} was not ready within {timeout_s:.0f} s") from error
+                raise WorkerError(f"rank {rank} was not ready within {timeout_s:.0f} s") from error
             except OSError as error:
-                raise RanksError(self._how_it_ended(rank)) from error
+                raise WorkerError(self._exit_reason(rank)) from error
             if "error" in answer:
-                raise RanksError(f"rank {rank} failed: {answer['error']}")
+                raise WorkerError(f"rank {rank} failed: {answer['error']}")
             connection.set_timeout(None)
 
     def watch(self, on_failure: Callable[[], None]) -> None:
@@ -199,7 +199,7 @@ class Followers:
         self._watcher = threading.Thread(target=self._watch, args=(on_failure,), name="kraken-ranks", daemon=True)
         self._watcher.start()
 
-    def explain(self, error: Exception) -> str:
+    def failure_after(self, error: Exception) -> str:
         """Why a step failed with this error: a rank's failure where there is one. The ranks are ended."""
         self._failed.wait(EXPLANATION_TIMEOUT_S)
         self._fail(f"the devices lost step with each other ({type(error).__name__}: {error})")
@@ -209,7 +209,7 @@ class Followers:
         """Let every rank leave, and end those that do not."""
         self._ended.set()
         with contextlib.suppress(OSError):
-            self.tell(Kind.STOP)
+            self.send(Kind.STOP)
         ends_at = time.monotonic() + STOP_TIMEOUT_S
         for process in self._processes.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -245,7 +245,7 @@ class Followers:
             while not self._ended.is_set() and not self.failure:
                 for key, _ in selector.select(WATCH_INTERVAL_S):
                     if not self._ended.is_set():
-                        self._fail(self._last_words(int(key.data)))
+                        self._fail(self._failure_of(int(key.data)))
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     self._fail(
                         "a step outlasted engine.collective_timeout_s, or the recording of graphs"
@@ -254,38 +254,38 @@ class Followers:
         if self.failure:
             on_failure()
 
-    def _last_words(self, rank: int) -> str:
+    def _failure_of(self, rank: int) -> str:
         try:
             return f"rank {rank} failed: {self._connections[rank].receive_json()['error']}"
         except (OSError, ValueError, KeyError):
-            return self._how_it_ended(rank)
+            return self._exit_reason(rank)
 
-    def _how_it_ended(self, rank: int) -> str:
+    def _exit_reason(self, rank: int) -> str:
         process = self._processes.get(rank)
         if process is None:
             return f"rank {rank} ended, or cannot be reached"
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(EXPLANATION_TIMEOUT_S / 2)
-        return f"rank {rank} {_how_it_ended(process)}"
+        return f"rank {rank} {_exit_reason(process)}"
 
 
-def connect(invitation: Invitation) -> Connection:
+def connect(join_token: JoinToken) -> Connection:
     """A rank's way in.
 
     Raises:
         ConnectionLost: nobody is there.
     """
-    address = (invitation.host, invitation.port)
+    address = (join_token.host, join_token.port)
     try:
         connection = Connection(socket.create_connection(address, timeout=HELLO_TIMEOUT_S))
         connection.set_timeout(None)
-        connection.send_json({"key": invitation.key, "rank": invitation.rank})
+        connection.send_json({"key": join_token.key, "rank": join_token.rank})
     except OSError as error:
-        raise ConnectionLost(f"no leader answers at {invitation.host}:{invitation.port} ({error})") from error
+        raise ConnectionLost(f"no leader answers at {join_token.host}:{join_token.port} ({error})") from error
     return connection
 
 
-def _how_it_ended(process: "subprocess.Popen[bytes]") -> str:
+def _exit_reason(process: "subprocess.Popen[bytes]") -> str:
     status = process.poll()
     if status is None:
         return "closed its connection"

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 from kraken.engine.kernels.cuda.residual_norm import (
-    Round,
-    Rounds,
-    await_round,
+    Handshake,
+    Signals,
     num_warps,
+    signal,
+    signal_when_done,
     store_norm,
-    tell_round,
-    tell_when_all_are_done,
+    wait_signal,
 )
 from kraken.engine.model.norm import Norm, Normed
 
@@ -34,51 +34,51 @@ MAX_COLUMNS = 4096
 
 @triton.jit
 def _publish(  # type: ignore[no-untyped-def]
-    x_ptr, slot_ptr, cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
-    rank: tl.constexpr, num_ranks: tl.constexpr, awaits: tl.constexpr, num_columns: tl.constexpr, tile: tl.constexpr,
+    x_ptr, buffer_ptr, counter_ptr, last_counter_ptr, done_ptr, flags_ptr, peer_flag_ptrs,
+    rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_columns: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
-    round = tl.load(last_cell_ptr) + 1
-    if awaits:
+    message = tl.load(last_counter_ptr) + 1
+    if waits:
         # whoever has published the last round has read the one before it, which is what the slot holds
-        await_round(flags_ptr, round - 1, rank, num_ranks)
+        wait_signal(flags_ptr, message - 1, rank, num_ranks)
     columns = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = columns < num_columns
-    places = tl.program_id(0).to(tl.int64) * num_columns + columns
-    tl.store(slot_ptr + places, tl.load(x_ptr + places, mask=mask), mask=mask)
-    tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, tl.num_programs(0) * tl.num_programs(1))
+    offsets = tl.program_id(0).to(tl.int64) * num_columns + columns
+    tl.store(buffer_ptr + offsets, tl.load(x_ptr + offsets, mask=mask), mask=mask)
+    signal_when_done(counter_ptr, done_ptr, peer_flag_ptrs, message, tl.num_programs(0) * tl.num_programs(1))
 
 
 @triton.jit
-def _skip(cell_ptr, last_cell_ptr, flag_ptrs):  # type: ignore[no-untyped-def]
-    round = tl.load(last_cell_ptr) + 1
-    tl.store(cell_ptr, round)
-    tell_round(flag_ptrs, round)
+def _skip(counter_ptr, last_counter_ptr, peer_flag_ptrs):  # type: ignore[no-untyped-def]
+    message = tl.load(last_counter_ptr) + 1
+    tl.store(counter_ptr, message)
+    signal(peer_flag_ptrs, message)
 
 
 @triton.jit
-def _wait(cell_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
-    await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
+def _wait(counter_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_signal(flags_ptr, tl.load(counter_ptr), rank, num_ranks)
 
 
 @triton.jit
 def _add_parts(  # type: ignore[no-untyped-def]
-    x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
+    x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, counter_ptr, flags_ptr,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
     is_quantised: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
-    await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
+    wait_signal(flags_ptr, tl.load(counter_ptr), rank, num_ranks)
     columns = tl.arange(0, tile)
     mask = columns < width
     token = tl.program_id(0).to(tl.int64)
-    places = token * width + columns
+    offsets = token * width + columns
     total = tl.zeros((tile,), tl.float32)
     for index in tl.static_range(len(part_ptrs)):  # in the order of the ranks, so that all get the same bits
-        total += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(part_ptrs[index] + offsets, mask=mask, other=0.0).to(tl.float32)
     if has_x:
-        total += tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     rounded = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + places, rounded, mask=mask)
+    tl.store(out_ptr + offsets, rounded, mask=mask)
     if has_norm:
         store_norm(
             rounded.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, 0, columns, mask,
@@ -86,7 +86,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-class Signals:
+class PeerKernels:
     """Where one rank counts its rounds, and where it tells the others.
 
     Args:
@@ -94,11 +94,11 @@ class Signals:
         flags_of_others: this rank's entry, int64 [1], of every other rank's flags.
     """
 
-    def __init__(self, rank: int, flags_P: Tensor, flags_of_others: tuple[Tensor, ...]):
-        cells = torch.zeros(3, 2, dtype=torch.int64, device=flags_P.device)
-        self._rounds = Rounds(rank, cells, flags_P, flags_of_others)
+    def __init__(self, rank: int, flags_P: Tensor, peer_flags: tuple[Tensor, ...]):
+        counters = torch.zeros(3, 2, dtype=torch.int64, device=flags_P.device)
+        self._signals = Signals(rank, counters, flags_P, peer_flags)
 
-    def publish(self, x_RC: Tensor, slot: Tensor, turn: int, awaits: bool) -> None:
+    def publish(self, x_RC: Tensor, buffer: Tensor, buffer_index: int, waits: bool) -> None:
         """Begin a round with x, at the start of a slot of its type, and tell the others.
 
         Args:
@@ -107,13 +107,13 @@ class Signals:
         R, C = x_RC.shape
         tile = min(triton.next_power_of_2(C), MAX_COLUMNS)
         _publish[R, triton.cdiv(C, tile)](
-            x_RC.contiguous(), slot, *self._rounds.pointers(turn), self._rounds.flags_of_others,
-            **self._rounds.constants, awaits=awaits, num_columns=C, tile=tile, num_warps=num_warps(tile),
+            x_RC.contiguous(), buffer, *self._signals.pointers(buffer_index), self._signals.peer_flags,
+            **self._signals.constants, waits=waits, num_columns=C, tile=tile, num_warps=num_warps(tile),
         )  # fmt: skip
 
-    def advance(
+    def add_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_slot: Tensor | None, turn: int, awaits: bool, tells: bool,
+        out_buffer: Tensor | None, buffer_index: int, waits: bool, sends_signal: bool,
     ) -> tuple[Tensor, Normed | None]:  # fmt: skip
         """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of each target of x's
         type; gives x + addend, in the slot where there is one, and its norm.
@@ -122,50 +122,50 @@ class Signals:
             awaits: whether the others may still be reading what is there.
             tells: whether the others are told; else `tell` must follow.
         """
-        round = Round(self._rounds, turn, awaits, tells)
-        return residual_kernel.advance(x_WTD, addend_WTD, norm, round, targets, out_slot)
+        message = Handshake(self._signals, buffer_index, waits, sends_signal)
+        return residual_kernel.add_norm(x_WTD, addend_WTD, norm, message, targets, out_buffer)
 
-    def tell(self, turn: int) -> None:
+    def signal(self, buffer_index: int) -> None:
         """Tell the others that what was written in this round, before this in the order of streams, is there.
 
         By a copy of the round's number, which needs no multiprocessor.
         """
-        cell = self._rounds.pointers(turn)[0]
-        for flag in self._rounds.flags_of_others:
-            flag.copy_(cell[:1], non_blocking=True)
+        counter = self._signals.pointers(buffer_index)[0]
+        for flag in self._signals.peer_flags:
+            flag.copy_(counter[:1], non_blocking=True)
 
-    def skip(self, turn: int) -> None:
+    def skip(self, buffer_index: int) -> None:
         """A round without a part."""
-        _skip[(1,)](*self._rounds.pointers(turn)[:2], self._rounds.flags_of_others, num_warps=1)
+        _skip[(1,)](*self._signals.pointers(buffer_index)[:2], self._signals.peer_flags, num_warps=1)
 
-    def wait(self, turn: int) -> None:
+    def wait(self, buffer_index: int) -> None:
         """Hold the stream until every rank has published this round."""
-        cell, _, _, flags_P = self._rounds.pointers(turn)
-        _wait[(1,)](cell, flags_P, **self._rounds.constants, num_warps=1)
+        counter, _, _, flags_P = self._signals.pointers(buffer_index)
+        _wait[(1,)](counter, flags_P, **self._signals.constants, num_warps=1)
 
     def add_parts(
-        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, turn: int
+        self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, buffer_index: int
     ) -> Normed | None:
         """Wait for this round, and write x plus the parts; gives the norm of it as of one way, where there is one."""
         T, D = out_TD.shape
         tile = triton.next_power_of_2(D)
         normed = None if norm is None else residual_kernel.empty_normed(out_TD[None], norm)
         pointers, constants = residual_kernel.norm_arguments(norm, normed, out_TD)
-        cell, _, _, flags_P = self._rounds.pointers(turn)
+        counter, _, _, flags_P = self._signals.pointers(buffer_index)
         _add_parts[(T,)](
-            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, cell, flags_P,
-            **self._rounds.constants, has_x=x_TD is not None, has_norm=norm is not None,
+            out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, counter, flags_P,
+            **self._signals.constants, has_x=x_TD is not None, has_norm=norm is not None,
             width=D, tile=tile, num_warps=num_warps(tile), **constants,
         )  # fmt: skip
         return normed
 
-    def see(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, turn: int | None
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
     ) -> tuple[Tensor, Normed]:
         """x + addend, and of each way held here, the norm of that, the other ways' x and the parts.
 
         Args:
             turn: of the round that the parts are of, to be waited for; None where they are there.
         """
-        round = None if turn is None else Round(self._rounds, turn)
-        return residual_kernel.see(x_WTD, addend_WTD, norm, parts, round=round)
+        message = None if buffer_index is None else Handshake(self._signals, buffer_index)
+        return residual_kernel.add_reduced_norm(x_WTD, addend_WTD, norm, parts, message=message)

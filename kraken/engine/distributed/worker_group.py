@@ -28,17 +28,17 @@ from torch._C._distributed_c10d import Store, TCPStore
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
 from kraken.engine.distributed.all_reduce import DeviceGroup, join_group
-from kraken.engine.distributed.choose_backend import Messages, choose_sums
+from kraken.engine.distributed.choose_backend import MessageShapes, choose_backend
 from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.distributed.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
-from kraken.engine.distributed.rendezvous import Followers, Invitation, Meeting, RanksError, connect
+from kraken.engine.distributed.rendezvous import JoinToken, Rendezvous, WorkerError, WorkerGroup, connect
 from kraken.engine.model.network import Network
 from kraken.engine.model_runner import Runner
 from kraken.model import Kraken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class WeightSource:
     """Where an engine's weights come from: an exchange folder that every rank reads, a model in the leader's memory, of
     which it sends each rank its part, or where neither is given, random numbers for measuring time.
     """
@@ -54,17 +54,17 @@ class Source:
         return random_weights(part, dtype, device) if self.model is None else weights_of(self.model, part)
 
 
-class LeadRunner(Runner):
+class DistributedRunner(Runner):
     """The leader's runner, which has the other ranks run everything too."""
 
-    def __init__(self, network: Network, num_blocks: int, followers: Followers, config: EngineConfig):
+    def __init__(self, network: Network, num_blocks: int, workers: WorkerGroup, config: EngineConfig):
         super().__init__(network, num_blocks, config.tokens_per_block)
-        self._followers, self._config = followers, config
-        followers.watch(network.group.abort)
+        self._workers, self._config = workers, config
+        workers.watch(network.group.abort)
 
     @property
     def failure(self) -> str:
-        return self._followers.failure
+        return self._workers.failure
 
     def record(self, sizes: GraphSizes) -> None:
         """See `Runner.record`.
@@ -72,7 +72,7 @@ class LeadRunner(Runner):
         Raises:
             RanksError: a rank failed, this one included, or the recording takes too long.
         """
-        with self._explained():
+        with self._with_reason():
             self._begin(self._config.startup_timeout_s)
             super().record(sizes)
             self._end()
@@ -83,9 +83,9 @@ class LeadRunner(Runner):
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
         """
-        with self._explained():
+        with self._with_reason():
             self._begin(self._config.collective_timeout_s)
-            self._followers.tell(Kind.STEP, pack_step(chunks))
+            self._workers.send(Kind.STEP, pack_step(chunks))
             return super().forward(chunks, chances)
 
     def join(self) -> None:
@@ -95,49 +95,49 @@ class LeadRunner(Runner):
         Raises:
             RanksError: as `forward`.
         """
-        with self._explained():
+        with self._with_reason():
             self._end()
 
     def _begin(self, timeout_s: float) -> None:
         """What all ranks compute at the same time."""
-        self._require_sound()
+        self._require_healthy()
         if self.is_asynchronous:  # a device waits for another for ever
-            self._followers.deadline = time.monotonic() + timeout_s
+            self._workers.deadline = time.monotonic() + timeout_s
 
     def _end(self) -> None:
         if self.is_asynchronous:
             torch.cuda.current_stream(self.network.device).synchronize()
-            self._followers.deadline = None
-            self._require_sound()
+            self._workers.deadline = None
+            self._require_healthy()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _with_reason(self) -> Iterator[None]:
         try:
             yield
-        except RanksError:
+        except WorkerError:
             raise
         except Exception as error:
-            raise RanksError(self._followers.explain(error)) from error
+            raise WorkerError(self._workers.failure_after(error)) from error
 
     def close(self) -> None:
         """End the other ranks."""
         self.drop_graphs()  # whoever watches may be breaking off sums that are in them
-        self._followers.stop()
+        self._workers.stop()
         super().close()
 
-    def _require_sound(self) -> None:
+    def _require_healthy(self) -> None:
         if self.failure:
-            raise RanksError(self.failure)
+            raise WorkerError(self.failure)
 
 
 @dataclass(frozen=True, slots=True)
-class Lead:
+class DistributedModel:
     """Everything but the cache of an engine on several devices, whose size depends on what memory is left now."""
 
     network: Network
-    followers: Followers
+    workers: WorkerGroup
 
-    def open(self, num_blocks: int, config: EngineConfig, graph_sizes: GraphSizes | None) -> LeadRunner:
+    def open(self, num_blocks: int, config: EngineConfig, graph_sizes: GraphSizes | None) -> DistributedRunner:
         """Make every rank's cache, and on CUDA record their graphs.
 
         Raises:
@@ -146,25 +146,25 @@ class Lead:
         sizes = None if graph_sizes is None else dataclasses.asdict(graph_sizes)
         cache = {"num_blocks": num_blocks, "tokens_per_block": config.tokens_per_block}
         try:
-            self.followers.tell_json(cache | {"graph_sizes": sizes})
-            self.followers.wait_until_done(config.startup_timeout_s)
-            runner = LeadRunner(self.network, num_blocks, self.followers, config)
+            self.workers.send_json(cache | {"graph_sizes": sizes})
+            self.workers.wait_until_ready(config.startup_timeout_s)
+            runner = DistributedRunner(self.network, num_blocks, self.workers, config)
             if graph_sizes is not None:
                 runner.record(graph_sizes)
             return runner
         except BaseException:
-            self.followers.end()
+            self.workers.end()
             raise
 
 
-def lead(
-    source: Source,
+def load_distributed(
+    source: WeightSource,
     num_ids: int,
     config: EngineConfig,
     device: torch.device,
     dtype: torch.dtype,
-    meeting: Meeting | None,
-) -> Lead:
+    rendezvous: Rendezvous | None,
+) -> DistributedModel:
     """Meet the other ranks and load the weights, everybody at once.
 
     Args:
@@ -175,26 +175,28 @@ def lead(
     """
     size = config.num_devices
     part = Part(source.config, 0, size)
-    device = device_of(0, size, device.type, are_all_here=meeting is None)
-    num_threads = threads_of_a_rank(config)
+    device = device_of(0, size, device.type, are_all_here=rendezvous is None)
+    num_threads = threads_per_rank(config)
     if config.sums != "auto" and device.type == "cpu":
         raise ConfigError(f"engine.sums={config.sums} is for CUDA, and this engine runs on a CPU; leave it out")
-    if meeting is None:
-        meeting = Meeting(size)
-        meeting.launch(num_threads)
-    if meeting.num_devices != size:
-        raise ConfigError(f"engine.num_devices={size}, but {meeting.num_devices} ranks were invited; make them equal")
-    followers = meeting.gather(config.startup_timeout_s)
+    if rendezvous is None:
+        rendezvous = Rendezvous(size)
+        rendezvous.launch(num_threads)
+    if rendezvous.num_devices != size:
+        raise ConfigError(
+            f"engine.num_devices={size}, but {rendezvous.num_devices} ranks were invited; make them equal"
+        )
+    workers = rendezvous.wait_for_workers(config.startup_timeout_s)
     try:
-        listener = socket.create_server((meeting.host, 0))
+        listener = socket.create_server((rendezvous.host, 0))
         port = listener.getsockname()[1]
         timeout = timedelta(seconds=config.collective_timeout_s)
         store = TCPStore(
-            meeting.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+            rendezvous.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        terms = {
+        setup = {
             "size": size,
-            "store_host": meeting.host,
+            "store_host": rendezvous.host,
             "store_port": port,
             "model": dataclasses.asdict(source.config),
             "folder": None if source.folder is None else str(source.folder.resolve()),
@@ -210,40 +212,40 @@ def lead(
             "max_step_tokens": config.max_step_tokens,
             "cuda_graphs": config.cuda_graphs,
         }
-        followers.tell_json(terms)
-        group = _join(store, part, meeting.host, device, terms)
+        workers.send_json(setup)
+        group = _join(store, part, rendezvous.host, device, setup)
         weights = source.weights(part, dtype, device)
         if source.model is not None:
             for rank in range(1, size):
                 for _, weight in sorted(weights_of(source.model, Part(source.config, rank, size)).items()):
                     group.send(weight, rank)
         network = Network(part, weights, num_ids, group, config.quantization)
-        followers.wait_until_done(config.startup_timeout_s)
+        workers.wait_until_ready(config.startup_timeout_s)
         if device.type == "cuda":
-            _choose_sums(store, network, terms)
-            followers.wait_until_done(config.startup_timeout_s)
+            _choose_backend(store, network, setup)
+            workers.wait_until_ready(config.startup_timeout_s)
     except BaseException as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, RanksError):
-            raise RanksError(_why(followers, error)) from error
-        followers.end()
+        if isinstance(error, RuntimeError) and not isinstance(error, WorkerError):
+            raise WorkerError(_reason_of(workers, error)) from error
+        workers.end()
         raise
-    return Lead(network, followers)
+    return DistributedModel(network, workers)
 
 
-def follow(invitation: Invitation) -> None:
+def run_worker(join_token: JoinToken) -> None:
     """Be a rank of an engine until the leader ends it.
 
     Raises:
         ConnectionLost: the leader is gone.
         Exception: whatever failed here; the leader has been told.
     """
-    connection = connect(invitation)
+    connection = connect(join_token)
     group, runner = DeviceGroup(), None
     try:
-        network, store, terms = _prepare(connection, invitation.rank)
+        network, store, setup = _prepare(connection, join_token.rank)
         group = network.group
         if network.device.type == "cuda":
-            _choose_sums(store, network, terms)
+            _choose_backend(store, network, setup)
             connection.send_json({"done": True})
         cache = connection.receive_json()
         runner = Runner(network, cache["num_blocks"], cache["tokens_per_block"])
@@ -269,61 +271,61 @@ def follow(invitation: Invitation) -> None:
 
 def _prepare(connection: Connection, rank: int) -> tuple[Network, Store, dict[str, Any]]:
     """The group and the weights, as the leader says."""
-    terms = connection.receive_json()
-    torch.set_num_threads(terms["num_threads"])
-    part = Part(ModelConfig(**terms["model"]), rank, terms["size"])
-    device = device_of(rank, part.size, terms["device"], are_all_here=False)
+    setup = connection.receive_json()
+    torch.set_num_threads(setup["num_threads"])
+    part = Part(ModelConfig(**setup["model"]), rank, setup["size"])
+    device = device_of(rank, part.size, setup["device"], are_all_here=False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = getattr(torch, terms["dtype"])
-    store = TCPStore(terms["store_host"], terms["store_port"], None, False, timedelta(seconds=terms["timeout_s"]))
-    group = _join(store, part, connection.local_address, device, terms)
-    if terms["is_sent"]:
+    dtype = getattr(torch, setup["dtype"])
+    store = TCPStore(setup["store_host"], setup["store_port"], None, False, timedelta(seconds=setup["timeout_s"]))
+    group = _join(store, part, connection.local_address, device, setup)
+    if setup["is_sent"]:
         weights = empty_weights(part, dtype, device)
         for _, weight in sorted(weights.items()):
             group.receive(weight, 0)
-    elif terms["folder"] is not None:
-        weights = read_weights(Path(terms["folder"]), part, dtype, device)
+    elif setup["folder"] is not None:
+        weights = read_weights(Path(setup["folder"]), part, dtype, device)
     else:
         weights = random_weights(part, dtype, device)
-    network = Network(part, weights, terms["num_ids"], group, terms["quantization"])
+    network = Network(part, weights, setup["num_ids"], group, setup["quantization"])
     connection.send_json({"done": True})
-    return network, store, terms
+    return network, store, setup
 
 
-def _join(store: Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
-    leaves_room = part.config.architecture == "kraken" and terms["overlap"] == "overlapped"
-    message_bytes = terms["max_step_tokens"] * part.config.width * getattr(torch, terms["dtype"]).itemsize
-    timeout_s, overlap = terms["timeout_s"], terms["overlap"]
+def _join(store: Store, part: Part, address: str, device: torch.device, setup: dict[str, Any]) -> DeviceGroup:
+    leaves_room = part.config.architecture == "kraken" and setup["overlap"] == "overlapped"
+    message_bytes = setup["max_step_tokens"] * part.config.width * getattr(torch, setup["dtype"]).itemsize
+    timeout_s, overlap = setup["timeout_s"], setup["overlap"]
     return join_group(store, part.rank, part.size, address, device, timeout_s, overlap, leaves_room, message_bytes)
 
 
-def _choose_sums(store: Store, network: Network, terms: dict[str, Any]) -> None:
+def _choose_backend(store: Store, network: Network, setup: dict[str, Any]) -> None:
     """On CUDA, at the same time on every rank; see `choose_sums`."""
     part = network.part
-    messages = Messages(
+    shapes = MessageShapes(
         num_ways=len(part.ways),
         width=part.config.width,
-        max_tokens=terms["max_step_tokens"],
-        num_columns=len(part.head_rows(terms["num_ids"])),
+        max_tokens=setup["max_step_tokens"],
+        num_columns=len(part.head_rows(setup["num_ids"])),
         dtype=network.dtype,
         is_kraken=part.config.architecture == "kraken",
     )
-    choose_sums(
-        network.group, store, network.device, messages, network.first_layers,
-        terms["sums"], terms["cuda_graphs"], terms["timeout_s"],
+    choose_backend(
+        network.group, store, network.device, shapes, network.first_layers,
+        setup["sums"], setup["cuda_graphs"], setup["timeout_s"],
     )  # fmt: skip
 
 
-def _why(followers: Followers, error: Exception) -> str:
+def _reason_of(workers: WorkerGroup, error: Exception) -> str:
     """A rank's own words where it has some."""
     try:
-        followers.wait_until_done(1.0)
-    except RanksError as reason:
+        workers.wait_until_ready(1.0)
+    except WorkerError as reason:
         if "was not ready" not in str(reason):
             return str(reason)
     finally:
-        followers.end()
+        workers.end()
     return f"the devices do not reach each other: {error}"
 
 
@@ -343,7 +345,7 @@ def device_of(rank: int, size: int, kind: str, are_all_here: bool) -> torch.devi
     return torch.device("cuda", rank if count >= size else 0)
 
 
-def threads_of_a_rank(config: EngineConfig) -> int:
+def threads_per_rank(config: EngineConfig) -> int:
     """CPU threads of each rank."""
     return max(1, (config.num_threads or len(os.sched_getaffinity(0))) // config.num_devices)
 
@@ -351,11 +353,11 @@ def threads_of_a_rank(config: EngineConfig) -> int:
 def main() -> None:
     """A follower that the leader started: its invitation is a line of stdin, and the end of stdin is the leader's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the leader, who then ends us
-    invitation = Invitation.from_json(sys.stdin.readline())
+    join_token = JoinToken.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_the_leader, daemon=True).start()
     status = 0
     try:
-        follow(invitation)
+        run_worker(join_token)
     except Exception:  # the leader says it
         status = 1
     os._exit(status)  # whatever a process group still waits for

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import Quantization
-from kraken.engine.distributed.all_reduce import DeviceGroup, PendingSum
+from kraken.engine.distributed.all_reduce import DeviceGroup, ProcessGroupHandle
 from kraken.engine.distributed.partition import Part, Weights
-from kraken.engine.distributed.peer_all_reduce import PeerSum
+from kraken.engine.distributed.peer_all_reduce import PeerHandle
 from kraken.engine.kernels.choose import has_kernels
 from kraken.engine.model import residual
 from kraken.engine.model.attention import PagedAttend
@@ -96,7 +96,7 @@ class Network:
         if state.pending is not None:  # nothing may be left in flight
             norm = self._layers[0].ln_2
             assert norm is not None
-            state.pending.see(state.x_WTD, state.x_WTD, norm)
+            state.pending.add_reduced_norm(state.x_WTD, state.x_WTD, norm)
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
         """The ways' states [W, R, D] after the last layer, of the ways held here and the tokens that are read out."""
@@ -125,7 +125,7 @@ class Network:
     def _logits(self, x_WTD: Tensor) -> Tensor:
         y_TD = x_WTD[0]
         if self._conjunction is not None:
-            y_TD = self.group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
+            y_TD = self.group.all_reduce(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
             if self._conjunction_bias_D is not None:
                 y_TD = y_TD + self._conjunction_bias_D
         logits_TV = self._head(self._ln_f(y_TD[None]))[0]
@@ -142,7 +142,7 @@ class _State:
     x_WTD: Tensor
     normed: Normed | None
     """Its `ln_1`; None after the last layer."""
-    pending: PendingSum | PeerSum | None = None
+    pending: ProcessGroupHandle | PeerHandle | None = None
     """The sum over all ways of x, in flight, where the layer reads it."""
 
 
@@ -196,23 +196,23 @@ class _NetworkLayer:
         if rows_R is not None:
             x_WTD = x_WTD.index_select(1, rows_R)
             if self.reads_others and len(rows_R):
-                pending = self._group.start_sum(x_WTD)
+                pending = self._group.start(x_WTD)
         attended_WTD = self._attention(normed, heads, rows_R)
         if not attended_WTD.shape[1]:
             return _State(x_WTD, None)
         if self.ln_2 is None:
             normed = normed if rows_R is None else select(normed, rows_R)
-            return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
+            return _State(*self._group.all_reduce_add_norm(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
         if self._sums_parts:  # tensor parallelism: what follows reads a sum, so each is waited for
-            a_WTD, normed = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+            a_WTD, normed = self._group.all_reduce_add_norm(x_WTD, attended_WTD, self.ln_2)
             assert normed is not None
-            return _State(*self._group.add_sum(a_WTD, self._mlp(normed), self.next_norm))
+            return _State(*self._group.all_reduce_add_norm(a_WTD, self._mlp(normed), self.next_norm))
         if pending is None:
-            a_WTD, normed = residual.advance(x_WTD, attended_WTD, self.ln_2)
+            a_WTD, normed = residual.add_norm(x_WTD, attended_WTD, self.ln_2)
         else:  # the sum was in flight during attention
-            a_WTD, normed = pending.see(x_WTD, attended_WTD, self.ln_2)
+            a_WTD, normed = pending.add_reduced_norm(x_WTD, attended_WTD, self.ln_2)
         assert normed is not None
-        return _State(*self._group.advance(a_WTD, self._mlp(normed), self.next_norm, sums_next))
+        return _State(*self._group.add_norm(a_WTD, self._mlp(normed), self.next_norm, sums_next))
 
     def _attention(
         self, normed: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor], rows_R: Tensor | None

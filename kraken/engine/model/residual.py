@@ -17,14 +17,14 @@ from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 
 
-def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+def add_norm(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
     """x + addend, and the norm of it where there is one."""
     if has_kernels(x_WTD):
         from kraken.engine.kernels.cuda import (
             residual_norm as residual_kernel,  # which imports Triton, and only CUDA has that
         )
 
-        return residual_kernel.advance(x_WTD, addend_WTD, norm)
+        return residual_kernel.add_norm(x_WTD, addend_WTD, norm)
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
         return kernels.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
@@ -32,7 +32,7 @@ def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tenso
     return out_WTD, None if norm is None else norm(out_WTD)
 
 
-def see(
+def add_reduced_norm(
     x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
 ) -> tuple[Tensor, Normed]:
     """x + addend, and of each way held here the norm of that, the other ways' x and the part.
@@ -44,7 +44,9 @@ def see(
     if has_kernels(x_WTD):
         from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
-        return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
+        return residual_kernel.add_reduced_norm(
+            x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total
+        )
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
         a_WTD, normed_WTD = kernels.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
