@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.batch import Chance, Chunk, Readout
+from kraken.engine.batch import Chance, Chunk, ForwardOutput
 from kraken.engine.engine import TorchEngine
 from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
@@ -108,12 +108,12 @@ class Ours:
         prompt = torch.randint(self._vocab_size, (prompt_tokens,)).tolist()
         return Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
 
-    def _timed_forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
+    def _timed_forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> ForwardOutput:
         started_at = time.perf_counter()
-        readout = self._forward(chunks, chances)
-        wait(readout.logits_RV.device)
+        forward_output = self._forward(chunks, chances)
+        wait(forward_output.logits_RV.device)
         self.forward_s += time.perf_counter() - started_at
-        return readout
+        return forward_output
 
 
 class Transformers:

@@ -52,8 +52,8 @@ from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.distributed.all_reduce import join_group
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model.quantized import FLOAT8, Fp8Linear, quantise
-from kraken.engine.model_runner import Runner
+from kraken.engine.model.quantized import FLOAT8, Fp8Linear, quantize
+from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 
 SIZES = {
@@ -102,7 +102,7 @@ class Contestant:
         self._num_requests = 0
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> ModelRunner:
         """What computes in this process."""
         return self._engine._runner
 
@@ -248,7 +248,7 @@ def rates_of(args: argparse.Namespace) -> tuple[float, float]:
 def quantised_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large product in float8."""
     size = 8192 if device.type == "cuda" else 1024
-    rows = quantise(torch.randn(1, size, size, device=device).to(dtype))
+    rows = quantize(torch.randn(1, size, size, device=device).to(dtype))
     linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None)
     return 2 * size**3 / best_seconds(lambda: linear(rows), device, 4)
 

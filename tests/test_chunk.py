@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.batch import GraphSizes, Readout, sizes_up_to
+from kraken.engine.batch import ForwardOutput, GraphSizes, sizes_up_to
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 16, 31, 100, 2048])
@@ -19,12 +19,12 @@ def test_sizes_reach_the_largest_and_waste_little(most: int) -> None:
 
 def test_sizes_can_be_chosen() -> None:
     sizes = GraphSizes(max_batch_size=8, max_prompt_tokens=512, max_blocks=4)
-    assert sizes.of_batches == [1, 2, 4, 8]
-    assert sizes.of_prompts[0] == 16 and sizes.of_prompts[-1] == 512
+    assert sizes.batch_sizes == [1, 2, 4, 8]
+    assert sizes.prompt_lengths[0] == 16 and sizes.prompt_lengths[-1] == 512
     chosen = dataclasses.replace(sizes, chosen=(512, 1, 8, 128, 2048, 8))
-    assert chosen.of_batches == [1, 8]
-    assert chosen.of_prompts == [1, 8, 128, 512]
-    assert dataclasses.replace(sizes, chosen=(100,)).of_batches == []  # every batch is computed kernel by kernel
+    assert chosen.batch_sizes == [1, 8]
+    assert chosen.prompt_lengths == [1, 8, 128, 512]
+    assert dataclasses.replace(sizes, chosen=(100,)).batch_sizes == []  # every batch is computed kernel by kernel
 
 
 @pytest.mark.parametrize("config", [{"cuda_graph_sizes": (0, 1)}, {"cuda_graph_sizes": (8,), "cuda_graphs": False}])
@@ -34,7 +34,7 @@ def test_sizes_that_cannot_be_are_refused(config: dict[str, object]) -> None:
 
 
 def test_what_a_pass_is_still_drawing_is_not_copied() -> None:
-    readout = Readout(torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.int64))
-    assert readout.of([0, 1, 2]) is readout
-    some = readout.of([0, 2])
-    assert some.logits_RV.tolist() == [[0.0, 1.0], [4.0, 5.0]] and some.next_R is None
+    forward_output = ForwardOutput(torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.int64))
+    assert forward_output.of([0, 1, 2]) is forward_output
+    some = forward_output.of([0, 2])
+    assert some.logits_RV.tolist() == [[0.0, 1.0], [4.0, 5.0]] and some.next_ids_R is None

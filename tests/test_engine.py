@@ -22,9 +22,9 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
-from kraken.engine.batch import Chunk, Readout
+from kraken.engine.batch import Chunk, ForwardOutput
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model_runner import Runner
+from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -496,7 +496,7 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> None:
-            def broken(*args: object) -> Readout:
+            def broken(*args: object) -> ForwardOutput:
                 raise torch.OutOfMemoryError("no memory left")
 
             monkeypatch.setattr(engine._runner, "forward", broken)
@@ -513,7 +513,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """But a first token at once, and none is lost with the engine."""
-        monkeypatch.setattr(Runner, "is_asynchronous", True)
+        monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> tuple[list[int], list[int]]:
@@ -539,7 +539,7 @@ class TestLifetime:
                 await task
             return expected, found
 
-        def fail(chunks: list[Chunk], chances: Any = ()) -> Readout:
+        def fail(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
             raise torch.OutOfMemoryError("no memory left")
 
         expected, found = with_engine(artefacts.exchange, use)
@@ -581,13 +581,13 @@ class TestLifetime:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
-                readout = forward(chunks, chances)
+            def poisoned(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
+                forward_output = forward(chunks, chances)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.start == 8:  # the second token of the longest prompt
-                        readout.logits_RV[row] = math.nan
-                return readout
+                        forward_output.logits_RV[row] = math.nan
+                return forward_output
 
             expected = [await tokens_of(engine, make_request("e", prompt)) for prompt in prompts[:2]]
             with monkeypatch.context() as patch:
@@ -605,14 +605,14 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
     ) -> None:
         """Three share a prefix of two blocks; the one whose forward pass fails computed it for all of them."""
-        monkeypatch.setattr(Runner, "is_asynchronous", is_asynchronous)
+        monkeypatch.setattr(ModelRunner, "is_asynchronous", is_asynchronous)
         (shared,) = prompts_of(artefacts.data, 16)
 
         async def use(engine: TorchEngine) -> None:
             forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
             expected = with_model_tokens(artefacts, prompts)
 
-            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
+            def broken(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
                 if any(chunk.token_ids[-1] == 7 for chunk in chunks):
                     raise RuntimeError("no such kernel")
                 return forward(chunks, chances)
@@ -637,7 +637,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def use(engine: TorchEngine) -> None:
-            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
+            def broken(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
                 raise RuntimeError("nothing works")
 
             monkeypatch.setattr(engine._runner, "forward", broken)

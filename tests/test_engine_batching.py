@@ -13,7 +13,7 @@ from gate import Gate
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.engine import TorchEngine
 from kraken.engine.kv_cache import BlockPool, BlockTable
-from kraken.engine.model.linear import PackedLinear, PlainLinear, make_linear
+from kraken.engine.model.linear import OneDnnLinear, TorchLinear, make_linear
 from kraken.engine.protocol import EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.engine.scheduler import Scheduler, Sequence
 from kraken.evaluate import collect
@@ -244,8 +244,8 @@ class TestLinears:
         weight, bias = torch.randn(num_ways, 40, 24), torch.randn(num_ways, 40)
         x = torch.randn(num_ways, num_tokens, 24)
         for b in (None, bias):
-            torch.testing.assert_close(PackedLinear(weight, b)(x), PlainLinear(weight, b)(x), rtol=0, atol=1e-4)
-        assert isinstance(make_linear(weight.double(), None), PlainLinear)
+            torch.testing.assert_close(OneDnnLinear(weight, b)(x), TorchLinear(weight, b)(x), rtol=0, atol=1e-4)
+        assert isinstance(make_linear(weight.double(), None), TorchLinear)
 
 
 class TestBlocks:
@@ -287,7 +287,7 @@ class TestBlocks:
         pool = BlockPool(4, 1)
         table = pool.take(BlockTable(), 2, 2)
         pool.publish(table, [1, 2], 2)
-        pool.release(table, forget=True)
+        pool.release(table, invalidate=True)
         assert not pool.find([1, 2, 3]).blocks and pool.num_free == 4
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from kraken.engine import sampler as sampling
-from kraken.engine.kernels.cpu.kernels import CpuKernels, cpu_kernels, huge_zeros
+from kraken.engine.kernels.cpu.kernels import CpuKernels, cpu_kernels, zeros_in_huge_pages
 from kraken.engine.model import attention
-from kraken.engine.model.attention import PagedCache, Piece
-from kraken.engine.model.linear import NativeLinear, PackedLinear, PlainLinear, make_linear
+from kraken.engine.model.attention import PagedKVCache, Piece
+from kraken.engine.model.linear import CpuLinear, OneDnnLinear, TorchLinear, make_linear
 from kraken.engine.protocol import SamplingParams
 from kraken.engine.sampler import Draw, sample, uniform
 
@@ -58,8 +58,8 @@ def test_linears_equal_torchs(
     x = torch.randn(num_ways, num_tokens, num_inputs)
     for b in (None, bias):
         for act in ("none", "gelu"):
-            found = NativeLinear(weight, b, act, kernels)(x)
-            torch.testing.assert_close(found, PlainLinear(weight, b, act)(x), rtol=1e-5, atol=1e-5)
+            found = CpuLinear(weight, b, act, kernels)(x)
+            torch.testing.assert_close(found, TorchLinear(weight, b, act)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", NUMS_TOKENS)
@@ -73,10 +73,10 @@ def test_linears_of_bfloat16_sum_in_float32(num_tokens: int, num_inputs: int, nu
     bias, x = torch.randn(num_ways, 101).bfloat16(), torch.randn(num_ways, num_tokens, num_inputs).bfloat16()
     for b in (None, bias):
         for act in ("none", "gelu"):
-            expected = PlainLinear(weight.float(), None if b is None else b.float(), act)(x.float())
-            wide = NativeLinear(weight, b, act, kernels, is_wide=True)(x)
+            expected = TorchLinear(weight.float(), None if b is None else b.float(), act)(x.float())
+            wide = CpuLinear(weight, b, act, kernels, is_wide=True)(x)
             torch.testing.assert_close(wide, expected, rtol=1e-5, atol=1e-5)
-            linear = NativeLinear(weight, b, act, kernels)
+            linear = CpuLinear(weight, b, act, kernels)
             linear._of_many = None
             assert torch.equal(linear(x), wide.bfloat16())
 
@@ -84,16 +84,16 @@ def test_linears_of_bfloat16_sum_in_float32(num_tokens: int, num_inputs: int, nu
 def test_parts_of_prompts_in_bfloat16_go_to_onednn_where_it_is_fast() -> None:
     kernels = kernels_of(torch.bfloat16)
     weight, x = torch.randn(1, 50, 40).bfloat16() / 6, torch.randn(1, 100, 40).bfloat16()
-    linear = NativeLinear(weight, None, "gelu", kernels)
+    linear = CpuLinear(weight, None, "gelu", kernels)
     assert (linear._of_many is not None) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     expected = F.gelu(x.float() @ weight[0].float().T, approximate="tanh")
     torch.testing.assert_close(linear(x).float(), expected, rtol=1e-2, atol=1e-2)
-    assert not isinstance(make_linear(weight[:, :, :39], None), NativeLinear)  # half a word would be left
+    assert not isinstance(make_linear(weight[:, :, :39], None), CpuLinear)  # half a word would be left
     assert make_linear(weight, None, is_wide=True)(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", [PackedLinear, PlainLinear])
-def test_gelu_after_a_linear_is_the_tanh_form(kind: type[PackedLinear] | type[PlainLinear]) -> None:
+@pytest.mark.parametrize("kind", [OneDnnLinear, TorchLinear])
+def test_gelu_after_a_linear_is_the_tanh_form(kind: type[OneDnnLinear] | type[TorchLinear]) -> None:
     weight, bias, x = torch.randn(1, 40, 24), torch.randn(1, 40), torch.randn(1, 7, 24)
     expected = F.gelu(F.linear(x, weight[0], bias[0]), approximate="tanh")
     torch.testing.assert_close(kind(weight, bias, "gelu")(x), expected, rtol=1e-5, atol=1e-5)
@@ -101,7 +101,7 @@ def test_gelu_after_a_linear_is_the_tanh_form(kind: type[PackedLinear] | type[Pl
 
 def test_gelu_of_very_large_numbers(kernels: CpuKernels) -> None:
     x = torch.tensor([[[-1e4, -30.0, -5.0, 0.0, 5.0, 30.0, 1e4]]]).transpose(1, 2)
-    found = NativeLinear(torch.ones(1, 1, 1), None, "gelu", kernels)(x)
+    found = CpuLinear(torch.ones(1, 1, 1), None, "gelu", kernels)(x)
     torch.testing.assert_close(found, F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
 
 
@@ -109,7 +109,7 @@ def test_gelu_of_very_large_numbers(kernels: CpuKernels) -> None:
 def test_what_is_no_number_stays_so(dtype: torch.dtype) -> None:
     x = torch.ones(1, 3, 40, dtype=dtype)
     x[0, 1, 5] = torch.nan
-    found = NativeLinear(torch.ones(1, 50, 40, dtype=dtype), None, "gelu", kernels_of(dtype))(x)[0]
+    found = CpuLinear(torch.ones(1, 50, 40, dtype=dtype), None, "gelu", kernels_of(dtype))(x)[0]
     assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
 
 
@@ -134,9 +134,9 @@ def test_attention_equals_torchs(
         num = -(-(start + count) // tokens_per_block)
         pieces.append(Piece(start, count, [order.pop() for _ in range(num)]))
     arguments = (2, num_heads, head_size, num_blocks, tokens_per_block)
-    ours = PagedCache(*arguments, dtype, torch.device("cpu"))
+    ours = PagedKVCache(*arguments, dtype, torch.device("cpu"))
     monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)
-    theirs = PagedCache(*arguments, torch.float32, torch.device("cpu"))
+    theirs = PagedKVCache(*arguments, torch.float32, torch.device("cpu"))
     theirs.keys_LNSH.copy_(ours.keys_LNSH.normal_(std=2.0))
     theirs.values_LNSH.copy_(ours.values_LNSH.normal_())
     qkv = torch.randn(sum(counts), 3, num_heads, head_size, dtype=dtype)
@@ -175,7 +175,7 @@ def test_released_threads_end_and_come_back(kernels: CpuKernels) -> None:
         assert torch.equal(linear(x), expected) and torch.get_num_threads() == 3
         assert num_new(before, 2) == 2
 
-    linear, x = NativeLinear(torch.randn(1, 500, 40), None, "none", kernels), torch.randn(1, 3, 40)
+    linear, x = CpuLinear(torch.randn(1, 500, 40), None, "none", kernels), torch.randn(1, 3, 40)
     num_threads_of_torch = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -192,7 +192,7 @@ def test_of_other_types_and_devices_there_are_none() -> None:
 @pytest.mark.parametrize("shape", [(3, 5), (1100, 512), (2200, 512)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_in_large_pages_are_zeros_and_can_be_written(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    zeros = huge_zeros(shape, dtype)
+    zeros = zeros_in_huge_pages(shape, dtype)
     assert zeros.shape == shape and zeros.dtype == dtype and not zeros.any()
     zeros += 1.0
     assert bool((zeros == 1.0).all())
@@ -293,7 +293,7 @@ def test_rows_that_are_no_numbers_give_no_token(kernels: CpuKernels, odd: float,
 
 def test_attention_to_very_large_scores_and_to_what_is_no_number(kernels: CpuKernels) -> None:
     """One sequence's NaN stays with it, and a weight may be all or nothing."""
-    cache = PagedCache(1, 2, 24, 20, 16, torch.float32, torch.device("cpu"))
+    cache = PagedKVCache(1, 2, 24, 20, 16, torch.float32, torch.device("cpu"))
     q, k, v = torch.randn(120, 3, 2, 24).unbind(dim=1)
     q, k = q * 100.0, k * 100.0
     k[0] = torch.nan

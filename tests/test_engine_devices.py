@@ -21,7 +21,7 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine.batch import Chunk, Readout
+from kraken.engine.batch import Chunk, ForwardOutput
 from kraken.engine.choose import Choice, open_engine
 from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
@@ -255,13 +255,13 @@ class TestFailure:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
-                readout = forward(chunks, chances)
+            def poisoned(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
+                forward_output = forward(chunks, chances)
                 rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
                 for row, chunk in enumerate(rows):
                     if chunk.token_ids[-1] == 7:
-                        readout.logits_RV[row] = torch.nan
-                return readout
+                        forward_output.logits_RV[row] = torch.nan
+                return forward_output
 
             engine._runner.forward = poisoned  # type: ignore[method-assign]
             bad = Request(id="bad", prompt_ids=(1, 7), sampling=SamplingParams(max_tokens=3))

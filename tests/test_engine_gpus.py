@@ -23,7 +23,7 @@ from kraken.engine.distributed import choose_backend as choose_backend
 from kraken.engine.distributed.rendezvous import Rendezvous, WorkerError
 from kraken.engine.distributed.worker_group import WeightSource
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model.linear import PlainLinear
+from kraken.engine.model.linear import TorchLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.evaluate import collect
 from kraken.model import Kraken
@@ -192,7 +192,7 @@ class TestFailure:
             "from kraken.engine import model_runner as runner\n"
             "from kraken.engine.distributed import worker_group as ranks\n"
             "def record(self, sizes): raise ValueError('no graph today')\n"
-            "runner.Runner.record = record; ranks.main()"
+            "runner.ModelRunner.record = record; ranks.main()"
         )
         rendezvous = Rendezvous(2)
         rendezvous.launch(1, {1: [sys.executable, "-c", failing]})
@@ -260,7 +260,7 @@ def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
     weight_1OI, bias_1O = torch.randn(1, 96, 64, device="cuda"), torch.randn(1, 96, device="cuda")
     x_1TI = torch.randn(1, 7, 64, device="cuda")
     for bias in (None, bias_1O):
-        linear = PlainLinear(weight_1OI.bfloat16(), None if bias is None else bias.bfloat16(), "gelu")
+        linear = TorchLinear(weight_1OI.bfloat16(), None if bias is None else bias.bfloat16(), "gelu")
         y_TO = x_1TI.bfloat16()[0].double() @ weight_1OI[0].bfloat16().double().t()
         y_TO = y_TO if bias is None else y_TO + bias[0].bfloat16().double()
         expected_TO = F.gelu(y_TO, approximate="tanh")

@@ -12,7 +12,7 @@ from kraken.engine.distributed.all_reduce import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.model import attention
 from kraken.engine.model.network import Network
-from kraken.engine.model_runner import Runner
+from kraken.engine.model_runner import ModelRunner
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -23,14 +23,14 @@ BLOCKS = [5, 2, 9, 0, 11]
 
 @pytest.mark.parametrize("variant", DIVISIBLE)
 def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine.cuda_graphs import GraphedForward
+    from kraken.engine.cuda_graphs import CudaGraphRunner
 
     monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)  # whose cache has another layout
     model = make_model(variant).to(DEVICE)
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup())
-    plain, graphed = (Runner(network, num_blocks=16, tokens_per_block=TOKENS_PER_BLOCK) for _ in range(2))
-    graphs = object.__new__(GraphedForward)  # no device to record on
+    plain, graphed = (ModelRunner(network, num_blocks=16, tokens_per_block=TOKENS_PER_BLOCK) for _ in range(2))
+    graphs = object.__new__(CudaGraphRunner)  # no device to record on
     graphs._network, graphs._cache, graphs._num_multiprocessors = network, graphed.cache, 132
     ids = torch.randint(NUM_IDS, (PROMPT + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     prompt_C = torch.full((2 * SIZE + 1,), 7, dtype=torch.int32, device=DEVICE)  # what another prompt left behind it

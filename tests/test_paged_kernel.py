@@ -22,7 +22,7 @@ def plain(q_BNH: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("num_parts", [1, 4])
 @pytest.mark.parametrize("head_size", [16, 24])
-def test_paged_decode_equals_plain_attention(num_parts: int, head_size: int) -> None:
+def test_paged_decode_equals_plain_attention(num_splits: int, head_size: int) -> None:
     from kraken.engine.kernels.cuda.paged_attention import paged_decode
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_paged_decode_equals_plain_attention(num_parts: int, head_size: int) -> 
             keys_before[:, where[-1]], values_before[:, where[-1]] = k[row], v[row]
     out = paged_decode(
         q, k, v, keys_NSH, values_NSH, tables_BM, torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        tokens_per_block, num_parts,
+        tokens_per_block, num_splits,
     )  # fmt: skip
     assert torch.equal(keys_NSH, keys_before) and torch.equal(values_NSH, values_before)  # stored, and nothing else
     filled = [row for row, length in enumerate(lengths) if length]
@@ -55,13 +55,13 @@ def test_paged_decode_equals_plain_attention(num_parts: int, head_size: int) -> 
 
 
 def test_parts_fill_the_device_and_no_more() -> None:
-    from kraken.engine.kernels.cuda.paged_attention import num_parts_for
+    from kraken.engine.kernels.cuda.paged_attention import num_splits_for
 
-    assert num_parts_for(1, 12, 132) == 16 and num_parts_for(8, 12, 132) == 2 and num_parts_for(64, 12, 132) == 1
+    assert num_splits_for(1, 12, 132) == 16 and num_splits_for(8, 12, 132) == 2 and num_splits_for(64, 12, 132) == 1
 
 
 def test_paged_store_writes_a_sequence_and_nothing_behind_its_end() -> None:
-    from kraken.engine.kernels.cuda.paged_attention import Shelf, paged_store
+    from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, paged_store
 
     torch.manual_seed(0)
     keys_NSH, values_NSH = (torch.randn(2, 12, 24, device=DEVICE) for _ in range(2))
@@ -70,5 +70,5 @@ def test_paged_store_writes_a_sequence_and_nothing_behind_its_end() -> None:
     expected_keys[:, [8, 9, 10, 11, 0]] = k_TNH[:5].transpose(0, 1)
     expected_values[:, [8, 9, 10, 11, 0]] = v_NTH[:, :5]
     blocks_M, last_1 = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([2, 0, 77], [4]))
-    paged_store(k_TNH, v_NTH.transpose(0, 1), Shelf(keys_NSH, values_NSH, blocks_M, last_1, 4))  # two layouts
+    paged_store(k_TNH, v_NTH.transpose(0, 1), SequenceSlots(keys_NSH, values_NSH, blocks_M, last_1, 4))  # two layouts
     assert torch.equal(keys_NSH, expected_keys) and torch.equal(values_NSH, expected_values)

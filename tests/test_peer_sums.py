@@ -31,7 +31,7 @@ from kraken.engine.distributed.peer_memory import PeerMemory
 from kraken.engine.distributed.rendezvous import WorkerError
 from kraken.engine.model.network import Network
 from kraken.engine.model.norm import Norm
-from kraken.engine.model_runner import Runner
+from kraken.engine.model_runner import ModelRunner
 from kraken.model import Kraken
 
 NUM_IDS = 120
@@ -130,7 +130,7 @@ def on_all_ranks(work: list[Callable[[], Any]]) -> list[Any]:
     return results
 
 
-def make_runners(model: Kraken, num_ranks: int, overlap: Any, backend: Backend) -> list[Runner]:
+def make_runners(model: Kraken, num_ranks: int, overlap: Any, backend: Backend) -> list[ModelRunner]:
     config = model.config
     columns = -(-NUM_IDS // num_ranks)
     peers = make_peers(num_ranks, num_buffer_bytes(24, config.width, columns, torch.float32))
@@ -140,7 +140,7 @@ def make_runners(model: Kraken, num_ranks: int, overlap: Any, backend: Backend) 
         group = DeviceGroup(rank, num_ranks, None, overlap)
         group.use_peers(peers[rank], lambda num_tokens: backend)
         weights = {name: weight.clone() for name, weight in weights_of(model, part).items()}
-        runners.append(Runner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
+        runners.append(ModelRunner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
     return runners
 
 
@@ -161,7 +161,7 @@ def test_passes_equal_those_of_one_device(variant: str, overlap: str, backend: B
         [Chunk(ids[27:28], 21, blocks, 1)],
     ]
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
-    alone = Runner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
+    alone = ModelRunner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
     for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
         runners = make_runners(model, num_ranks, overlap, backend)
         passes_of = [lambda runner=runner: [runner.forward(step).logits_RV for step in steps] for runner in runners]  # type: ignore[misc]

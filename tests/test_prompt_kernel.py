@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() else [torc
 @pytest.mark.parametrize("head_size", [8, 24, 64])
 @pytest.mark.parametrize("num_tokens", [1, 16, 45, 130, 300])  # the last too long for the kernel
 def test_a_prompt_equals_plain_attention(num_tokens: int, head_size: int, dtype: torch.dtype) -> None:
-    from kraken.engine.kernels.cuda.paged_attention import Shelf
+    from kraken.engine.kernels.cuda.paged_attention import SequenceSlots
     from kraken.engine.kernels.cuda.prompt_attention import attend_prompt
 
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def test_a_prompt_equals_plain_attention(num_tokens: int, head_size: int, dtype:
     slots_T = (blocks_M.long()[:, None] * 4 + torch.arange(4, device=DEVICE)).flatten()[: T // 2 + 1]
     expected_keys[:, slots_T] = k[: T // 2 + 1].transpose(0, 1)
     expected_values[:, slots_T] = v[: T // 2 + 1].transpose(0, 1)
-    out_TNH = attend_prompt(q, k, v, Shelf(keys_NSH, values_NSH, blocks_M, last_1, 4))
+    out_TNH = attend_prompt(q, k, v, SequenceSlots(keys_NSH, values_NSH, blocks_M, last_1, 4))
     assert out_TNH.shape == (T, N, H) and out_TNH.dtype == dtype
     assert torch.equal(keys_NSH, expected_keys) and torch.equal(values_NSH, expected_values)
     exact = F.scaled_dot_product_attention(*(x.transpose(0, 1).double() for x in (q, k, v)), is_causal=True)

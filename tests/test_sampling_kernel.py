@@ -23,11 +23,11 @@ def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling_kernel, "TILE", 512)
 
 
-def next_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> list[int]:
+def sample_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> list[int]:
     from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
     chances_B2 = torch.tensor(chances, dtype=torch.float64, device=logits_BV.device)
-    found: list[int] = sampling_kernel.next_ids(logits_BV, chances_B2).tolist()
+    found: list[int] = sampling_kernel.sample_ids(logits_BV, chances_B2).tolist()
     return found
 
 
@@ -35,9 +35,9 @@ def next_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> lis
 def test_the_most_likely_ids_equal_those_of_torch(num_ids: int) -> None:
     torch.manual_seed(0)
     logits_BV = torch.randint(-9, 5, (40, num_ids + 3), device=DEVICE).float()[:, :num_ids]  # many are equal
-    found = next_ids(logits_BV, [GREEDY] * 40)
+    found = sample_ids(logits_BV, [GREEDY] * 40)
     assert found == logits_BV.cpu().max(dim=-1).indices.tolist()
-    assert found == next_ids(logits_BV.t().contiguous().t(), [GREEDY] * 40)
+    assert found == sample_ids(logits_BV.t().contiguous().t(), [GREEDY] * 40)
 
 
 def test_rows_that_are_no_numbers_have_none() -> None:
@@ -45,8 +45,8 @@ def test_rows_that_are_no_numbers_have_none() -> None:
     logits_BV = torch.zeros(6, 700, device=DEVICE)
     logits_BV[0, 699], logits_BV[1, 3], logits_BV[2] = nan, inf, -inf
     logits_BV[3, 5:], logits_BV[4, :600], logits_BV[5, 400] = -inf, -inf, 90
-    assert next_ids(logits_BV, [GREEDY] * 6) == [-1, -1, -1, 0, 600, 400]
-    assert next_ids(logits_BV, [(1.0, 0.5)] * 6) == [-1, -1, -1, 2, 650, 400]
+    assert sample_ids(logits_BV, [GREEDY] * 6) == [-1, -1, -1, 0, 600, 400]
+    assert sample_ids(logits_BV, [(1.0, 0.5)] * 6) == [-1, -1, -1, 2, 650, 400]
 
 
 @pytest.mark.parametrize("num_ids", [1, 50, 256, 1300])
@@ -59,7 +59,7 @@ def test_draws_walk_the_distribution(num_ids: int, temperature: float) -> None:
     if num_ids > 1:
         logits_BV[:, 1::3] = -torch.inf
     places = [0.0, 1.0 - 2.0**-53, *(uniform(3, index) for index in range(58))]
-    found = next_ids(logits_BV, [(temperature, place) for place in places])
+    found = sample_ids(logits_BV, [(temperature, place) for place in places])
     shares_BV = (logits_BV.double() / temperature).softmax(dim=-1).cpu()
     mass_BV = shares_BV.cumsum(dim=-1)
     for row, (token, place) in enumerate(zip(found, places, strict=True)):
@@ -87,7 +87,7 @@ def test_a_pass_that_draws_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Idle())
     assert sample(logits_BV, draws) == expected
     chances_B2 = torch.tensor([chance_of(draw) for draw in draws], dtype=torch.float64, device=DEVICE)
-    next_B = sampling_kernel.next_ids(logits_BV, chances_B2)
+    next_B = sampling_kernel.sample_ids(logits_BV, chances_B2)
     assert sample(logits_BV, draws, next_B.cpu()) == expected
     assert sample(logits_BV[:3], draws[:3], next_B[:3].cpu()) == expected[:3]
     penalised = Draw(SamplingParams(temperature=0.0, repetition_penalty=100.0), 0, 1, {expected[0] or 0})

@@ -32,21 +32,21 @@ between 0 and 1 the draw falls in the distribution, walked in the order of the i
 
 
 @dataclass(frozen=True, slots=True)
-class Readout:
+class ForwardOutput:
     """What a pass reads out: the rows that each chunk asked for, one chunk after the other. The next pass may overwrite
     it. Of several devices only the first has it.
     """
 
     logits_RV: Tensor
     """float32 [rows, ids]."""
-    next_R: Tensor | None = None
+    next_ids_R: Tensor | None = None
     """int64 [rows], in the host's memory as soon as the device has come to the end of the pass: an id of each row, by
     the chance that was given for it; -1 where the logits are no numbers. None where the pass draws nothing."""
 
-    def of(self, rows: Sequence[int]) -> "Readout":
+    def of(self, rows: Sequence[int]) -> "ForwardOutput":
         """Some rows, in ascending order; what was drawn for them only where these are all, since it may not be there
         yet to be copied."""
-        return self if len(rows) == len(self.logits_RV) else Readout(self.logits_RV[rows])
+        return self if len(rows) == len(self.logits_RV) else ForwardOutput(self.logits_RV[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,12 @@ class GraphSizes:
     """Numbers of tokens to record, of sequences that decode and of prompts; empty leaves it to the engine."""
 
     @property
-    def of_batches(self) -> list[int]:
+    def batch_sizes(self) -> list[int]:
         """Numbers of sequences that decode together for which there is a graph, in ascending order."""
         return self._below(self.max_batch_size, least=1)
 
     @property
-    def of_prompts(self) -> list[int]:
+    def prompt_lengths(self) -> list[int]:
         """Lengths of prompts for which there is a graph, in ascending order."""
         return self._below(self.max_prompt_tokens, least=16)
 

@@ -17,30 +17,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
-from kraken.engine.kernels.cuda.paged_attention import Shelf, num_parts_for, paged_decode
+from kraken.engine.batch import Chance, Chunk, ForwardOutput, GraphSizes
+from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, num_splits_for, paged_decode
 from kraken.engine.kernels.cuda.prompt_attention import attend_prompt
-from kraken.engine.kernels.cuda.sampling import next_ids
-from kraken.engine.model.attention import PagedCache
+from kraken.engine.kernels.cuda.sampling import sample_ids
+from kraken.engine.model.attention import PagedKVCache
 from kraken.engine.model.network import Network
 
 WARM_UP_RUNS = 2
 """Before a recording: kernels are compiled and chosen, and workspaces allocated."""
 
 
-class GraphedForward:
+class CudaGraphRunner:
     """The recordings of one engine.
 
     Making it takes seconds. With several ranks all of them make theirs at once, since sums are in the graphs.
     """
 
-    def __init__(self, network: Network, cache: PagedCache, sizes: GraphSizes):
+    def __init__(self, network: Network, cache: PagedKVCache, sizes: GraphSizes):
         self._network, self._cache = network, cache
         self._num_multiprocessors = torch.cuda.get_device_properties(network.device).multi_processor_count
         self._pool = torch.cuda.graph_pool_handle()
-        self._batch_sizes, self._prompt_sizes = sizes.of_batches, sizes.of_prompts
-        self._decodes: dict[int, _Recording] = {}
-        self._prompts: dict[int, _Recording] = {}
+        self._batch_sizes, self._prompt_sizes = sizes.batch_sizes, sizes.prompt_lengths
+        self._decodes: dict[int, _CapturedGraph] = {}
+        self._prompts: dict[int, _CapturedGraph] = {}
         try:
             # the largest first: the others then fit into its memory
             for size in reversed(self._batch_sizes):
@@ -52,7 +52,7 @@ class GraphedForward:
             self.close()
             raise
 
-    def run(self, chunks: Sequence[Chunk], chances: Sequence[Chance]) -> Readout | None:
+    def run(self, chunks: Sequence[Chunk], chances: Sequence[Chance]) -> ForwardOutput | None:
         """What a step reads out, and the next id of each chunk by its chance; None where no recording fits."""
         if all(len(chunk.token_ids) == chunk.num_logits == 1 for chunk in chunks):
             index = bisect_left(self._batch_sizes, len(chunks))
@@ -88,8 +88,8 @@ class GraphedForward:
         for recording in (*self._decodes.values(), *self._prompts.values()):
             recording.close()
 
-    def _record(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], num_rows: int) -> "_Recording":
-        return _Recording(forward, shape, num_rows, self._pool, self._network.device, self._network.part.rank == 0)
+    def _record(self, forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], num_rows: int) -> "_CapturedGraph":
+        return _CapturedGraph(forward, shape, num_rows, self._pool, self._network.device, self._network.part.rank == 0)
 
     def _decode(self, inputs_BC: Tensor) -> Tensor:
         """One token of each sequence: its id, its length with it, its blocks."""
@@ -97,9 +97,9 @@ class GraphedForward:
 
         def attend(layer: int, q_BNH: Tensor, k_BNH: Tensor, v_BNH: Tensor) -> Tensor:
             keys, values = self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer]
-            num_parts = num_parts_for(q_BNH.shape[0], q_BNH.shape[1], self._num_multiprocessors)
+            num_splits = num_splits_for(q_BNH.shape[0], q_BNH.shape[1], self._num_multiprocessors)
             size = self._cache.tokens_per_block
-            return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_parts)
+            return paged_decode(q_BNH, k_BNH, v_BNH, keys, values, tables_BM, lengths_B, size, num_splits)
 
         return self._network(ids_B, (lengths_B - 1).clamp(min=0), attend, None)
 
@@ -110,13 +110,13 @@ class GraphedForward:
 
         def attend(layer: int, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
             keys, values = self._cache.keys_LNSH[layer], self._cache.values_LNSH[layer]
-            return attend_prompt(q_TNH, k_TNH, v_TNH, Shelf(keys, values, blocks_M, last_1, tokens_per_block))
+            return attend_prompt(q_TNH, k_TNH, v_TNH, SequenceSlots(keys, values, blocks_M, last_1, tokens_per_block))
 
         positions_T = torch.arange(size, device=inputs_C.device)
         return self._network(ids_T, positions_T, attend, last_1)
 
 
-class _Recording:
+class _CapturedGraph:
     """One graph, what it reads and what it writes.
 
     Args:
@@ -148,7 +148,7 @@ class _Recording:
             logits_RV = forward(inputs)
             if self._next_R is not None:
                 # here, since afterwards it would cost the host more than some layers cost the device
-                self._next_R.copy_(next_ids(logits_RV, chances_R2), non_blocking=True)
+                self._next_R.copy_(sample_ids(logits_RV, chances_R2), non_blocking=True)
             return logits_RV
 
         stream = torch.cuda.Stream(device)
@@ -167,15 +167,15 @@ class _Recording:
         self._were_read.synchronize()
         return self._values
 
-    def replay(self, num_rows: int, chances: Sequence[Chance]) -> Readout:
+    def replay(self, num_rows: int, chances: Sequence[Chance]) -> ForwardOutput:
         """The first rows; the logits are overwritten by the next replay of any recording of the pool."""
         if chances:
             self._chances[:num_rows] = chances
         self._on_device.copy_(self._host, non_blocking=True)
         self._were_read.record()
         self._graph.replay()
-        next_R = None if self._next_R is None or not chances else self._next_R[:num_rows]
-        return Readout(self._logits_RV[:num_rows], next_R)
+        next_ids_R = None if self._next_R is None or not chances else self._next_R[:num_rows]
+        return ForwardOutput(self._logits_RV[:num_rows], next_ids_R)
 
     def close(self) -> None:
         self._graph.reset()

@@ -86,8 +86,8 @@ class Detokenizer:
 
     def _num_undecided(self) -> int:
         """Characters at the end of the held text that may yet become a stop string."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for num_chars in range(min(longest, len(self._held)), 0, -1):
+        max_length = max((len(stop) for stop in self._stop), default=1) - 1
+        for num_chars in range(min(max_length, len(self._held)), 0, -1):
             tail = self._held[-num_chars:]
             if any(stop.startswith(tail) for stop in self._stop):
                 return num_chars

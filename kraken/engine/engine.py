@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
-from kraken.engine.batch import Chunk, GraphSizes, Readout
+from kraken.engine.batch import Chunk, ForwardOutput, GraphSizes
 from kraken.engine.distributed.all_reduce import DeviceGroup
 from kraken.engine.distributed.partition import Part
 from kraken.engine.distributed.rendezvous import Rendezvous, WorkerError
@@ -29,8 +29,8 @@ from kraken.engine.distributed.worker_group import WeightSource, load_distribute
 from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
-from kraken.engine.model.quantized import require_quantisable
-from kraken.engine.model_runner import Runner
+from kraken.engine.model.quantized import require_quantizable
+from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -46,7 +46,7 @@ from kraken.engine.protocol import (
     check_request,
 )
 from kraken.engine.sampler import Draw, chance_of, sample, token_logprobs
-from kraken.engine.scheduler import Scheduled, Scheduler, Sequence
+from kraken.engine.scheduler import ScheduledTokens, Scheduler, Sequence
 from kraken.manifest import Manifest
 from kraken.model import Kraken
 from kraken.plan import kv_bytes_per_token
@@ -104,7 +104,7 @@ class TorchEngine:
         config: sizes of batch, step and queue.
     """
 
-    def __init__(self, runner: Runner, info: EngineInfo, config: EngineConfig, num_blocks: int):
+    def __init__(self, runner: ModelRunner, info: EngineInfo, config: EngineConfig, num_blocks: int):
         self._runner = runner
         self._info = info
         self._config = config
@@ -187,14 +187,14 @@ class TorchEngine:
     ) -> "TorchEngine":
         torch.set_num_threads(threads_per_rank(config))
         if config.quantization == "fp8":
-            require_quantisable(source.config, config.num_devices, device, dtype)
+            require_quantizable(source.config, config.num_devices, device, dtype)
         graph_sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
         if config.num_devices == 1:
             part = Part(source.config)
             weights = source.weights(part, dtype, device)
             network = Network(part, weights, info.num_ids, DeviceGroup(), config.quantization)
             num_blocks = _num_blocks(network, config)
-            runner = Runner(network, num_blocks, config.tokens_per_block)
+            runner = ModelRunner(network, num_blocks, config.tokens_per_block)
             if graph_sizes is not None:
                 runner.record(graph_sizes)
             _release_threads(device, dtype)
@@ -354,7 +354,7 @@ class TorchEngine:
         except Exception as error:  # whatever it was, nobody may wait for ever
             self._failure = failure = error
         for sequence in [*self._flight_of]:
-            self._drop(sequence, forget=True)
+            self._drop(sequence, invalidate=True)
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody is left to be told
             self._deliver()
             if failure is not None:
@@ -386,21 +386,21 @@ class TorchEngine:
         for flight in result.done:
             self._drop(flight.sequence)
         for flight, _ in result.failed:
-            self._drop(flight.sequence, forget=True)
+            self._drop(flight.sequence, invalidate=True)
         for flight in reversed(result.stale):  # each goes to the front of the queue
-            self._scheduler.preempt(flight.sequence, forget=True)
+            self._scheduler.preempt(flight.sequence, invalidate=True)
 
-    def _drop(self, sequence: Sequence, forget: bool = False) -> None:
+    def _drop(self, sequence: Sequence, invalidate: bool = False) -> None:
         """It is not planned for any more; of one that is not, nothing."""
         if self._flight_of.pop(sequence, None) is not None:
-            self._scheduler.remove(sequence, forget)
+            self._scheduler.remove(sequence, invalidate)
 
-    def _run(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
+    def _run(self, step: list[ScheduledTokens], flights: list[_Flight]) -> _Result:
         """One forward pass, and what follows from it for each request."""
         try:
             # on a CPU nothing is gained by drawing with the pass
             chances = [chance_of(_draw_of(flight)) for flight in flights] if self._runner.is_asynchronous else ()
-            readout = self._runner.forward([_chunk(scheduled) for scheduled in step], chances)
+            forward_output = self._runner.forward([_chunk(scheduled) for scheduled in step], chances)
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -409,40 +409,42 @@ class TorchEngine:
         self._runner.join()
         self._num_failed_steps = 0
         result = _Result()
-        self._finish(step, flights, readout, result)
+        self._finish(step, flights, forward_output, result)
         return result
 
-    def _run_apart(self, step: list[Scheduled], flights: list[_Flight]) -> _Result:
+    def _run_apart(self, step: list[ScheduledTokens], flights: list[_Flight]) -> _Result:
         """A step that failed, request by request, so that only those fail that cannot be computed.
 
         Raises:
             Exception: steps fail one after the other whatever is in them.
         """
         self._deliver()
-        result, distrusted = _Result(), set[int]()
+        result, invalid_blocks = _Result(), set[int]()
         for scheduled, flight in zip(step, flights, strict=True):
             blocks = scheduled.sequence.table.blocks
-            if distrusted.intersection(blocks):
+            if invalid_blocks.intersection(blocks):
                 result.stale.append(flight)
-                distrusted.update(blocks)
+                invalid_blocks.update(blocks)
                 continue
             try:
-                readout = self._runner.forward([_chunk(scheduled)])
+                forward_output = self._runner.forward([_chunk(scheduled)])
                 self._runner.join()
             except Exception as error:
                 if _is_fatal(error):
                     raise
                 result.failed.append((flight, error))
-                distrusted.update(blocks)
+                invalid_blocks.update(blocks)
             else:
-                self._finish([scheduled], [flight], readout, result)
+                self._finish([scheduled], [flight], forward_output, result)
         has_sound = len(result.failed) + len(result.stale) < len(step)
         self._num_failed_steps = 0 if has_sound else self._num_failed_steps + 1
         if self._num_failed_steps == MAX_FAILED_STEPS:
             raise result.failed[-1][1]
         return result
 
-    def _finish(self, step: list[Scheduled], flights: list[_Flight], readout: Readout, result: _Result) -> None:
+    def _finish(
+        self, step: list[ScheduledTokens], flights: list[_Flight], forward_output: ForwardOutput, result: _Result
+    ) -> None:
         """Prompts' scores, then a token for every sequence that is computed to its end."""
         drawn: list[_Flight] = []
         rows: list[int] = []
@@ -451,7 +453,7 @@ class TorchEngine:
             start, end = end, end + scheduled.num_logits
             try:
                 if flight.sequence.scores_prompt:
-                    self._score_prompt(scheduled, flight, readout.logits_RV[start:end], result)
+                    self._score_prompt(scheduled, flight, forward_output.logits_RV[start:end], result)
             except Exception as error:
                 if _is_fatal(error):
                     raise
@@ -465,9 +467,9 @@ class TorchEngine:
                 drawn.append(flight)
                 rows.append(end - 1)
         if drawn:
-            self._draw(drawn, readout.of(rows), result)
+            self._sample_rows(drawn, forward_output.of(rows), result)
 
-    def _score_prompt(self, scheduled: Scheduled, flight: _Flight, logits_TV: Tensor, result: _Result) -> None:
+    def _score_prompt(self, scheduled: ScheduledTokens, flight: _Flight, logits_TV: Tensor, result: _Result) -> None:
         """Take in the scores of a part of the prompt; after the last part they are an output."""
         request = flight.request
         if scheduled.start == 0:  # also after a preemption
@@ -485,11 +487,11 @@ class TorchEngine:
             flight.prompt_logits = []
             result.outputs.append((flight, PromptOutput(logprobs=logprobs, logits_TV=logits)))
 
-    def _draw(self, flights: list[_Flight], readout: Readout, result: _Result) -> None:
+    def _sample_rows(self, flights: list[_Flight], forward_output: ForwardOutput, result: _Result) -> None:
         """One more token for every flight, by its row; a row that cannot be drawn fails alone."""
-        logits_BV = readout.logits_RV
+        logits_BV = forward_output.logits_RV
         try:
-            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights], readout.next_R)
+            token_ids = sample(logits_BV, [_draw_of(flight) for flight in flights], forward_output.next_ids_R)
             logprobs = _logprobs(flights, logits_BV, token_ids)
         except Exception as error:
             if _is_fatal(error):
@@ -498,7 +500,7 @@ class TorchEngine:
                 result.failed.append((flights[0], error))
                 return
             for row, flight in enumerate(flights):
-                self._draw([flight], readout.of([row]), result)
+                self._sample_rows([flight], forward_output.of([row]), result)
             return
         for row, (flight, token_id) in enumerate(zip(flights, token_ids, strict=True)):
             if token_id is None:
@@ -549,7 +551,7 @@ def _logprobs(flights: list[_Flight], logits_BV: Tensor, token_ids: list[int | N
     return result
 
 
-def _chunk(scheduled: Scheduled) -> Chunk:
+def _chunk(scheduled: ScheduledTokens) -> Chunk:
     sequence = scheduled.sequence
     return Chunk(
         sequence.token_ids[scheduled.start : scheduled.end],

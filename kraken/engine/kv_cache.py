@@ -97,7 +97,7 @@ class BlockPool:
                 block = next(iter(free))
             del free[block]
             if self._reuse:
-                self._forget(block)
+                self._invalidate(block)
             self._num_holders[block] = 1
             blocks.append(block)
 
@@ -114,7 +114,7 @@ class BlockPool:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
-    def release(self, table: BlockTable, forget: bool = False) -> None:
+    def release(self, table: BlockTable, invalidate: bool = False) -> None:
         """Give a sequence's blocks back.
 
         Args:
@@ -122,14 +122,14 @@ class BlockPool:
         """
         for block in table.blocks:
             self._num_holders[block] -= 1
-            if forget:
-                self._forget(block)
+            if invalidate:
+                self._invalidate(block)
             if self._num_holders[block] == 0:
                 self._free[block] = None
         del table.blocks[:]
         table.digests.clear()
 
-    def _forget(self, block: int) -> None:
+    def _invalidate(self, block: int) -> None:
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]

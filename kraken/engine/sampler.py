@@ -43,7 +43,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], next_B: Tensor | None = Non
 
     Args:
         logits_BV: float32.
-        next_B: what the pass has drawn by the rows' `chance_of`, where it has; see `Readout`.
+        next_B: what the pass has drawn by the rows' `chance_of`, where it has; see `ForwardOutput`.
     """
     given_BV, logits_BV = logits_BV, _constrain(logits_BV, draws)
     if logits_BV is not given_BV:
@@ -51,9 +51,9 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], next_B: Tensor | None = Non
     kernels = cpu_kernels(logits_BV.device, logits_BV.dtype)
     rows: list[int] = []
     if kernels is not None:
-        chosen_B = _by_kernels(kernels, logits_BV, draws)
+        chosen_B = _sample_on_cpu(kernels, logits_BV, draws)
     elif has_kernels(logits_BV):
-        chosen_B = _by_chance(logits_BV, draws) if next_B is None else next_B
+        chosen_B = _sample_on_cuda(logits_BV, draws) if next_B is None else next_B
         rows = [row for row, draw in enumerate(draws) if draw.params.temperature > 0.0 and _truncates(draw.params)]
     else:
         best_B, chosen_B = logits_BV.max(dim=-1)  # the first of equally likely ones
@@ -62,7 +62,7 @@ def sample(logits_BV: Tensor, draws: Sequence[Draw], next_B: Tensor | None = Non
     drawn: list[int] = []
     if rows:
         few_BV = logits_BV if len(rows) == len(draws) else logits_BV[rows]
-        drawn = _draw(few_BV, [draws[row] for row in rows]).tolist()  # which waits for the device
+        drawn = _sample_rows(few_BV, [draws[row] for row in rows]).tolist()  # which waits for the device
     elif next_B is not None:
         torch.cuda.current_stream(logits_BV.device).synchronize()
     chosen = chosen_B.tolist()
@@ -77,15 +77,15 @@ def chance_of(draw: Draw) -> Chance:
     return temperature, uniform(draw.seed, draw.token_index) if temperature > 0.0 else 0.0
 
 
-def _by_chance(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _sample_on_cuda(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """int64 [B] on CUDA, each by `chance_of`; `NOT_FINITE` where the logits are no numbers."""
     from kraken.engine.kernels.cuda import sampling as sampling_kernel  # which imports Triton, and only CUDA has that
 
     chances_B2 = torch.tensor([chance_of(draw) for draw in draws], dtype=torch.float64, device=logits_BV.device)
-    return sampling_kernel.next_ids(logits_BV, chances_B2)
+    return sampling_kernel.sample_ids(logits_BV, chances_B2)
 
 
-def _by_kernels(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _sample_on_cpu(kernels: CpuKernels, logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """int64 [B] on a CPU; `NOT_FINITE` where the logits are no numbers."""
     params = [draw.params for draw in draws]
     uniforms = [uniform(draw.seed, draw.token_index) if draw.params.temperature > 0.0 else 0.0 for draw in draws]
@@ -115,7 +115,7 @@ def _constrain(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     return logits_BV
 
 
-def _draw(logits_BV: Tensor, draws: list[Draw]) -> Tensor:
+def _sample_rows(logits_BV: Tensor, draws: list[Draw]) -> Tensor:
     """A random token of every row, int64 [B]."""
     device = logits_BV.device
     temperature_B1 = torch.tensor([[draw.params.temperature] for draw in draws], device=device)
@@ -125,18 +125,18 @@ def _draw(logits_BV: Tensor, draws: list[Draw]) -> Tensor:
     scaled_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature_B1  # the largest is finite so
     cut = [row for row, draw in enumerate(draws) if _truncates(draw.params)]
     if not cut:
-        return _draw_from_all(scaled_BV, uniform_B1)
+        return _sample_untruncated(scaled_BV, uniform_B1)
     params = [draws[row].params for row in cut]
     if len(cut) == len(draws):
-        return _draw_from_few(scaled_BV, uniform_B1, params)
+        return _sample_truncated(scaled_BV, uniform_B1, params)
     chosen_B = torch.empty(len(draws), dtype=torch.int64, device=device)
     whole = [row for row in range(len(draws)) if row not in cut]
-    chosen_B[whole] = _draw_from_all(scaled_BV[whole], uniform_B1[whole])
-    chosen_B[cut] = _draw_from_few(scaled_BV[cut], uniform_B1[cut], params)
+    chosen_B[whole] = _sample_untruncated(scaled_BV[whole], uniform_B1[whole])
+    chosen_B[cut] = _sample_truncated(scaled_BV[cut], uniform_B1[cut], params)
     return chosen_B
 
 
-def _draw_from_all(scaled_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+def _sample_untruncated(scaled_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     """Walk the groups, then the ids of one group."""
     weights_BV = (scaled_BV - scaled_BV.amax(dim=-1, keepdim=True)).exp_()
     num_padded = -(-weights_BV.shape[-1] // IDS_PER_GROUP) * IDS_PER_GROUP
@@ -150,7 +150,7 @@ def _draw_from_all(scaled_BV: Tensor, uniform_B1: Tensor) -> Tensor:
     return (group_B1 * IDS_PER_GROUP + _first_above(weights_BC.cumsum(dim=-1), rest_B1, weights_BC)).squeeze(-1)
 
 
-def _draw_from_few(scaled_BV: Tensor, uniform_B1: Tensor, params: list[SamplingParams]) -> Tensor:
+def _sample_truncated(scaled_BV: Tensor, uniform_B1: Tensor, params: list[SamplingParams]) -> Tensor:
     """Draw from what truncation leaves, of the most likely ids alone where those decide."""
     # one more than can stay, to see whether the first that goes is as likely as the last that stays
     most = max(p.top_k if p.top_k else NUM_CANDIDATES for p in params) + 1
@@ -167,7 +167,7 @@ def _draw_from_few(scaled_BV: Tensor, uniform_B1: Tensor, params: list[SamplingP
     hard = undecided_B.squeeze(-1).nonzero().squeeze(-1).tolist()
     if hard:
         kept_BV = _truncate(scaled_BV[hard], [params[row] for row in hard])
-        chosen_B[hard] = _draw_from_all(kept_BV, uniform_B1[hard])
+        chosen_B[hard] = _sample_untruncated(kept_BV, uniform_B1[hard])
     return chosen_B
 
 

@@ -30,17 +30,17 @@ class Sequence:
     was_admitted: bool = False
 
     @property
-    def num_left(self) -> int:
+    def num_remaining(self) -> int:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Tokens that it can grow to; the last one generated is never fed."""
         return len(self.request.prompt_ids) + max(self.request.sampling.max_tokens - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduled:
+class ScheduledTokens:
     """Tokens `start` to `end` of a sequence, to be computed now."""
 
     sequence: Sequence
@@ -79,7 +79,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence, forget: bool = False) -> None:
+    def remove(self, sequence: Sequence, invalidate: bool = False) -> None:
         """A sequence has ended, however: its blocks are free at once.
 
         Args:
@@ -89,43 +89,43 @@ class Scheduler:
             self.waiting.remove(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
-        self.pool.release(sequence.table, forget)
+        self.pool.release(sequence.table, invalidate)
 
-    def preempt(self, sequence: Sequence, forget: bool = False) -> None:
-        """Take a running sequence's blocks away; it is first in the queue again. `forget`: as for `remove`."""
+    def preempt(self, sequence: Sequence, invalidate: bool = False) -> None:
+        """Take a running sequence's blocks away; it is first in the queue again. `invalidate`: as for `remove`."""
         self.running.remove(sequence)
-        self.pool.release(sequence.table, forget)
+        self.pool.release(sequence.table, invalidate)
         sequence.num_computed = 0
         self.num_preempted += 1
         self.waiting.appendleft(sequence)
 
-    def schedule(self) -> list[Scheduled]:
+    def schedule(self) -> list[ScheduledTokens]:
         """The next step; empty when nothing waits or runs. What it holds counts as computed from now on."""
-        step: list[Scheduled] = []
-        for sequence in [sequence for sequence in self.running if sequence.num_left == 1]:
+        step: list[ScheduledTokens] = []
+        for sequence in [sequence for sequence in self.running if sequence.num_remaining == 1]:
             if sequence in self.running and self._make_room(sequence):
                 self._advance(sequence, 1, step)
         budget = self._max_step_tokens - len(step)
         logits_left = self._max_step_logits
-        candidates = [sequence for sequence in self.running if sequence.num_left > 1]
+        candidates = [sequence for sequence in self.running if sequence.num_remaining > 1]
         while budget > 0 and logits_left > 0:
             found = candidates.pop(0) if candidates else self._admit()
             if found is None:
                 break
             sequence = found
             limit = min(budget, logits_left) if sequence.scores_prompt else budget
-            num_tokens = min(limit, sequence.num_left)
+            num_tokens = min(limit, sequence.num_remaining)
             budget -= num_tokens
             logits_left -= num_tokens if sequence.scores_prompt else 0
             self._advance(sequence, num_tokens, step)
         return step
 
-    def _advance(self, sequence: Sequence, num_tokens: int, step: list[Scheduled]) -> None:
+    def _advance(self, sequence: Sequence, num_tokens: int, step: list[ScheduledTokens]) -> None:
         start = sequence.num_computed
         sequence.num_computed += num_tokens
         # before the step has run: a piece later in it may read what this one stores, layer by layer
         self.pool.publish(sequence.table, sequence.token_ids, sequence.num_computed)
-        step.append(Scheduled(sequence, start, sequence.num_computed))
+        step.append(ScheduledTokens(sequence, start, sequence.num_computed))
 
     def _make_room(self, sequence: Sequence) -> bool:
         """A block for the next token, at the cost of the newest if need be; False when that is the sequence itself."""
@@ -151,7 +151,7 @@ class Scheduler:
         self.waiting.popleft()
         self.running.append(sequence)
         sequence.num_computed = len(found.blocks) * self.pool.tokens_per_block
-        sequence.table = self.pool.take(found, num_tokens, sequence.longest)
+        sequence.table = self.pool.take(found, num_tokens, sequence.max_length)
         self.num_reused_tokens += sequence.num_computed
         if not sequence.was_admitted:
             sequence.was_admitted = True

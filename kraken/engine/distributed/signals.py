@@ -64,7 +64,7 @@ def _wait(counter_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr): 
 def _add_parts(  # type: ignore[no-untyped-def]
     x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, counter_ptr, flags_ptr,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
-    is_quantised: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
+    is_quantized: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     wait_signal(flags_ptr, tl.load(counter_ptr), rank, num_ranks)
@@ -82,7 +82,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     if has_norm:
         store_norm(
             rounded.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, 0, columns, mask,
-            has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+            has_bias, is_quantized, width, epsilon, largest, smallest_scale,
         )  # fmt: skip
 
 

@@ -26,14 +26,14 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.batch import Chance, Chunk, GraphSizes, Readout
+from kraken.engine.batch import Chance, Chunk, ForwardOutput, GraphSizes
 from kraken.engine.distributed.all_reduce import DeviceGroup, join_group
 from kraken.engine.distributed.choose_backend import MessageShapes, choose_backend
 from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.distributed.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
 from kraken.engine.distributed.rendezvous import JoinToken, Rendezvous, WorkerError, WorkerGroup, connect
 from kraken.engine.model.network import Network
-from kraken.engine.model_runner import Runner
+from kraken.engine.model_runner import ModelRunner
 from kraken.model import Kraken
 
 
@@ -54,7 +54,7 @@ class WeightSource:
         return random_weights(part, dtype, device) if self.model is None else weights_of(self.model, part)
 
 
-class DistributedRunner(Runner):
+class DistributedRunner(ModelRunner):
     """The leader's runner, which has the other ranks run everything too."""
 
     def __init__(self, network: Network, num_blocks: int, workers: WorkerGroup, config: EngineConfig):
@@ -67,7 +67,7 @@ class DistributedRunner(Runner):
         return self._workers.failure
 
     def record(self, sizes: GraphSizes) -> None:
-        """See `Runner.record`.
+        """See `ModelRunner.record`.
 
         Raises:
             RanksError: a rank failed, this one included, or the recording takes too long.
@@ -77,8 +77,8 @@ class DistributedRunner(Runner):
             super().record(sizes)
             self._end()
 
-    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
-        """See `Runner.forward`; `join` must follow.
+    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> ForwardOutput:
+        """See `ModelRunner.forward`; `join` must follow.
 
         Raises:
             RanksError: a rank failed, this one included; from then on nothing runs.
@@ -89,8 +89,8 @@ class DistributedRunner(Runner):
             return super().forward(chunks, chances)
 
     def join(self) -> None:
-        """See `Runner.join`: what is launched for the first time may have to be loaded, which may wait for the whole
-        device, and hold whoever would release it from a rank that is gone.
+        """See `ModelRunner.join`: what is launched for the first time may have to be loaded, which may wait for the
+        whole device, and hold whoever would release it from a rank that is gone.
 
         Raises:
             RanksError: as `forward`.
@@ -248,7 +248,7 @@ def run_worker(join_token: JoinToken) -> None:
             _choose_backend(store, network, setup)
             connection.send_json({"done": True})
         cache = connection.receive_json()
-        runner = Runner(network, cache["num_blocks"], cache["tokens_per_block"])
+        runner = ModelRunner(network, cache["num_blocks"], cache["tokens_per_block"])
         connection.send_json({"done": True})
         if cache["graph_sizes"] is not None:
             runner.record(GraphSizes(**cache["graph_sizes"]))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.batch import Numbers
-from kraken.engine.kernels.cpu.kernels import cpu_kernels, huge_zeros
+from kraken.engine.kernels.cpu.kernels import cpu_kernels, zeros_in_huge_pages
 
 PagedAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q_TNH, k_TNH, v_TNH) -> out_TNH; stores k and v first."""
@@ -47,7 +47,7 @@ class _Place:
     """What each token sees, where neither everything nor the causal triangle says it."""
 
 
-class PagedCache:
+class PagedKVCache:
     """Keys and values of every block, on one device."""
 
     def __init__(
@@ -67,7 +67,7 @@ class PagedCache:
             self.keys_LNSH = torch.zeros(shape, dtype=dtype, device=device)
             self.values_LNSH = torch.zeros(shape, dtype=dtype, device=device)
         else:
-            self.keys_LNSH, self.values_LNSH = huge_zeros(shape, dtype), huge_zeros(shape, dtype)
+            self.keys_LNSH, self.values_LNSH = zeros_in_huge_pages(shape, dtype), zeros_in_huge_pages(shape, dtype)
 
     def attend(self, pieces: Sequence[Piece]) -> PagedAttend:
         """Attention for one batch. Pieces are stored before any of them reads, so one may hold another's blocks."""
@@ -118,7 +118,7 @@ class PagedCache:
             if few:
                 kernels.attend(q_TNH, keys_NSH, values_NSH, rows_B, tables_BM, lengths_B, size, out_TNH)
             for rows, start, blocks_M in many:
-                kernels.attend_many(q_TNH[rows], keys_NSH, values_NSH, blocks_M, start, size, out_TNH[rows])
+                kernels.attend_prompt_chunk(q_TNH[rows], keys_NSH, values_NSH, blocks_M, start, size, out_TNH[rows])
             return out_TNH
 
         return attend

@@ -13,7 +13,7 @@ from torch import Tensor
 from kraken.engine.kernels.cpu.kernels import CpuKernels, cpu_kernels
 
 Linear = Callable[[Any], Tensor]
-"""W linears side by side: [W, T, I] -> [W, T, O]; quantised ones also take `kraken.engine.model.quantized.Rows`."""
+"""W linears side by side: [W, T, I] -> [W, T, O]; quantised ones also take `QuantizedTensor`."""
 Activation = Literal["none", "gelu"]
 """What follows a linear at once; `gelu` is the tanh form."""
 
@@ -33,10 +33,10 @@ def make_linear(
     """
     kernels = cpu_kernels(weight_WOI.device, weight_WOI.dtype)
     if kernels is not None and kernels.can_compute(weight_WOI.shape[2]):
-        return NativeLinear(weight_WOI, bias_WO, activation, kernels, is_wide)
+        return CpuLinear(weight_WOI, bias_WO, activation, kernels, is_wide)
     if _is_packable(weight_WOI):
-        return PackedLinear(weight_WOI, bias_WO, activation)
-    return PlainLinear(weight_WOI, bias_WO, activation)
+        return OneDnnLinear(weight_WOI, bias_WO, activation)
+    return TorchLinear(weight_WOI, bias_WO, activation)
 
 
 def _is_packable(weight_WOI: Tensor) -> bool:
@@ -48,7 +48,7 @@ def _is_packable(weight_WOI: Tensor) -> bool:
     return weight_WOI.dtype == torch.float32
 
 
-class NativeLinear:
+class CpuLinear:
     """The engine's own kernel, on a CPU in float32 or bfloat16.
 
     With the few tokens of decoding it reads weights up to 1.6 times as fast as oneDNN. With those of a prompt oneDNN is
@@ -66,10 +66,10 @@ class NativeLinear:
     ):
         self._kernels, self._gelu, self._num_outputs = kernels, activation == "gelu", weight_WOI.shape[1]
         self._out_dtype = torch.float32 if is_wide else weight_WOI.dtype
-        self._weights = kernels.arranged(weight_WOI)
-        self._of_many: PackedLinear | None = None
+        self._weights = kernels.packed_weights(weight_WOI)
+        self._of_many: OneDnnLinear | None = None
         if self._out_dtype == weight_WOI.dtype and _is_packable(weight_WOI):
-            self._of_many = PackedLinear(weight_WOI, bias_WO, activation)
+            self._of_many = OneDnnLinear(weight_WOI, bias_WO, activation)
         self._bias_WO: Tensor | None = None
         if bias_WO is not None:  # a copy: the kernel wants it whole
             self._bias_WO = bias_WO.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -83,7 +83,7 @@ class NativeLinear:
         return y_WTO
 
 
-class PackedLinear:
+class OneDnnLinear:
     """Weights in oneDNN's own order, on a CPU.
 
     With 2 to 32 tokens, which is what decoding has, a product with plain weights runs at a fifth to a half of the speed
@@ -103,7 +103,7 @@ class PackedLinear:
         return ways[0][None] if len(ways) == 1 else torch.stack(ways)
 
 
-class PlainLinear:
+class TorchLinear:
     """One batched product; on CUDA in 16 bits with GELU in the same kernel, for one linear of few tokens."""
 
     def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, activation: Activation = "none"):

@@ -159,20 +159,20 @@ class _NetworkLayer:
         def take(name: str) -> tuple[Tensor, Tensor | None]:
             return weights.pop(f"h.{index}.{name}.weight"), weights.pop(f"h.{index}.{name}.bias", None)
 
-        is_quantised = quantization == "fp8"
+        is_quantized = quantization == "fp8"
 
         def linear(name: str, activation: Activation = "none", gelu_before: bool = False) -> Linear:
             weight, bias = take(name)
             if part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj"):
                 bias = None  # it is added elsewhere
-            return Fp8Linear(weight, bias, gelu_before) if is_quantised else make_linear(weight, bias, activation)
+            return Fp8Linear(weight, bias, gelu_before) if is_quantized else make_linear(weight, bias, activation)
 
-        self.ln_1 = Norm(*take("ln_1"), is_quantised)
+        self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None
         """The next layer's first, computed with what comes before it."""
         self.reads_others = config.architecture == "kraken" and index > 0
         """Whether it reads the other ways; the first never does, since all ways begin alike."""
-        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantised)
+        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantized)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         # GELU is in the first product's kernel, or in the one that quantises the second's inputs
         self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")

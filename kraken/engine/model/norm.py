@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.model.quantized import Rows
+from kraken.engine.model.quantized import QuantizedTensor
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
-Normed = Tensor | Rows
+Normed = Tensor | QuantizedTensor
 """[W, T, D]."""
 
 
@@ -18,8 +18,8 @@ class Norm:
 
     weight_WD: Tensor
     bias_WD: Tensor | None
-    is_quantised: bool = False
-    """Whether kernels that compute it with something else give `Rows`."""
+    is_quantized: bool = False
+    """Whether kernels that compute it with something else give `QuantizedTensor`."""
 
     def __call__(self, x_WTD: Tensor) -> Tensor:
         size = self.weight_WD.shape[1:]

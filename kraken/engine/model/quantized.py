@@ -32,7 +32,7 @@ MIN_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class QuantizedTensor:
     """Quantised inputs of W linears.
 
     Args:
@@ -43,31 +43,31 @@ class Rows:
     values_WTI: Tensor
     scales_WT1: Tensor
 
-    def select(self, rows_R: Tensor) -> "Rows":
+    def select(self, rows_R: Tensor) -> "QuantizedTensor":
         """Those tokens alone."""
         values_WRI = self.values_WTI.view(torch.uint8).index_select(1, rows_R).view(FLOAT8)
-        return Rows(values_WRI, self.scales_WT1.index_select(1, rows_R))
+        return QuantizedTensor(values_WRI, self.scales_WT1.index_select(1, rows_R))
 
 
-def empty_rows(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> Rows:
+def empty_quantized(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> QuantizedTensor:
     """For a kernel to fill."""
     values_WTI = torch.empty(num_ways, num_tokens, num_inputs, dtype=FLOAT8, device=device)
-    return Rows(values_WTI, torch.empty(num_ways, num_tokens, 1, dtype=torch.float32, device=device))
+    return QuantizedTensor(values_WTI, torch.empty(num_ways, num_tokens, 1, dtype=torch.float32, device=device))
 
 
-def quantise(x_WTI: Tensor, with_gelu: bool = False) -> Rows:
+def quantize(x_WTI: Tensor, with_gelu: bool = False) -> QuantizedTensor:
     """The rows of x, or of GELU of x (the tanh form)."""
     if has_kernels(x_WTI):
         from kraken.engine.kernels.cuda import (
             quantization as quantized_kernel,  # which imports Triton, and only CUDA has that
         )
 
-        return quantized_kernel.quantise(x_WTI, with_gelu)
+        return quantized_kernel.quantize(x_WTI, with_gelu)
     x_WTI = F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI
-    return Rows(*_quantised(x_WTI))
+    return QuantizedTensor(*_quantize_last_dim(x_WTI))
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_last_dim(x: Tensor) -> tuple[Tensor, Tensor]:
     """float8 values of x, and float32 scales of its last dimension."""
     x = x.float()
     scales = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
@@ -79,12 +79,12 @@ class Fp8Linear:
 
     def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, gelu_before: bool = False):
         self._dtype, self._gelu_before = weight_WOI.dtype, gelu_before
-        quantised = [_quantised(weight_OI) for weight_OI in weight_WOI]  # one by one, for the sake of memory
+        quantised = [_quantize_last_dim(weight_OI) for weight_OI in weight_WOI]  # one by one, for the sake of memory
         self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantised]
         self._bias_WO = bias_WO
 
-    def __call__(self, x: Tensor | Rows) -> Tensor:
-        rows = quantise(x, self._gelu_before) if isinstance(x, Tensor) else x
+    def __call__(self, x: Tensor | QuantizedTensor) -> Tensor:
+        rows = quantize(x, self._gelu_before) if isinstance(x, Tensor) else x
         ways = [
             self._product(values_TI, scales_T1, *weight)
             for values_TI, scales_T1, weight in zip(rows.values_WTI, rows.scales_WT1, self._weights, strict=True)
@@ -101,7 +101,7 @@ class Fp8Linear:
         return torch._scaled_mm(values_TI, weight_IO, scales_T1, scales_1O, out_dtype=self._dtype, use_fast_accum=True)
 
 
-def require_quantisable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
+def require_quantizable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raises: ConfigError: this model's linears, this type or this device have no products in float8."""
     if dtype != torch.bfloat16:
         raise ConfigError(f"engine.quantization=fp8 computes in bfloat16, and the model is in {dtype}; leave it out")

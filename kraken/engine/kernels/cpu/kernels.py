@@ -67,7 +67,7 @@ class CpuKernels:
         ]
         self._sample.argtypes = [pointer, *[count] * 3, *[pointer] * 6, flag]
         self.panel: int = library.kraken_panel()
-        """Outputs of a linear that lie side by side in `arranged`."""
+        """Outputs of a linear that lie side by side in `packed_weights`."""
         self._word = WORD_BYTES // dtype.itemsize
         # of the OpenMP that this is linked to, which is torch's where that has one of the same kind
         self._pause_threads: Any = getattr(library, "omp_pause_resource_all", None)
@@ -86,18 +86,20 @@ class CpuKernels:
         """Whether so many inputs of a linear are whole words."""
         return num_inputs % self._word == 0
 
-    def arranged(self, weight_WOI: Tensor) -> Tensor:
+    def packed_weights(self, weight_WOI: Tensor) -> Tensor:
         """Weights in the order in which they are read: [W, panels, I / word, outputs of a panel, word]."""
         num_ways, num_outputs, num_inputs = weight_WOI.shape
         num_panels, whole = -(-num_outputs // self.panel), num_outputs // self.panel
-        arranged = huge_zeros((num_ways, num_panels, num_inputs // self._word, self.panel, self._word), self.dtype)
+        packed_weights = zeros_in_huge_pages(
+            (num_ways, num_panels, num_inputs // self._word, self.panel, self._word), self.dtype
+        )
         words = weight_WOI.unflatten(2, (-1, self._word)).transpose(1, 2)
-        arranged[:, :whole] = words[:, :, : whole * self.panel].unflatten(2, (whole, self.panel)).transpose(1, 2)
+        packed_weights[:, :whole] = words[:, :, : whole * self.panel].unflatten(2, (whole, self.panel)).transpose(1, 2)
         if whole < num_panels:
-            arranged[:, whole, :, : num_outputs - whole * self.panel] = words[:, :, whole * self.panel :]
-        return arranged
+            packed_weights[:, whole, :, : num_outputs - whole * self.panel] = words[:, :, whole * self.panel :]
+        return packed_weights
 
-    def linear(self, x_WTI: Tensor, arranged: Tensor, bias_WO: Tensor | None, y_WTO: Tensor, gelu: bool) -> None:
+    def linear(self, x_WTI: Tensor, packed_weights: Tensor, bias_WO: Tensor | None, y_WTO: Tensor, gelu: bool) -> None:
         """Write y = x W^T + bias of every way, then GELU (tanh) if asked; all contiguous.
 
         Args:
@@ -106,7 +108,7 @@ class CpuKernels:
         """
         failed = self._linear(
             x_WTI.data_ptr(),
-            arranged.data_ptr(),
+            packed_weights.data_ptr(),
             None if bias_WO is None else bias_WO.data_ptr(),
             y_WTO.data_ptr(),
             *x_WTI.shape[:2],
@@ -201,7 +203,7 @@ class CpuKernels:
             torch.get_num_threads(),
         )
 
-    def attend_many(
+    def attend_prompt_chunk(
         self,
         q_TNH: Tensor,
         keys_NSH: Tensor,
@@ -302,7 +304,7 @@ def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
             return None
 
 
-def huge_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def zeros_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in pages of 2 MB, where the system has them: memory is read a fifth faster than in small ones."""
     num_values = torch.Size(shape).numel()
     num_pages = -(-num_values * dtype.itemsize // HUGE_PAGE)

@@ -26,7 +26,7 @@ TOKENS_PER_STORE = 16
 def _attend(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, tables_ptr, lengths_ptr, out_ptr, weight_ptr,
     scale, token_stride, head_stride, num_slots, num_blocks,
-    num_heads: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr, num_parts: tl.constexpr,
+    num_heads: tl.constexpr, head_size: tl.constexpr, padded_size: tl.constexpr, num_splits: tl.constexpr,
     tokens_per_block: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -51,8 +51,8 @@ def _attend(  # type: ignore[no-untyped-def]
     total = tl.where(has_own, 1.0, 0.0)
     out = tl.where(has_own, 1.0, 0.0) * new_value.to(tl.float32)
     tiles = tl.cdiv(last, tile)
-    tiles_per_part = tl.cdiv(tiles, num_parts)
-    for index in range(part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, tiles)):
+    tiles_per_split = tl.cdiv(tiles, num_splits)
+    for index in range(part * tiles_per_split, tl.minimum((part + 1) * tiles_per_split, tiles)):
         positions = index * tile + tl.arange(0, tile)
         is_past = positions < last
         blocks = tl.load(tables_ptr + row * num_blocks + positions // tokens_per_block, mask=is_past, other=0)
@@ -68,8 +68,8 @@ def _attend(  # type: ignore[no-untyped-def]
         total = total * correction + tl.sum(weights, axis=0)
         out = out * correction + tl.sum(weights[:, None] * values, axis=0)
         largest = new_largest
-    place = (row * num_heads + head) * num_parts + part
-    if num_parts == 1:
+    place = (row * num_heads + head) * num_splits + part
+    if num_splits == 1:
         tl.store(out_ptr + place * head_size + channels, out / tl.maximum(total, 1e-38), mask=is_channel)
     else:
         tl.store(out_ptr + place * head_size + channels, out, mask=is_channel)
@@ -78,25 +78,25 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _join_parts(  # type: ignore[no-untyped-def]
+def _combine_splits(  # type: ignore[no-untyped-def]
     part_ptr, weight_ptr, out_ptr,
-    head_size: tl.constexpr, padded_size: tl.constexpr, num_parts: tl.constexpr,
+    head_size: tl.constexpr, padded_size: tl.constexpr, num_splits: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
-    channels, parts = tl.arange(0, padded_size), tl.arange(0, num_parts)
+    channels, parts = tl.arange(0, padded_size), tl.arange(0, num_splits)
     is_channel = channels < head_size
-    largest = tl.load(weight_ptr + (place * num_parts + parts) * 2)
-    totals = tl.load(weight_ptr + (place * num_parts + parts) * 2 + 1)
+    largest = tl.load(weight_ptr + (place * num_splits + parts) * 2)
+    totals = tl.load(weight_ptr + (place * num_splits + parts) * 2 + 1)
     top = tl.maximum(tl.max(largest, axis=0), -1e30)  # finite also for a row that only fills the batch up
     weights = tl.exp(largest - top)
-    source = (place * num_parts + parts)[:, None] * head_size + channels[None, :]
+    source = (place * num_splits + parts)[:, None] * head_size + channels[None, :]
     outs = tl.load(part_ptr + source, mask=is_channel[None, :], other=0.0)
     out = tl.sum(weights[:, None] * outs, axis=0) / tl.maximum(tl.sum(weights * totals, axis=0), 1e-38)
     tl.store(out_ptr + place * head_size + channels, out, mask=is_channel)
 
 
 @triton.jit
-def slots_of(tokens, blocks_ptr, last_ptr, tokens_per_block: tl.constexpr):  # type: ignore[no-untyped-def]
+def slot_mapping_of(tokens, blocks_ptr, last_ptr, tokens_per_block: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where a sequence's tokens are in the cache, and whether they belong to it."""
     is_here = tokens <= tl.load(last_ptr)
     blocks = tl.load(blocks_ptr + tokens // tokens_per_block, mask=is_here, other=0).to(tl.int64)
@@ -112,7 +112,7 @@ def _store(  # type: ignore[no-untyped-def]
     head = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     channels = tl.arange(0, padded_size)
-    slots, is_here = slots_of(tokens, blocks_ptr, last_ptr, tokens_per_block)
+    slots, is_here = slot_mapping_of(tokens, blocks_ptr, last_ptr, tokens_per_block)
     mask = is_here[:, None] & (channels < head_size)[None, :]
     sources = tokens[:, None] * token_stride + head * head_stride + channels[None, :]
     targets = (head * num_slots + slots)[:, None] * head_size + channels[None, :]
@@ -122,7 +122,7 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class SequenceSlots:
     """Where the cache of one layer keeps a sequence, from its first token on.
 
     Args:
@@ -137,18 +137,18 @@ class Shelf:
     tokens_per_block: int
 
 
-def paged_store(k_TNH: Tensor, v_TNH: Tensor, shelf: Shelf) -> None:
+def paged_store(k_TNH: Tensor, v_TNH: Tensor, sequence_slots: SequenceSlots) -> None:
     """Store each token's key and value."""
-    k, v = alike(k_TNH, v_TNH)
+    k, v = with_equal_strides(k_TNH, v_TNH)
     T, N, H = k.shape
     _store[triton.cdiv(T, TOKENS_PER_STORE), N](
-        k, v, shelf.keys_NSH, shelf.values_NSH, shelf.blocks_M, shelf.last_1,
-        k.stride(0), k.stride(1), shelf.keys_NSH.shape[1], tokens_per_block=shelf.tokens_per_block,
+        k, v, sequence_slots.keys_NSH, sequence_slots.values_NSH, sequence_slots.blocks_M, sequence_slots.last_1,
+        k.stride(0), k.stride(1), sequence_slots.keys_NSH.shape[1], tokens_per_block=sequence_slots.tokens_per_block,
         head_size=H, padded_size=triton.next_power_of_2(H), tile=TOKENS_PER_STORE, num_warps=4,
     )  # fmt: skip
 
 
-def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+def with_equal_strides(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with equal strides and neighbouring channels."""
     first = tensors[0]
     if first.stride(-1) == 1 and all(x.stride() == first.stride() for x in tensors):
@@ -156,12 +156,12 @@ def alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def num_parts_for(num_rows: int, num_heads: int, num_multiprocessors: int) -> int:
+def num_splits_for(num_rows: int, num_heads: int, num_multiprocessors: int) -> int:
     """How many programs share one head's walk: a power of two, at most 16, so that the device is about full."""
-    num_parts = 1
-    while num_parts < 16 and num_rows * num_heads * num_parts * 2 <= 2 * num_multiprocessors:
-        num_parts *= 2
-    return num_parts
+    num_splits = 1
+    while num_splits < 16 and num_rows * num_heads * num_splits * 2 <= 2 * num_multiprocessors:
+        num_splits *= 2
+    return num_splits
 
 
 def paged_decode(
@@ -173,34 +173,34 @@ def paged_decode(
     tables_BM: Tensor,
     lengths_B: Tensor,
     tokens_per_block: int,
-    num_parts: int,
+    num_splits: int,
 ) -> Tensor:
     """Store each row's key and value at the end of its sequence, and attend over the whole sequence.
 
     Args:
         tables_BM: int32 blocks of each row's sequence.
         lengths_B: int32 tokens of each row's sequence, the new one included; 0 stores nothing and gives zeros.
-        num_parts: a power of two, see `num_parts_for`.
+        num_parts: a power of two, see `num_splits_for`.
 
     Returns:
         [B, N, H] in q's type, contiguous.
     """
     B, N, H = q_BNH.shape
-    q, k, v = alike(q_BNH, k_BNH, v_BNH)
+    q, k, v = with_equal_strides(q_BNH, k_BNH, v_BNH)
     out_BNH = torch.empty(B, N, H, dtype=q_BNH.dtype, device=q_BNH.device)
     padded_size = triton.next_power_of_2(H)
     parts, weights = out_BNH, lengths_B  # unread where there is one part
-    if num_parts > 1:
-        parts = torch.empty(B, N, num_parts, H, dtype=torch.float32, device=q_BNH.device)
-        weights = torch.empty(B, N, num_parts, 2, dtype=torch.float32, device=q_BNH.device)
-    _attend[B, N, num_parts](
+    if num_splits > 1:
+        parts = torch.empty(B, N, num_splits, H, dtype=torch.float32, device=q_BNH.device)
+        weights = torch.empty(B, N, num_splits, 2, dtype=torch.float32, device=q_BNH.device)
+    _attend[B, N, num_splits](
         q, k, v, keys_NSH, values_NSH, tables_BM, lengths_B, parts, weights,
         H**-0.5, q.stride(0), q.stride(1), keys_NSH.shape[1], tables_BM.shape[1],
-        num_heads=N, head_size=H, padded_size=padded_size, num_parts=num_parts,
+        num_heads=N, head_size=H, padded_size=padded_size, num_splits=num_splits,
         tokens_per_block=tokens_per_block, tile=TOKENS_PER_TILE, num_warps=4,
     )  # fmt: skip
-    if num_parts > 1:
-        _join_parts[(B * N,)](
-            parts, weights, out_BNH, head_size=H, padded_size=padded_size, num_parts=num_parts, num_warps=1
+    if num_splits > 1:
+        _combine_splits[(B * N,)](
+            parts, weights, out_BNH, head_size=H, padded_size=padded_size, num_splits=num_splits, num_warps=1
         )
     return out_BNH

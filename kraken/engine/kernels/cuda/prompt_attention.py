@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from kraken.engine.kernels.cuda.paged_attention import Shelf, alike, paged_store, slots_of
+from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, paged_store, slot_mapping_of, with_equal_strides
 from kraken.model import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048
@@ -83,7 +83,7 @@ def _attend(  # type: ignore[no-untyped-def]
     out_places = (queries.to(tl.int64)[:, None] * num_heads + head) * head_size + channels[None, :]
     tl.store(out_ptr + out_places, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=is_here)
     if stores:
-        slots, is_kept = slots_of(queries, blocks_ptr, last_ptr, tokens_per_block)
+        slots, is_kept = slot_mapping_of(queries, blocks_ptr, last_ptr, tokens_per_block)
         mask = is_kept[:, None] & is_here
         targets = (head * num_slots + slots)[:, None] * head_size + channels[None, :]
         v_places = queries.to(tl.int64)[:, None] * v_stride + channels[None, :]
@@ -95,7 +95,7 @@ def attend_prompt(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
-    shelf: Shelf | None = None,
+    sequence_slots: SequenceSlots | None = None,
 ) -> Tensor:
     """Causal attention over a sequence's first T tokens, whose keys and values are stored where there is a shelf.
 
@@ -106,22 +106,22 @@ def attend_prompt(
     padded_size = max(16, triton.next_power_of_2(H))
     most = MAX_TOKENS if padded_size == H and q_TNH.element_size() == 2 else MAX_TOKENS_OF_OTHERS
     if most < T:
-        if shelf is not None:
-            paged_store(k_TNH, v_TNH, shelf)
+        if sequence_slots is not None:
+            paged_store(k_TNH, v_TNH, sequence_slots)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
         with sdpa_kernel(FASTEST_ATTENTION_FIRST, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
-    q, k = alike(q_TNH, k_TNH)
-    (v,) = alike(v_TNH)
+    q, k = with_equal_strides(q_TNH, k_TNH)
+    (v,) = with_equal_strides(v_TNH)
     out_TNH = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
     # neither read nor written where there is no shelf
-    held = Shelf(out_TNH, out_TNH, out_TNH, out_TNH, 1) if shelf is None else shelf
+    held = SequenceSlots(out_TNH, out_TNH, out_TNH, out_TNH, 1) if sequence_slots is None else sequence_slots
     # tokens of a program, keys that it holds at a time, and stages of its loads
     rows, tile, num_stages = (64, 64, 2 if T <= 2 * 64 else 3) if q.element_size() == 2 else (16, 16, 1)
     _attend[N, triton.cdiv(T, rows)](
         q, k, v, out_TNH, held.keys_NSH, held.values_NSH, held.blocks_M, held.last_1,
         T, q.stride(0), q.stride(1), v.stride(0), v.stride(1), held.keys_NSH.shape[1], N, H**-0.5 * LOG2_E,
         tokens_per_block=held.tokens_per_block, head_size=H, padded_size=padded_size, rows=rows, tile=tile,
-        stores=shelf is not None, num_warps=4, num_stages=num_stages,
+        stores=sequence_slots is not None, num_warps=4, num_stages=num_stages,
     )  # fmt: skip
     return out_TNH

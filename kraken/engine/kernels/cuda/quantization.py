@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, Rows, empty_rows
+from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, QuantizedTensor, empty_quantized
 
 
 @triton.jit
-def store_quantised(  # type: ignore[no-untyped-def]
+def store_quantized(  # type: ignore[no-untyped-def]
     row, values_ptr, scale_ptr, columns, mask, largest: tl.constexpr, smallest_scale: tl.constexpr
 ):
     """A row whose lanes behind the end are zero, and its scale."""
@@ -18,7 +18,7 @@ def store_quantised(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _quantise(  # type: ignore[no-untyped-def]
+def _quantize(  # type: ignore[no-untyped-def]
     x_ptr, values_ptr, scales_ptr, x_way_stride, x_token_stride, num_rows,
     width: tl.constexpr, tile: tl.constexpr, with_gelu: tl.constexpr, largest: tl.constexpr,
     smallest_scale: tl.constexpr,
@@ -30,16 +30,16 @@ def _quantise(  # type: ignore[no-untyped-def]
     if with_gelu:  # the tanh form: x / (1 + exp(-2u))
         row = row * tl.sigmoid(2 * 0.7978845608028654 * (row + 0.044715 * row * row * row))
     place = way * num_rows + token
-    store_quantised(row, values_ptr + place * width, scales_ptr + place, columns, mask, largest, smallest_scale)
+    store_quantized(row, values_ptr + place * width, scales_ptr + place, columns, mask, largest, smallest_scale)
 
 
-def quantise(x_WTI: Tensor, with_gelu: bool) -> Rows:
-    """See `kraken.engine.model.quantized.quantise`."""
+def quantize(x_WTI: Tensor, with_gelu: bool) -> QuantizedTensor:
+    """See `kraken.engine.model.quantized.quantize`."""
     W, T, D = x_WTI.shape
     x_WTI = x_WTI if x_WTI.stride(2) == 1 else x_WTI.contiguous()
-    rows = empty_rows(W, T, D, x_WTI.device)
+    rows = empty_quantized(W, T, D, x_WTI.device)
     tile = triton.next_power_of_2(D)
-    _quantise[T, W](
+    _quantize[T, W](
         x_WTI, rows.values_WTI, rows.scales_WT1, x_WTI.stride(0), x_WTI.stride(1), T,
         width=D, tile=tile, with_gelu=with_gelu, largest=LARGEST, smallest_scale=SMALLEST_SCALE,
         num_warps=min(16, max(1, tile // 512)),

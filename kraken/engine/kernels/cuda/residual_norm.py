@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.kernels.cuda.quantization import store_quantised
+from kraken.engine.kernels.cuda.quantization import store_quantized
 from kraken.engine.model.norm import Norm, Normed
-from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, empty_rows
+from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_WAITING_PROGRAMS = 512
@@ -89,7 +89,7 @@ def signal_when_done(counter_ptr, done_ptr, peer_flag_ptrs, message, num_program
 @triton.jit
 def store_norm(  # type: ignore[no-untyped-def]
     row, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way: tl.constexpr, token, num_tokens, columns, mask,
-    has_bias: tl.constexpr, is_quantised: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
+    has_bias: tl.constexpr, is_quantized: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     """The norm of a row whose lanes behind the end are zero, as a token's of a way."""
@@ -101,8 +101,8 @@ def store_norm(  # type: ignore[no-untyped-def]
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
     offset = token + way * num_tokens
     row_ptr = normed_ptr + offset * tl.full((), width, tl.int64)
-    if is_quantised:
-        store_quantised(normed, row_ptr, scales_ptr + offset, columns, mask, largest, smallest_scale)
+    if is_quantized:
+        store_quantized(normed, row_ptr, scales_ptr + offset, columns, mask, largest, smallest_scale)
     else:
         tl.store(row_ptr + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
@@ -114,7 +114,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
     num_tokens, x_way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, is_message: tl.constexpr, waits: tl.constexpr,
     sends_signal: tl.constexpr,
-    num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantised: tl.constexpr,
+    num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantized: tl.constexpr,
     num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +142,7 @@ def _add_norm(  # type: ignore[no-untyped-def]
             if has_norm:
                 store_norm(
                     out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns,
-                    mask, has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+                    mask, has_bias, is_quantized, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
     if is_message:
         if sends_signal:
@@ -156,7 +156,7 @@ def _add_reduced_norm(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, counter_ptr, flags_ptr,
     num_tokens, x_way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
-    has_bias: tl.constexpr, is_quantised: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
+    has_bias: tl.constexpr, is_quantized: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
     tile: tl.constexpr, epsilon: tl.constexpr, largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
@@ -184,7 +184,7 @@ def _add_reduced_norm(  # type: ignore[no-untyped-def]
                 seen -= x
             store_norm(
                 seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
-                has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+                has_bias, is_quantized, width, epsilon, largest, smallest_scale,
             )  # fmt: skip
         else:
             if not is_total:
@@ -195,7 +195,7 @@ def _add_reduced_norm(  # type: ignore[no-untyped-def]
                 seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
                 store_norm(
                     seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
-                    has_bias, is_quantised, width, epsilon, largest, smallest_scale,
+                    has_bias, is_quantized, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
 
 
@@ -279,7 +279,7 @@ def add_reduced_norm(
 def empty_normed(like_WTD: Tensor, norm: Norm) -> Normed:
     """What the norm of such states is written to."""
     W, T, D = like_WTD.shape
-    return empty_rows(W, T, D, like_WTD.device) if norm.is_quantised else torch.empty_like(like_WTD)
+    return empty_quantized(W, T, D, like_WTD.device) if norm.is_quantized else torch.empty_like(like_WTD)
 
 
 def norm_arguments(
@@ -293,7 +293,7 @@ def norm_arguments(
         bias = gain if norm.bias_WD is None else norm.bias_WD
     constants = {
         "has_bias": norm is not None and norm.bias_WD is not None,
-        "is_quantised": norm is not None and norm.is_quantised,
+        "is_quantized": norm is not None and norm.is_quantized,
         "epsilon": LAYER_NORM_EPSILON,
         "largest": LARGEST,
         "smallest_scale": SMALLEST_SCALE,

@@ -63,7 +63,7 @@ def _next(  # type: ignore[no-untyped-def]
     tl.store(next_ptr + row, tl.where(is_sound, chosen, -1).to(tl.int64))
 
 
-def next_ids(logits_BV: Tensor, chances_B2: Tensor) -> Tensor:
+def sample_ids(logits_BV: Tensor, chances_B2: Tensor) -> Tensor:
     """int64 [B]: an id of every row, by its chance; -1 where the logits are no numbers.
 
     Args:
