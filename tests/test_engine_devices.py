@@ -22,7 +22,6 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.batch import Chunk, ForwardOutput
-from kraken.engine.choose import Choice, open_engine
 from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
 from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
 from kraken.engine.distributed.rendezvous import Rendezvous
@@ -197,11 +196,6 @@ def test_who_spins_hears_the_same(delay_s: float) -> None:
     server.close()
 
 
-def test_the_mode_without_sums_is_for_benchmarks_only() -> None:
-    with pytest.raises(ConfigError, match=r"engine.overlap=none .* wrong"):
-        open_engine(Choice("torch", ""), Path("nowhere"), EngineConfig(overlap="none"))
-
-
 class TestFailure:
     """Slow, since every test starts processes."""
 
@@ -300,7 +294,7 @@ class TestFailure:
 
     def test_a_rank_that_does_not_come_is_named(self) -> None:
         config = EngineConfig(device="cpu", num_devices=2, startup_timeout_s=1.0)
-        with pytest.raises(EngineError, match=r"ranks \[1\] did not come to 127.0.0.1"):
+        with pytest.raises(EngineError, match=r"ranks \[1\] did not connect to 127.0.0.1"):
             TorchEngine.from_model(make_model("kraken_2way"), INFO, config, Rendezvous(2))
 
     def test_ranks_that_exist_already_are_invited(self) -> None:
@@ -309,7 +303,7 @@ class TestFailure:
         expected = run(model, together(made))
         rendezvous = Rendezvous(2)
         code = (
-            "import sys; from kraken.engine.distributed.worker_group import run_worker, JoinToken; "
+            "import sys; from kraken.engine.distributed.worker import run_worker, JoinToken; "
             "run_worker(JoinToken.from_json(sys.argv[1]))"
         )
         guest = subprocess.Popen([sys.executable, "-c", code, rendezvous.join_token(1).to_json()])

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from kraken.config import EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.distributed import choose_backend as choose_backend
-from kraken.engine.distributed.rendezvous import Rendezvous, WorkerError
-from kraken.engine.distributed.worker_group import WeightSource
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.distributed.setup import WeightSource
+from kraken.engine.distributed.worker_group import WorkerError
 from kraken.engine.engine import TorchEngine
 from kraken.engine.model.linear import TorchLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
@@ -41,14 +42,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": BASELINE | {"architecture": "parallel", "bias": True},
 }
 HAS_TWO = torch.cuda.device_count() > 1
-SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
-COPIED = (
-    "from kraken.engine.distributed import choose_backend as choose_sums\n"
-    "from kraken.engine.distributed import worker_group as ranks\n"
-    "choose_sums._candidates = lambda *_: ['copied']\n"
-    "ranks.main()"
+BACKENDS = ["p2p", "copy_engine", *(["nccl", "auto"] if HAS_TWO else [])]
+COPY_ENGINE = (
+    "from kraken.engine.distributed import choose_backend, worker\n"
+    "choose_backend._candidates = lambda *_: ['copy_engine']\n"
+    "worker.main()"
 )
-"""A follower that takes the method that is seldom the faster one for small messages."""
+"""A worker with the backend that is seldom the fastest for small messages."""
 
 
 def make_source(variant: str, folder: Path) -> WeightSource:
@@ -93,18 +93,18 @@ def requests(count: int) -> list[Request]:
     return made
 
 
-def run(source: WeightSource, made: list[Request], sums: str = "auto", **config: Any) -> list[list[Output]]:
+def run(source: WeightSource, made: list[Request], backend: str = "auto", **config: Any) -> list[list[Output]]:
     """All requests at once, then the first of them alone."""
     settings = {"device": "cuda", "dtype": "float32", "tokens_per_block": 4, "max_batch_size": 4, "max_step_tokens": 24}
     num_devices = config.get("num_devices", 1)
-    wanted: Any = "peers" if sums == "copied" else sums
+    setting: Any = "p2p" if backend == "copy_engine" else backend
 
     async def main() -> list[list[Output]]:
-        engine_config = EngineConfig(**(settings | config), sums=wanted)
+        engine_config = EngineConfig(**(settings | config), all_reduce=setting)
         rendezvous = None
         if num_devices > 1:  # invited, so that they may share a GPU
             rendezvous = Rendezvous(num_devices)
-            prefix = [sys.executable, "-c", COPIED] if sums == "copied" else []
+            prefix = [sys.executable, "-c", COPY_ENGINE] if backend == "copy_engine" else []
             rendezvous.launch(1, dict.fromkeys(range(1, num_devices), prefix))
         device = torch.device("cuda")
         dtype = getattr(torch, engine_config.dtype)
@@ -143,36 +143,36 @@ def assert_equal(found: list[list[Output]], expected: list[list[Output]]) -> Non
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("overlap", ["overlapped", "blocking"])
-@pytest.mark.parametrize("sums", SUMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_equal_one(
     source: WeightSource,
     alone: list[list[Output]],
-    sums: str,
+    backend: str,
     overlap: str,
     cuda_graphs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if overlap == "blocking" and source.config.architecture != "kraken":
         pytest.skip("the baselines wait in either mode")
-    if sums == "copied":
+    if backend == "copy_engine":
         if source.config.architecture != "kraken" or overlap == "blocking":
-            pytest.skip("only sums in flight during attention are copied")
-        monkeypatch.setattr(choose_backend, "_candidates", lambda *_: ["copied"])
-    found = run(source, requests(8), sums, num_devices=2, overlap=overlap, cuda_graphs=cuda_graphs)
+            pytest.skip("only all-reduces in flight during attention are copied")
+        monkeypatch.setattr(choose_backend, "_candidates", lambda *_: ["copy_engine"])
+    found = run(source, requests(8), backend, num_devices=2, overlap=overlap, cuda_graphs=cuda_graphs)
     assert_equal(found, alone)
 
 
 def test_four_ranks_equal_one(source: WeightSource, alone: list[list[Output]]) -> None:
     if source.config.num_ways == 2:
         pytest.skip("two ways")
-    assert_equal(run(source, requests(8), "peers", num_devices=4), alone)
+    assert_equal(run(source, requests(8), "p2p", num_devices=4), alone)
 
 
 class TestFailure:
     """Of one rank of two, which the other would wait for on its device."""
 
     CONFIG = EngineConfig(
-        device="cuda", dtype="float32", num_devices=2, sums="peers", max_batch_size=4, max_step_tokens=24
+        device="cuda", dtype="float32", num_devices=2, all_reduce="p2p", max_batch_size=4, max_step_tokens=24
     )
 
     def open(self, folder: Path, rendezvous: Rendezvous, **config: Any) -> TorchEngine:
@@ -185,14 +185,14 @@ class TestFailure:
         rendezvous = Rendezvous(2)
         rendezvous.launch(1)
         with pytest.raises(WorkerError):
-            self.open(tmp_path, rendezvous, sums="auto", startup_timeout_s=120.0)
+            self.open(tmp_path, rendezvous, all_reduce="auto", startup_timeout_s=120.0)
 
     def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
         failing = (
             "from kraken.engine import model_runner as runner\n"
-            "from kraken.engine.distributed import worker_group as ranks\n"
+            "from kraken.engine.distributed import worker\n"
             "def record(self, sizes): raise ValueError('no graph today')\n"
-            "runner.ModelRunner.record = record; ranks.main()"
+            "runner.ModelRunner.record = record; worker.main()"
         )
         rendezvous = Rendezvous(2)
         rendezvous.launch(1, {1: [sys.executable, "-c", failing]})
@@ -227,7 +227,7 @@ class TestFailure:
             try:
                 os.kill(rendezvous._processes[1].pid, signal.SIGSTOP)
                 sampling = SamplingParams(max_tokens=3, temperature=0.0)
-                with pytest.raises(EngineError, match="a step outlasted engine.collective_timeout_s"):
+                with pytest.raises(EngineError, match="a step took longer than engine.collective_timeout_s"):
                     await collect(engine, Request(id="r", prompt_ids=(1, 2, 3), sampling=sampling))
             finally:
                 await engine.close()
@@ -269,7 +269,7 @@ def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
 
 @pytest.mark.skipif(not HAS_TWO, reason="for several GPUs")
 def test_one_engine_after_the_other_over_nccl(source: WeightSource, alone: list[list[Output]]) -> None:
-    """Graphs hold sums, and whoever closes an engine gives them back first; else the second one waits for ever."""
+    """Closing an engine frees its graphs before its process group; otherwise NCCL waits for them for ever."""
     for _ in range(2):
         assert_equal(run(source, requests(8), "nccl", num_devices=2, cuda_graph_sizes=(1, 4, 16)), alone)
 

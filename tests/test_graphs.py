@@ -8,7 +8,7 @@ import torch
 from test_engine_devices import DIVISIBLE, make_model
 
 from kraken.engine.batch import Chunk
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.model import attention
 from kraken.engine.model.network import Network

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig, Quantization
 from kraken.engine.batch import Chunk
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.engine import TorchEngine
 from kraken.engine.model.network import Network
@@ -99,7 +99,7 @@ def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
 
 @needs_triton
 def test_the_norm_of_a_sum_over_devices_is_quantized_too() -> None:
-    from kraken.engine.distributed.signals import PeerKernels
+    from kraken.engine.kernels.cuda.peer import PeerKernels
 
     torch.manual_seed(0)
     flags = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_the_norm_of_a_sum_over_devices_is_quantized_too() -> None:
     for rank, signals in enumerate(ranks):
         signals.publish(parts[rank], slots[rank], 0, waits=True)
     out_TD, norm = torch.empty(3, 40, device=DEVICE), Norm(torch.ones(1, 40, device=DEVICE), None, is_quantized=True)
-    rows = ranks[0].add_parts(x_TD.to(DEVICE), (slots[0], slots[1]), out_TD, norm, 0)
+    rows = ranks[0].reduce_add_norm(x_TD.to(DEVICE), (slots[0], slots[1]), out_TD, norm, 0)
     assert isinstance(rows, QuantizedTensor)
     assert_near(rows, norm(out_TD[None]), KERNEL_STEP)
 

@@ -22,10 +22,12 @@ from torch import Tensor
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
 from kraken.engine.batch import Chunk, ForwardOutput, GraphSizes
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
+from kraken.engine.distributed.distributed_runner import load_distributed
 from kraken.engine.distributed.partition import Part
-from kraken.engine.distributed.rendezvous import Rendezvous, WorkerError
-from kraken.engine.distributed.worker_group import WeightSource, load_distributed, threads_per_rank
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.distributed.setup import WeightSource, threads_per_rank
+from kraken.engine.distributed.worker_group import WorkerError
 from kraken.engine.kernels.cpu.kernels import cpu_kernels
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
@@ -203,10 +205,10 @@ class TorchEngine:
         try:
             num_blocks = _num_blocks(distributed_model.network, config)
         except ConfigError:
-            distributed_model.workers.end()
+            distributed_model.workers.kill()
             raise
         _release_threads(device, dtype)
-        return cls(distributed_model.open(num_blocks, config, graph_sizes), info, config, num_blocks)
+        return cls(distributed_model.make_runner(num_blocks, config, graph_sizes), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:

@@ -1,14 +1,9 @@
-"""Sums over peer memory on CUDA, as Triton kernels: publishing a part, and reading all parts where they are needed.
+"""Triton kernels of the all-reduce over the memory of peers: publish a part, wait, and reduce the parts.
 
-Rounds are counted on the device, so that a kernel in a CUDA graph knows which one it is in. A rank's *cells* hold the
-number of its last rounds and a count of the programs that are done; its *flags* hold, for every rank, the last round
-that this rank has published, and are written by the others. `kraken/engine/distributed/peer_all_reduce.py` says why
-nothing is
-written over while somebody reads it.
+`PeerKernels` is what `PeerChannel` and its backends launch, see `kraken/engine/distributed/peer_all_reduce.py`. The
+kernels that also belong to a layer without an all-reduce are in `residual_norm.py`.
 
-A wait is a loop, in every program that needs it.
-
-Shape letters as in `kraken/model.py`, and: P ranks' parts, R rows of any message, C columns.
+Shape letters as in `kraken/model.py`, and: P ranks, R rows of a message, C columns.
 """
 
 import torch
@@ -16,20 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.kernels.cuda import residual_norm as residual_kernel
-from kraken.engine.kernels.cuda.residual_norm import (
-    Handshake,
-    Signals,
-    num_warps,
-    signal,
-    signal_when_done,
-    store_norm,
-    wait_signal,
-)
+from kraken.engine.kernels.cuda import residual_norm
+from kraken.engine.kernels.cuda.residual_norm import empty_normed, norm_arguments, num_warps, store_norm
+from kraken.engine.kernels.cuda.signals import Handshake, Signals, signal, signal_when_done, wait_signal
 from kraken.engine.model.norm import Norm, Normed
 
 MAX_COLUMNS = 4096
-"""Columns that one program publishes."""
+"""Most columns that one program publishes."""
 
 
 @triton.jit
@@ -39,7 +27,7 @@ def _publish(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     message = tl.load(last_counter_ptr) + 1
     if waits:
-        # whoever has published the last round has read the one before it, which is what the slot holds
+        # a rank that has signalled the last message has read the one before it, which is what the buffer holds
         wait_signal(flags_ptr, message - 1, rank, num_ranks)
     columns = tl.program_id(1) * tile + tl.arange(0, tile)
     mask = columns < num_columns
@@ -61,7 +49,7 @@ def _wait(counter_ptr, flags_ptr, rank: tl.constexpr, num_ranks: tl.constexpr): 
 
 
 @triton.jit
-def _add_parts(  # type: ignore[no-untyped-def]
+def _reduce_add_norm(  # type: ignore[no-untyped-def]
     x_ptr, part_ptrs, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, counter_ptr, flags_ptr,
     rank: tl.constexpr, num_ranks: tl.constexpr, has_x: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr,
     is_quantized: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
@@ -73,7 +61,7 @@ def _add_parts(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     offsets = token * width + columns
     total = tl.zeros((tile,), tl.float32)
-    for index in tl.static_range(len(part_ptrs)):  # in the order of the ranks, so that all get the same bits
+    for index in tl.static_range(len(part_ptrs)):  # in the order of the ranks, so that all of them get the same bits
         total += tl.load(part_ptrs[index] + offsets, mask=mask, other=0.0).to(tl.float32)
     if has_x:
         total += tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -87,11 +75,11 @@ def _add_parts(  # type: ignore[no-untyped-def]
 
 
 class PeerKernels:
-    """Where one rank counts its rounds, and where it tells the others.
+    """Launches the kernels of one rank, on the current stream.
 
     Args:
-        flags_P: int64 in this rank's memory, written by the others.
-        flags_of_others: this rank's entry, int64 [1], of every other rank's flags.
+        flags_P: int64 in this rank's memory, written by the other ranks.
+        peer_flags: this rank's entry, int64 [1], in every other rank's flags.
     """
 
     def __init__(self, rank: int, flags_P: Tensor, peer_flags: tuple[Tensor, ...]):
@@ -99,10 +87,10 @@ class PeerKernels:
         self._signals = Signals(rank, counters, flags_P, peer_flags)
 
     def publish(self, x_RC: Tensor, buffer: Tensor, buffer_index: int, waits: bool) -> None:
-        """Begin a round with x, at the start of a slot of its type, and tell the others.
+        """Send a message: write x to the start of the buffer, and signal.
 
         Args:
-            awaits: whether the others may still be reading the slot.
+            waits: wait until all ranks have read what the buffer holds.
         """
         R, C = x_RC.shape
         tile = min(triton.next_power_of_2(C), MAX_COLUMNS)
@@ -111,61 +99,52 @@ class PeerKernels:
             **self._signals.constants, waits=waits, num_columns=C, tile=tile, num_warps=num_warps(tile),
         )  # fmt: skip
 
-    def add_norm(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
-        out_buffer: Tensor | None, buffer_index: int, waits: bool, sends_signal: bool,
-    ) -> tuple[Tensor, Normed | None]:  # fmt: skip
-        """Begin a round with the sum over W of x + addend, in float32 and rounded, at the start of each target of x's
-        type; gives x + addend, in the slot where there is one, and its norm.
-
-        Args:
-            awaits: whether the others may still be reading what is there.
-            tells: whether the others are told; else `tell` must follow.
-        """
-        message = Handshake(self._signals, buffer_index, waits, sends_signal)
-        return residual_kernel.add_norm(x_WTD, addend_WTD, norm, message, targets, out_buffer)
+    def skip(self, buffer_index: int) -> None:
+        """Send an empty message."""
+        _skip[(1,)](*self._signals.pointers(buffer_index)[:2], self._signals.peer_flags, num_warps=1)
 
     def signal(self, buffer_index: int) -> None:
-        """Tell the others that what was written in this round, before this in the order of streams, is there.
-
-        By a copy of the round's number, which needs no multiprocessor.
-        """
+        """Signal a message whose parts the current stream has brought, by copies that need no multiprocessor."""
         counter = self._signals.pointers(buffer_index)[0]
         for flag in self._signals.peer_flags:
             flag.copy_(counter[:1], non_blocking=True)
 
-    def skip(self, buffer_index: int) -> None:
-        """A round without a part."""
-        _skip[(1,)](*self._signals.pointers(buffer_index)[:2], self._signals.peer_flags, num_warps=1)
-
     def wait(self, buffer_index: int) -> None:
-        """Hold the stream until every rank has published this round."""
+        """Make the stream wait until every rank has signalled this message."""
         counter, _, _, flags_P = self._signals.pointers(buffer_index)
         _wait[(1,)](counter, flags_P, **self._signals.constants, num_warps=1)
 
-    def add_parts(
+    def add_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, targets: tuple[Tensor, ...],
+        out_buffer: Tensor | None, buffer_index: int, waits: bool, sends_signal: bool,
+    ) -> tuple[Tensor, Normed | None]:  # fmt: skip
+        """Send a message with the sum over W of x + addend; see `residual_norm.add_norm` and `Handshake`."""
+        handshake = Handshake(self._signals, buffer_index, waits, sends_signal)
+        return residual_norm.add_norm(x_WTD, addend_WTD, norm, handshake, targets, out_buffer)
+
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
+    ) -> tuple[Tensor, Normed]:
+        """See `residual_norm.add_reduced_norm`.
+
+        Args:
+            buffer_index: of the message that holds the parts, to wait for it; None if the stream has waited.
+        """
+        handshake = None if buffer_index is None else Handshake(self._signals, buffer_index)
+        return residual_norm.add_reduced_norm(x_WTD, addend_WTD, norm, parts, handshake=handshake)
+
+    def reduce_add_norm(
         self, x_TD: Tensor | None, parts: tuple[Tensor, ...], out_TD: Tensor, norm: Norm | None, buffer_index: int
     ) -> Normed | None:
-        """Wait for this round, and write x plus the parts; gives the norm of it as of one way, where there is one."""
+        """Wait for the message, store x plus the sum of its parts in `out_TD`, and return the norm of that, if any."""
         T, D = out_TD.shape
         tile = triton.next_power_of_2(D)
-        normed = None if norm is None else residual_kernel.empty_normed(out_TD[None], norm)
-        pointers, constants = residual_kernel.norm_arguments(norm, normed, out_TD)
+        normed = None if norm is None else empty_normed(out_TD[None], norm)
+        pointers, constants = norm_arguments(norm, normed, out_TD)
         counter, _, _, flags_P = self._signals.pointers(buffer_index)
-        _add_parts[(T,)](
+        _reduce_add_norm[(T,)](
             out_TD if x_TD is None else x_TD.contiguous(), parts, out_TD, *pointers, counter, flags_P,
             **self._signals.constants, has_x=x_TD is not None, has_norm=norm is not None,
             width=D, tile=tile, num_warps=num_warps(tile), **constants,
         )  # fmt: skip
         return normed
-
-    def add_reduced_norm(
-        self, x_WTD: Tensor, addend_WTD: Tensor, parts: tuple[Tensor, ...], norm: Norm, buffer_index: int | None
-    ) -> tuple[Tensor, Normed]:
-        """x + addend, and of each way held here, the norm of that, the other ways' x and the parts.
-
-        Args:
-            turn: of the round that the parts are of, to be waited for; None where they are there.
-        """
-        message = None if buffer_index is None else Handshake(self._signals, buffer_index)
-        return residual_kernel.add_reduced_norm(x_WTD, addend_WTD, norm, parts, message=message)
