@@ -53,7 +53,9 @@ from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.distributed.device_group import join_group
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model.quantized import FLOAT8, Fp8Linear, quantize
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.quantized_tensor import FLOAT8
+from kraken.engine.model.quantized import Fp8Linear
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 
@@ -249,8 +251,9 @@ def rates_of(args: argparse.Namespace) -> tuple[float, float]:
 def quantised_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large product in float8."""
     size = 8192 if device.type == "cuda" else 1024
-    rows = quantize(torch.randn(1, size, size, device=device).to(dtype))
-    linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None)
+    kernels = choose_kernels(device, dtype)
+    rows = kernels.quantize(torch.randn(1, size, size, device=device).to(dtype))
+    linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None, kernels)
     return 2 * size**3 / best_seconds(lambda: linear(rows), device, 4)
 
 

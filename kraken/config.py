@@ -341,8 +341,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU, where bfloat16 decodes about twice as fast
     but changes log-probabilities in the third digit, so that deployment needs an `evaluate.parity_tolerance` of about
-    0.1. On a CPU the linears' weights are held twice, for decoding and for prompts (in float32 0.5 GB more for 124M
-    parameters, in bfloat16 half of that)."""
+    0.1."""
     quantization: Quantization = "none"
     """`fp8`: the layers' linears with weights and inputs in float8, scaled by output and by token: half the memory for
     weights and up to twice the speed, on a GPU of compute capability 8.9 or newer; log-probabilities change in the
@@ -364,24 +363,25 @@ class EngineConfig:
     max_batch_size: int = 16
     """Requests decoded together."""
     max_step_tokens: int = 512
-    """Tokens of one step: one of each request that decodes, the rest for prompts. More of them speeds prompts up and
-    makes those that decode wait longer for their next token."""
+    """Most tokens of one step: one of each decoding request, the rest for prompts. A larger value speeds up prompts and
+    delays the next token of decoding requests."""
     kv_cache_tokens: int = 0
-    """Tokens that the cache has room for, at least one context; 0 takes `max_batch_size` contexts, on CUDA at most what
-    nine tenths of the free memory hold. Where they run out, the newest requests wait and are computed again."""
+    """Capacity of the KV cache in tokens, at least one context. 0 takes `max_batch_size` contexts, on CUDA at most what
+    fits into nine tenths of the free memory. When the cache is full, the newest requests are preempted and recomputed
+    later."""
     tokens_per_block: int = 16
-    """Tokens of the cache that are handed out and reused together."""
+    """Tokens of a block, the unit in which the KV cache is allocated and reused."""
     prefix_reuse: bool = True
-    """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
-    whether someone else's prompt began so."""
+    """Whether prompts with an equal prefix share the prefix's cache blocks. The time to the first token then reveals
+    whether another user's prompt began with the same prefix."""
     cuda_graphs: bool = True
-    """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts, on every device: some
-    seconds then, and a fraction of the time per token."""
+    """On CUDA, capture decoding steps and whole prompts as graphs when the engine starts. That takes some seconds, and
+    reduces the time per token to a fraction."""
     cuda_graph_sizes: tuple[int, ...] = ()
-    """Numbers of tokens to record graphs for: of prompts, and as batches where they are not above `max_batch_size`. A
-    step takes the next larger one, and where there is none runs without a graph. Empty: four to each power of two."""
+    """Prompt lengths for which graphs are captured, and batch sizes as far as they do not exceed `max_batch_size`. A
+    step uses the next larger graph, or none if there is none. Empty: four sizes to each power of two."""
     max_queued_requests: int = 256
-    """Requests that may wait for a place in the batch; one more is refused."""
+    """Requests that may wait for a place in the batch; further ones are refused."""
 
     def __post_init__(self) -> None:
         _require_positive("engine", self, "max_batch_size", "max_queued_requests", "startup_timeout_s")

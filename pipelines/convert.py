@@ -18,7 +18,7 @@ def section(config: RunConfig) -> dict[str, Any]:
 def work(work: Work) -> Outcome:
     from kraken.checkpoint.reader import newest_checkpoint
     from kraken.convert import write_exchange
-    from kraken.engine.choose import TENSORRT_LLM_FOLDER
+    from kraken.engine.placement import TENSORRT_LLM_FOLDER
 
     folder = work.parent_folder("pretrain")
     checkpoint = newest_checkpoint(folder)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.batch import Chunk
+from kraken.engine.batch import StepBatch
 from kraken.engine.distributed import choose_backend as choose_backend
 from kraken.engine.distributed.all_reduce import LocalAllReduce
 from kraken.engine.distributed.device_group import DeviceGroup
@@ -164,10 +164,10 @@ def test_passes_equal_those_of_one_device(variant: str, is_blocking: bool, backe
     ids = torch.randint(NUM_IDS, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     blocks = list(range(8))
     steps = [
-        [Chunk(ids[:7], 0, blocks, 0)],
-        [Chunk(ids[7:20], 7, blocks, 3), Chunk(ids[20:25], 0, blocks[::-1], 5)],
-        [Chunk(ids[25:26], 20, blocks, 1), Chunk(ids[26:27], 5, blocks[::-1], 1)],
-        [Chunk(ids[27:28], 21, blocks, 1)],
+        StepBatch.concatenate([ids[:7]], [0], [blocks], [0], 4),
+        StepBatch.concatenate([ids[7:20], ids[20:25]], [7, 0], [blocks, blocks[::-1]], [3, 5], 4),
+        StepBatch.concatenate([ids[25:26], ids[26:27]], [20, 5], [blocks, blocks[::-1]], [1, 1], 4),
+        StepBatch.concatenate([ids[27:28]], [21], [blocks], [1], 4),
     ]
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     alone = ModelRunner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)

@@ -22,8 +22,10 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
-from kraken.engine.batch import Chunk, ForwardOutput
+from kraken.engine.batch import ForwardOutput, SamplingInput, StepBatch, uniform
 from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.torch.sampling import _truncate as truncated
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import (
     EngineError,
@@ -35,8 +37,7 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.sampler import Draw, sample, uniform
-from kraken.engine.sampler import _truncate as truncated
+from kraken.engine.sampler import Sampler
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
 from kraken.model import Kraken, next_token_loss
@@ -44,6 +45,11 @@ from kraken.tokenizer import META_NAME, Tokenizer
 from kraken.training.train import train
 
 T = TypeVar("T")
+
+
+def sample(logits_BV: torch.Tensor, inputs: list[SamplingInput]) -> list[int | None]:
+    """By the kernels that an engine on this CPU takes."""
+    return Sampler(choose_kernels(torch.device("cpu"), torch.float32)).sample(ForwardOutput(logits_BV), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,11 +278,11 @@ class TestEquality:
 class TestSampling:
     def test_greedy_is_the_most_likely_token(self) -> None:
         logits = torch.tensor([[0.0, 3.0, 1.0]])
-        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)]) == [1]
+        assert sample(logits, [SamplingInput(SamplingParams(temperature=0.0), 0, 0)]) == [1]
 
     def test_frequencies_follow_the_distribution(self) -> None:
         logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-        drawn = Counter(sample(logits.expand(4000, 4), [Draw(SamplingParams(), 7, t) for t in range(4000)]))
+        drawn = Counter(sample(logits.expand(4000, 4), [SamplingInput(SamplingParams(), 7, t) for t in range(4000)]))
         for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
             assert drawn[token] / 4000 == pytest.approx(probability, abs=0.03)
 
@@ -295,22 +301,22 @@ class TestSampling:
     )
     def test_truncation_keeps_the_smallest_sufficient_set(self, params: dict[str, Any], allowed: set[int]) -> None:
         logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-        draws = [Draw(SamplingParams(**params), 3, t) for t in range(500)]
-        assert set(sample(logits.expand(500, 4), draws)) == allowed
+        inputs = [SamplingInput(SamplingParams(**params), 3, t) for t in range(500)]
+        assert set(sample(logits.expand(500, 4), inputs)) == allowed
 
     def test_temperature_sharpens(self) -> None:
         logits = torch.log(torch.tensor([0.6, 0.4])).expand(2000, 2)
-        cold = Counter(sample(logits, [Draw(SamplingParams(temperature=0.25), 3, t) for t in range(2000)]))
+        cold = Counter(sample(logits, [SamplingInput(SamplingParams(temperature=0.25), 3, t) for t in range(2000)]))
         assert cold[0] / 2000 == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
 
     def test_each_row_has_its_own_parameters(self) -> None:
         logits = torch.zeros(3, 50)
         logits[:, 7] = 0.1
         greedy, one, other = (
-            Draw(SamplingParams(temperature=t), seed, 0) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2))
+            SamplingInput(SamplingParams(temperature=t), seed, 0) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2))
         )
         together = sample(logits, [greedy, one, other])
-        assert together == [sample(logits[:1], [draw])[0] for draw in (greedy, one, other)]
+        assert together == [sample(logits[:1], [row_input])[0] for row_input in (greedy, one, other)]
         assert together[0] == 7
 
     def test_randomness_depends_on_seed_and_index_only(self) -> None:
@@ -346,18 +352,18 @@ class TestSampling:
         logits = torch.randn(60, 2000, generator=generator) * torch.tensor([0.1, 1.0, 4.0]).repeat(20)[:, None]
         logits[30:] = (logits[30:] * 4).round() / 4  # ties
         kinds = [{"top_p": 0.9}, {"top_k": 30}, {"min_p": 0.05}, {"top_k": 600, "top_p": 0.95}, {}]
-        draws = [Draw(SamplingParams(**kinds[row % 5]), row, 3) for row in range(60)]
-        together = sample(logits, draws)
-        for row, draw in enumerate(draws):
-            kept = truncated(logits[row : row + 1], [draw.params])
-            assert together[row] == sample(kept, [Draw(SamplingParams(), row, 3)])[0]
-            assert together[row] == sample(logits[row : row + 1], [draw])[0]
+        inputs = [SamplingInput(SamplingParams(**kinds[row % 5]), row, 3) for row in range(60)]
+        together = sample(logits, inputs)
+        for row, row_input in enumerate(inputs):
+            kept = truncated(logits[row : row + 1], [row_input.params])
+            assert together[row] == sample(kept, [SamplingInput(SamplingParams(), row, 3)])[0]
+            assert together[row] == sample(logits[row : row + 1], [row_input])[0]
 
-    def test_draws_follow_a_distribution_of_many_groups(self) -> None:
+    def test_inputs_follow_a_distribution_of_many_groups(self) -> None:
         """The token is the one at which the cumulative distribution passes the uniform number."""
         logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2)).expand(200, 1000)
         cumulative = torch.softmax(logits[0].double(), -1).cumsum(0)
-        drawn = sample(logits, [Draw(SamplingParams(), 5, t) for t in range(200)])
+        drawn = sample(logits, [SamplingInput(SamplingParams(), 5, t) for t in range(200)])
         for index, token in enumerate(drawn):
             expected = int(torch.searchsorted(cumulative, torch.tensor(uniform(5, index)).double(), right=True))
             assert token is not None and abs(token - expected) <= 1  # the sums are of float32 here
@@ -365,18 +371,18 @@ class TestSampling:
     def test_the_repetition_penalty_acts_on_what_came_before(self) -> None:
         logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
         penalised = SamplingParams(temperature=0.0, repetition_penalty=2.0)
-        assert sample(logits, [Draw(penalised, 0, 0, {0})]) == [1]
-        assert sample(logits[:, 2:], [Draw(penalised, 0, 0, {0})]) == [1]  # -1 becomes -2
-        assert sample(logits, [Draw(penalised, 0, 0)]) == [0]
+        assert sample(logits, [SamplingInput(penalised, 0, 0, {0})]) == [1]
+        assert sample(logits[:, 2:], [SamplingInput(penalised, 0, 0, {0})]) == [1]  # -1 becomes -2
+        assert sample(logits, [SamplingInput(penalised, 0, 0)]) == [0]
 
     def test_stop_ids_wait_for_min_tokens(self) -> None:
         logits = torch.tensor([[3.0, 2.0, 1.0]])
         params = SamplingParams(temperature=0.0, min_tokens=2, stop_ids=(0,))
-        assert [sample(logits, [Draw(params, 0, index)])[0] for index in range(3)] == [1, 1, 0]
+        assert [sample(logits, [SamplingInput(params, 0, index)])[0] for index in range(3)] == [1, 1, 0]
 
     def test_a_row_that_is_no_number_is_named_and_the_others_drawn(self) -> None:
         logits = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0]])
-        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)] * 3) == [1, None, None]
+        assert sample(logits, [SamplingInput(SamplingParams(temperature=0.0), 0, 0)] * 3) == [1, None, None]
 
 
 class TestRequests:
@@ -539,7 +545,7 @@ class TestLifetime:
                 await task
             return expected, found
 
-        def fail(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
+        def fail(batch: StepBatch) -> ForwardOutput:
             raise torch.OutOfMemoryError("no memory left")
 
         expected, found = with_engine(artefacts.exchange, use)
@@ -581,13 +587,12 @@ class TestLifetime:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
-                forward_output = forward(chunks, chances)
-                rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
-                for row, chunk in enumerate(rows):
-                    if chunk.start == 8:  # the second token of the longest prompt
-                        forward_output.logits_RV[row] = math.nan
-                return forward_output
+            def poisoned(batch: StepBatch) -> ForwardOutput:
+                output = forward(batch)
+                for row, position in enumerate(batch.positions()[batch.logit_rows()]):
+                    if position == 8:  # the second token of the longest prompt
+                        output.logits_RV[row] = math.nan
+                return output
 
             expected = [await tokens_of(engine, make_request("e", prompt)) for prompt in prompts[:2]]
             with monkeypatch.context() as patch:
@@ -612,10 +617,10 @@ class TestLifetime:
             forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
             expected = with_model_tokens(artefacts, prompts)
 
-            def broken(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
-                if any(chunk.token_ids[-1] == 7 for chunk in chunks):
+            def broken(batch: StepBatch) -> ForwardOutput:
+                if any(batch.token_ids_T[end - 1] == 7 for end in batch.ends):
                     raise RuntimeError("no such kernel")
-                return forward(chunks, chances)
+                return forward(batch)
 
             monkeypatch.setattr(engine._runner, "forward", broken)
             gate = Gate(engine)
@@ -637,7 +642,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def use(engine: TorchEngine) -> None:
-            def broken(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
+            def broken(batch: StepBatch) -> ForwardOutput:
                 raise RuntimeError("nothing works")
 
             monkeypatch.setattr(engine._runner, "forward", broken)

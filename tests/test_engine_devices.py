@@ -21,8 +21,8 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine.batch import Chunk, ForwardOutput
-from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
+from kraken.engine.batch import ForwardOutput, StepBatch
+from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind
 from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
@@ -173,12 +173,6 @@ class TestPartition:
             Part(ModelConfig(num_layers=1, width=24, context_length=8, vocab_size=128, **VARIANTS["standard"]), 0, 2)
 
 
-def test_a_step_is_told_as_it_is() -> None:
-    chunks = [Chunk([5, 6, 7], 0, [2, 9], 0), Chunk([8], 41, [1], 1), Chunk([], 0, [], 0)]
-    found = unpack_step(pack_step(chunks))
-    assert [dataclasses.replace(c, token_ids=list(c.token_ids), blocks=list(c.blocks)) for c in found] == chunks
-
-
 @pytest.mark.parametrize("delay_s", [0.0, SPIN_S / 2, 5 * SPIN_S])
 def test_who_spins_hears_the_same(delay_s: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
@@ -235,7 +229,9 @@ class TestFailure:
             workers = engine._runner._workers  # type: ignore[attr-defined]
             send = workers.send
             # an id that only the other rank is told: its embedding has no such row
-            workers.send = lambda kind, payload=b"": send(kind, pack_step([Chunk([2**20], 0, [0], 1)]))
+            workers.send = lambda kind, payload=b"": send(
+                kind, StepBatch.concatenate([[2**20]], [0], [[0]], [1], 4).to_bytes()
+            )
             with pytest.raises(EngineError, match=r"rank 1 failed: IndexError"):
                 await collect(engine, a_request("r"))
             workers.send = send
@@ -249,13 +245,12 @@ class TestFailure:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> ForwardOutput:
-                forward_output = forward(chunks, chances)
-                rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
-                for row, chunk in enumerate(rows):
-                    if chunk.token_ids[-1] == 7:
-                        forward_output.logits_RV[row] = torch.nan
-                return forward_output
+            def poisoned(batch: StepBatch) -> ForwardOutput:
+                output = forward(batch)
+                for row, token_id in enumerate(batch.token_ids_T[batch.logit_rows()]):
+                    if token_id == 7:
+                        output.logits_RV[row] = torch.nan
+                return output
 
             engine._runner.forward = poisoned  # type: ignore[method-assign]
             bad = Request(id="bad", prompt_ids=(1, 7), sampling=SamplingParams(max_tokens=3))

@@ -24,7 +24,7 @@ from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.distributed.setup import WeightSource
 from kraken.engine.distributed.worker_group import WorkerError
 from kraken.engine.engine import TorchEngine
-from kraken.engine.model.linear import TorchLinear
+from kraken.engine.kernels.torch.linear import TorchLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
 from kraken.evaluate import collect
 from kraken.model import Kraken

@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_engine_devices import DIVISIBLE, make_model
 
-from kraken.engine.batch import Chunk
+from kraken.engine.batch import StepBatch
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
-from kraken.engine.model import attention
+from kraken.engine.kernels.torch.kernels import TorchKernels
+from kraken.engine.model import network as network_module
 from kraken.engine.model.network import Network
 from kraken.engine.model_runner import ModelRunner
 
@@ -25,7 +26,7 @@ BLOCKS = [5, 2, 9, 0, 11]
 def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kraken.engine.cuda_graphs import CudaGraphRunner
 
-    monkeypatch.setattr(attention, "cpu_kernels", lambda device, dtype: None)  # whose cache has another layout
+    monkeypatch.setattr(network_module, "choose_kernels", lambda device, dtype: TorchKernels())
     model = make_model(variant).to(DEVICE)
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
     network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup())
@@ -40,8 +41,12 @@ def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pyte
     token_BC = torch.zeros(2, 2 + len(BLOCKS), dtype=torch.int32, device=DEVICE)  # the second only fills the batch up
     token_BC[0] = torch.tensor([ids[PROMPT], PROMPT + 1, *BLOCKS])
     with torch.inference_mode():
-        expected_1V = plain.forward([Chunk(ids[:PROMPT], 0, BLOCKS, 1)]).logits_RV
+        expected_1V = plain.forward(
+            StepBatch.concatenate([ids[:PROMPT]], [0], [BLOCKS], [1], TOKENS_PER_BLOCK)
+        ).logits_RV
         torch.testing.assert_close(graphs._prompt(prompt_C), expected_1V, rtol=0, atol=1e-5)
         assert torch.equal(graphed.cache.keys_LNSH != 0, plain.cache.keys_LNSH != 0)  # the same slots, and no others
-        expected_1V = plain.forward([Chunk(ids[PROMPT:], PROMPT, BLOCKS, 1)]).logits_RV
+        expected_1V = plain.forward(
+            StepBatch.concatenate([ids[PROMPT:]], [PROMPT], [BLOCKS], [1], TOKENS_PER_BLOCK)
+        ).logits_RV
         torch.testing.assert_close(graphs._decode(token_BC)[:1], expected_1V, rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ def plain(q_BNH: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("num_parts", [1, 4])
+@pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("head_size", [16, 24])
 def test_paged_decode_equals_plain_attention(num_splits: int, head_size: int) -> None:
     from kraken.engine.kernels.cuda.paged_attention import paged_decode

@@ -13,13 +13,16 @@ from test_engine_devices import DIVISIBLE, INFO
 from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig, Quantization
-from kraken.engine.batch import Chunk
+from kraken.engine.batch import StepBatch
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.quantized_tensor import FLOAT8, LARGEST, QuantizedTensor
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model.network import Network
 from kraken.engine.model.norm import Norm
-from kraken.engine.model.quantized import FLOAT8, LARGEST, Fp8Linear, QuantizedTensor, quantize, require_quantizable
+from kraken.engine.model.quantized import Fp8Linear, require_quantizable
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import TokenOutput
 from kraken.model import Kraken
@@ -32,6 +35,10 @@ SMALL = 2.0**-10
 """Half a step of the smallest values."""
 KERNEL_STEP = STEP if torch.cuda.is_available() else 0.51
 """The interpreter loses the carry of what it rounds up to a power of two."""
+
+
+def kernels_of() -> TorchKernels:
+    return choose_kernels(torch.device(DEVICE), torch.bfloat16)
 
 
 def meant(rows: QuantizedTensor) -> Tensor:
@@ -62,7 +69,7 @@ def make_model(variant: str) -> Kraken:
 def test_rows_stand_for_their_values(with_gelu: bool) -> None:
     torch.manual_seed(0)
     x_WTI = torch.randn(2, 5, 48) * torch.tensor([1e-3, 1.0, 50.0, 0.0, 1e4])[:, None]
-    rows = quantize(x_WTI, with_gelu)
+    rows = kernels_of().quantize(x_WTI, with_gelu)
     assert rows.values_WTI.dtype == FLOAT8 and rows.scales_WT1.dtype == torch.float32
     assert_near(rows, F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI)
     assert not meant(rows)[:, 3].any() and meant(rows).isfinite().all()
@@ -120,17 +127,18 @@ def test_products_are_of_what_rows_and_weights_stand_for(num_ways: int, num_toke
     dtype = torch.bfloat16
     x_WTI = torch.randn(num_ways, num_tokens, 64, device=DEVICE).to(dtype)
     weight_WOI, bias_WO = torch.randn(num_ways, 32, 64, device=DEVICE).to(dtype), torch.randn(num_ways, 32).to(dtype)
-    linear = Fp8Linear(weight_WOI, bias_WO.to(DEVICE))
+    kernels = kernels_of()
+    linear = Fp8Linear(weight_WOI, bias_WO.to(DEVICE), kernels)
     found = linear(x_WTI)
     assert found.shape == (num_ways, num_tokens, 32) and found.dtype == dtype
-    weights = meant(quantize(weight_WOI))
-    exact = meant(quantize(x_WTI)) @ weights.transpose(1, 2) + bias_WO.to(DEVICE).double()[:, None]
+    weights = meant(kernels.quantize(weight_WOI))
+    exact = meant(kernels.quantize(x_WTI)) @ weights.transpose(1, 2) + bias_WO.to(DEVICE).double()[:, None]
     torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-7)
-    torch.testing.assert_close(linear(quantize(x_WTI)), found, rtol=0, atol=0)
+    torch.testing.assert_close(linear(kernels.quantize(x_WTI)), found, rtol=0, atol=0)
     full = F.linear(x_WTI[0], weight_WOI[0], bias_WO[0].to(DEVICE)).double()
     assert (found[0] - full).norm() / full.norm() < 0.05
-    after_gelu = Fp8Linear(weight_WOI, None, gelu_before=True)(x_WTI)
-    expected = meant(quantize(x_WTI, with_gelu=True)) @ weights.transpose(1, 2)
+    after_gelu = Fp8Linear(weight_WOI, None, kernels, gelu_before=True)(x_WTI)
+    expected = meant(kernels.quantize(x_WTI, with_gelu=True)) @ weights.transpose(1, 2)
     torch.testing.assert_close(after_gelu.double(), expected, rtol=2**-7, atol=2**-7)
 
 
@@ -141,8 +149,11 @@ def logprobs(model: Kraken, quantization: Quantization, num_pieces: int) -> Tens
     runner = ModelRunner(network, num_blocks=16, tokens_per_block=4)
     ids = torch.randint(NUM_IDS, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     size = len(ids) // num_pieces
-    pieces = [Chunk(ids[start : start + size], start, list(range(8)), size) for start in range(0, len(ids), size)]
-    return torch.cat([runner.forward([piece]).logits_RV.log_softmax(-1).clone() for piece in pieces])
+    batches = [
+        StepBatch.concatenate([ids[start : start + size]], [start], [list(range(8))], [size], 4)
+        for start in range(0, len(ids), size)
+    ]
+    return torch.cat([runner.forward(batch).logits_RV.log_softmax(-1).clone() for batch in batches])
 
 
 @pytest.mark.parametrize("variant", DIVISIBLE)

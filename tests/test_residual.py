@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine_cpu_kernels import kernels_of
+from test_engine_cpu_kernels import library_of
 from torch import Tensor
 
 from kraken.engine.model import residual
@@ -37,7 +37,7 @@ def test_on_a_cpu_they_are_the_equations(
     by_kernel: bool, num_tokens: int, width: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_kernel:
-        kernels_of(torch.float32)
+        library_of(torch.float32)
     else:
         monkeypatch.setattr(residual, "cpu_kernels", lambda device, dtype: None)
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def test_on_a_cpu_they_are_the_equations(
 @pytest.mark.parametrize("num_ways", [1, 3])
 def test_on_a_cpu_bfloat16_is_rounded_once(num_ways: int) -> None:
     """The sum of residuals as torch rounds it, and a norm of it and of the float32 sum of the others."""
-    kernels_of(torch.bfloat16)
+    library_of(torch.bfloat16)
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, 6, 75, device="cpu").bfloat16()
     others_1TD = torch.randn(1, 6, 75).bfloat16()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kraken.config import EngineConfig
-from kraken.engine.choose import TENSORRT_LLM_FOLDER, Placement
+from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,

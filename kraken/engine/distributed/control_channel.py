@@ -9,14 +9,8 @@ import json
 import socket
 import struct
 import time
-from array import array
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
-
-import numpy as np
-
-from kraken.engine.batch import Chunk
 
 HEADER = struct.Struct("!BQ")
 MAX_FRAME_BYTES = 2**30
@@ -106,30 +100,3 @@ class Connection:
                 raise ConnectionLost("the connection was closed")
             start += num_read
         return bytes(buffer)
-
-
-def pack_step(chunks: Sequence[Chunk]) -> bytes:
-    """A step as int32: the number of chunks; start, number of tokens, of blocks and of logits of each; all ids; all
-    blocks."""
-    numbers = array("i", [len(chunks)])
-    for chunk in chunks:
-        numbers.extend((chunk.start, len(chunk.token_ids), len(chunk.blocks), chunk.num_logits))
-    for chunk in chunks:
-        numbers.extend(chunk.token_ids)
-    for chunk in chunks:
-        numbers.extend(chunk.blocks)
-    return numbers.tobytes()
-
-
-def unpack_step(payload: bytes) -> list[Chunk]:
-    """The inverse of `pack_step`; ids and blocks stay arrays."""
-    numbers = np.frombuffer(payload, dtype=np.int32).copy()
-    ids_at = 1 + 4 * int(numbers[0])
-    heads: list[list[int]] = numbers[1:ids_at].reshape(-1, 4).tolist()
-    blocks_at = ids_at + sum(num_tokens for _, num_tokens, _, _ in heads)
-    chunks = []
-    for start, num_tokens, num_blocks, num_logits in heads:
-        token_ids, blocks = numbers[ids_at : ids_at + num_tokens], numbers[blocks_at : blocks_at + num_blocks]
-        chunks.append(Chunk(token_ids, start, blocks, num_logits))
-        ids_at, blocks_at = ids_at + num_tokens, blocks_at + num_blocks
-    return chunks

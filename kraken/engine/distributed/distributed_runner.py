@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,8 +16,8 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.batch import Chance, Chunk, ForwardOutput, GraphSizes
-from kraken.engine.distributed.control_channel import Kind, pack_step
+from kraken.engine.batch import ForwardOutput, GraphSizes, StepBatch
+from kraken.engine.distributed.control_channel import Kind
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.distributed.setup import RankSetup, WeightSource, device_of, threads_per_rank
@@ -49,7 +49,7 @@ class DistributedRunner(ModelRunner):
             super().record(sizes)
             self._end()
 
-    def forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> ForwardOutput:
+    def forward(self, batch: StepBatch) -> ForwardOutput:
         """See `ModelRunner.forward`; `join` must follow.
 
         Raises:
@@ -57,8 +57,8 @@ class DistributedRunner(ModelRunner):
         """
         with self._with_reason():
             self._begin(self._config.collective_timeout_s)
-            self._workers.send(Kind.STEP, pack_step(chunks))
-            return super().forward(chunks, chances)
+            self._workers.send(Kind.STEP, batch.to_bytes())
+            return super().forward(batch)
 
     def join(self) -> None:
         """See `ModelRunner.join`. No other kernel may be launched before: the first launch of a kernel may wait for the

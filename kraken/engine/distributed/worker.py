@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
-from kraken.engine.batch import GraphSizes
-from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind, unpack_step
+from kraken.engine.batch import GraphSizes, StepBatch
+from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, empty_weights
 from kraken.engine.distributed.rendezvous import JoinToken, connect
@@ -47,7 +47,7 @@ def run_worker(token: JoinToken, group_type: type[DeviceGroup] = DeviceGroup) ->
         if cache["graph_sizes"] is not None:
             runner.record(GraphSizes(**cache["graph_sizes"]))
         while (frame := connection.receive(spins=runner.is_asynchronous))[0] is Kind.STEP:
-            runner.forward(unpack_step(frame[1]))
+            runner.forward(StepBatch.from_bytes(frame[1]))
     except ConnectionLost:
         if runner is not None:
             runner.drop_graphs()  # otherwise NCCL would wait for them

@@ -17,10 +17,11 @@ from kraken.config import Quantization
 from kraken.engine.distributed.all_reduce import Handle
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, Weights
-from kraken.engine.kernels.choose import has_kernels
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.torch.attention import PagedAttend
+from kraken.engine.kernels.torch.kernels import TorchKernels
+from kraken.engine.kernels.torch.linear import Activation, Linear
 from kraken.engine.model import residual
-from kraken.engine.model.attention import PagedAttend
-from kraken.engine.model.linear import Activation, Linear, make_linear
 from kraken.engine.model.norm import Norm, Normed, select
 from kraken.engine.model.quantized import Fp8Linear
 from kraken.model import rotate, rotation_of
@@ -48,17 +49,20 @@ class Network:
         self._wte_VD = weights.pop("wte.weight")
         self._wpe_TD = weights.pop("wpe.weight", None)
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
-        self._layers = [_Layer(part, weights, index, group, quantization) for index in range(self.config.num_layers)]
+        self.kernels = choose_kernels(self.device, self.dtype)
+        self._layers = [
+            _Layer(part, weights, index, group, self.kernels, quantization) for index in range(self.config.num_layers)
+        ]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
         self._conjunction = self._conjunction_bias_D = None
         if self.config.architecture == "kraken":
-            self._conjunction = make_linear(weights.pop("conjunction.weight")[None], None)
+            self._conjunction = self.kernels.linear(weights.pop("conjunction.weight")[None], None)
             self._conjunction_bias_D = weights.pop("conjunction.bias", None)
         bias_D = weights.pop("ln_f.bias", None)
         self._ln_f = Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
         head_VD = _head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)
-        self._head = make_linear(head_VD[None], None, is_wide=True)
+        self._head = self.kernels.linear(head_VD[None], None, is_wide=True)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
         """Run one forward pass. All ranks call it at the same time, with the same arguments.
@@ -79,16 +83,7 @@ class Network:
 
         def heads(*qkv_WTNH: Tensor) -> Tensor:
             q, k, v = (_side_by_side(x_WTNH) for x_WTNH in qkv_WTNH)
-            if has_kernels(q):
-                from kraken.engine.kernels.cuda.prompt_attention import (
-                    attend_prompt,  # which imports Triton, and only CUDA has that
-                )
-
-                out_TNH = attend_prompt(q, k, v)
-            else:
-                q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-                out_TNH = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
-            return _apart(out_TNH, len(x_WTD))
+            return _apart(self.kernels.causal_attention(q, k, v), len(x_WTD))
 
         state = _LayerInput(x_WTD, self._layers[0].ln_1(x_WTD))
         for layer in self._layers[:num_layers]:
@@ -150,7 +145,15 @@ class _LayerInput:
 class _Layer:
     """One layer of this rank's ways; the equations are at the top of `kraken/model.py`."""
 
-    def __init__(self, part: Part, weights: Weights, index: int, group: DeviceGroup, quantization: Quantization):
+    def __init__(
+        self,
+        part: Part,
+        weights: Weights,
+        index: int,
+        group: DeviceGroup,
+        kernels: TorchKernels,
+        quantization: Quantization,
+    ):
         config = part.config
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
@@ -166,7 +169,9 @@ class _Layer:
             weight, bias = take(name)
             if part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj"):
                 bias = None  # rank 0 adds it
-            return Fp8Linear(weight, bias, gelu_before) if is_quantized else make_linear(weight, bias, activation)
+            if is_quantized:
+                return Fp8Linear(weight, bias, kernels, gelu_before)
+            return kernels.linear(weight, bias, activation)
 
         self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.engine.model.quantized import QuantizedTensor
+from kraken.engine.kernels.quantized_tensor import QuantizedTensor
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 Normed = Tensor | QuantizedTensor

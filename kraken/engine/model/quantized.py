@@ -1,108 +1,65 @@
-"""Linears in float8: half the bytes of weights and cached products' inputs, and twice the matrix rate of 16 bits.
+"""Linears in float8: half the bytes of weights and inputs, and twice the matrix rate of 16 bits.
+ Weights are scaled by output and inputs by token, so that the largest magnitude of each row becomes the largest float8
+e4m3. A product sums in float32 and applies the scales in its own kernel. On CUDA the kernel that computes an input also
+quantises it: LayerNorm in `kraken/engine/kernels/cuda/residual_norm.py`, GELU in
+`kraken/engine/kernels/cuda/quantization.py`. On a CPU the same numbers come from torch's operators; that saves memory
+and no time.
 
-Weights are scaled by output and inputs by token, so that the largest magnitude of each row is the largest of float8
-e4m3; a product adds up in float32 and is scaled back in its own kernel. On CUDA inputs are quantised where they are
-computed: by the kernels of `kraken/engine/kernels/cuda/residual_norm.py` with a norm, by one of their own with GELU
-or alone.
-Elsewhere plain operations do it, which shows what the numbers are and saves memory, not time.
-
-Shape letters as in `kraken/engine/model/linear.py`, and: R of T tokens.
+Shape letters as in `kraken/engine/kernels/torch/linear.py`.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import ConfigError, ModelConfig
-from kraken.engine.kernels.choose import has_kernels
+from kraken.engine.kernels.quantized_tensor import QuantizedTensor, quantize_rows
+from kraken.engine.kernels.torch.kernels import TorchKernels
 
-FLOAT8 = torch.float8_e4m3fn
-LARGEST = 448.0
-"""Of float8 e4m3."""
-SMALLEST_SCALE = 1e-12
-"""For rows of zeros."""
 MULTIPLE = 16
-"""What inputs and outputs of a product are multiples of, in the kernels that there are."""
+"""Float8 products exist for multiples of so many inputs and outputs."""
 SCALES_ALIGNMENT = 16
-"""Bytes; cuBLAS has no product for others."""
+"""Bytes to which cuBLAS wants the scales aligned."""
 MIN_CAPABILITY = (8, 9)
 """Of CUDA devices that multiply float8."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedTensor:
-    """Quantised inputs of W linears.
+class Fp8Linear:
+    """W linears with weights in float8. Outputs have the type of the original weights.
 
     Args:
-        values_WTI: float8.
-        scales_WT1: float32; a value times its row's scale is the input.
+        gelu_before: apply GELU (tanh form) to inputs that are not quantised yet.
     """
 
-    values_WTI: Tensor
-    scales_WT1: Tensor
-
-    def select(self, rows_R: Tensor) -> "QuantizedTensor":
-        """Those tokens alone."""
-        values_WRI = self.values_WTI.view(torch.uint8).index_select(1, rows_R).view(FLOAT8)
-        return QuantizedTensor(values_WRI, self.scales_WT1.index_select(1, rows_R))
-
-
-def empty_quantized(num_ways: int, num_tokens: int, num_inputs: int, device: torch.device) -> QuantizedTensor:
-    """For a kernel to fill."""
-    values_WTI = torch.empty(num_ways, num_tokens, num_inputs, dtype=FLOAT8, device=device)
-    return QuantizedTensor(values_WTI, torch.empty(num_ways, num_tokens, 1, dtype=torch.float32, device=device))
-
-
-def quantize(x_WTI: Tensor, with_gelu: bool = False) -> QuantizedTensor:
-    """The rows of x, or of GELU of x (the tanh form)."""
-    if has_kernels(x_WTI):
-        from kraken.engine.kernels.cuda import (
-            quantization as quantized_kernel,  # which imports Triton, and only CUDA has that
-        )
-
-        return quantized_kernel.quantize(x_WTI, with_gelu)
-    x_WTI = F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI
-    return QuantizedTensor(*_quantize_last_dim(x_WTI))
-
-
-def _quantize_last_dim(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8 values of x, and float32 scales of its last dimension."""
-    x = x.float()
-    scales = (x.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp(min=SMALLEST_SCALE)
-    return (x / scales).to(FLOAT8), scales
-
-
-class Fp8Linear:
-    """Weights in float8; computes in the type that they came in."""
-
-    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, gelu_before: bool = False):
-        self._dtype, self._gelu_before = weight_WOI.dtype, gelu_before
-        quantised = [_quantize_last_dim(weight_OI) for weight_OI in weight_WOI]  # one by one, for the sake of memory
+    def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, kernels: TorchKernels, gelu_before: bool = False):
+        self._dtype, self._gelu_before, self._kernels = weight_WOI.dtype, gelu_before, kernels
+        quantised = [quantize_rows(weight_OI) for weight_OI in weight_WOI]  # one by one, for less memory
         self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantised]
         self._bias_WO = bias_WO
 
     def __call__(self, x: Tensor | QuantizedTensor) -> Tensor:
-        rows = quantize(x, self._gelu_before) if isinstance(x, Tensor) else x
+        rows = self._kernels.quantize(x, self._gelu_before) if isinstance(x, Tensor) else x
         ways = [
             self._product(values_TI, scales_T1, *weight)
             for values_TI, scales_T1, weight in zip(rows.values_WTI, rows.scales_WT1, self._weights, strict=True)
         ]
         y_WTO = ways[0][None] if len(ways) == 1 else torch.stack(ways)
-        # cuBLAS refuses products of few rows that have a bias
+        # added here, since cuBLAS refuses a bias in products of few rows
         return y_WTO if self._bias_WO is None else y_WTO + self._bias_WO[:, None]
 
     def _product(self, values_TI: Tensor, scales_T1: Tensor, weight_IO: Tensor, scales_1O: Tensor) -> Tensor:
-        if not values_TI.is_cuda:  # the operator scales by row in some releases of torch only
+        if not values_TI.is_cuda:  # on a CPU `_scaled_mm` scales by row in some releases of torch only
             return (values_TI.float() @ weight_IO.float() * scales_T1 * scales_1O).to(self._dtype)
-        if scales_T1.data_ptr() % SCALES_ALIGNMENT:  # of a way that is not the first, and few tokens
+        if scales_T1.data_ptr() % SCALES_ALIGNMENT:  # of another than the first way, with few tokens
             scales_T1 = scales_T1.clone()
         return torch._scaled_mm(values_TI, weight_IO, scales_T1, scales_1O, out_dtype=self._dtype, use_fast_accum=True)
 
 
 def require_quantizable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises: ConfigError: this model's linears, this type or this device have no products in float8."""
+    """Check that a model can be quantised.
+
+    Raises:
+        ConfigError: there is no float8 product for the size of its linears, its type or its device.
+    """
     if dtype != torch.bfloat16:
         raise ConfigError(f"engine.quantization=fp8 computes in bfloat16, and the model is in {dtype}; leave it out")
     is_divided = model.architecture != "kraken" and num_devices > 1

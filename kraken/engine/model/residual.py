@@ -12,7 +12,7 @@ Shape letters as in `kraken/model.py`.
 from torch import Tensor
 
 from kraken.engine.kernels.choose import has_kernels
-from kraken.engine.kernels.cpu.kernels import cpu_kernels
+from kraken.engine.kernels.cpu.library import cpu_kernels
 from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 

@@ -1,8 +1,8 @@
-/* Kernels of the engine on a CPU; `cpu_kernels.py` compiles and calls them, for tensors of float32, or of bfloat16 where
-   BFLOAT16 is defined. Both compute in float32.
+/* The engine's kernels on a CPU. `library.py` compiles and calls them, for float32 tensors, or with BFLOAT16 defined
+   for bfloat16 tensors. Both compute in float32.
 
-   Written with vector extensions of GCC and Clang, so that one source serves every instruction set. A vector is as wide
-   as the machine's, and the accumulators of one tile fill its registers. */
+   Vector extensions of GCC and Clang make one source serve every instruction set. A vector is as wide as the machine's
+   registers, and the accumulators of one tile fill them. */
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -21,19 +21,19 @@ enum { LANES = 8, VECTORS = 2, ROWS = 6 };
 #endif
 enum {
     PANEL = LANES * VECTORS, /* outputs of a linear that are computed together */
-    DEPTH = 192,             /* inputs after which few rows' next tile is taken, so that a panel's weights stay in L1 */
-    DEPTH_OF_MANY = 768,     /* the same of many rows, whose sums are written less often that way */
-    AHEAD = 2048,            /* weights between the one that is used and the one that is fetched from memory to L2 */
-    CHUNK_VALUES = 1 << 18,  /* inputs of the rows that share a panel; 1 MB, which fits L2 */
+    DEPTH = 192,             /* inputs after which a few rows' next tile starts, so that weights stay in L1 */
+    DEPTH_OF_MANY = 768,     /* the same for many rows; larger, since their sums are written after each part */
+    AHEAD = 2048,            /* distance, in weights, of the prefetch from memory to L2 */
+    CHUNK_VALUES = 1 << 18,  /* inputs of the rows that are computed with one panel; 1 MB, which fits L2 */
     MAX_CHUNK_ROWS = 480,
-    MAX_KEYS = 512,          /* keys whose weights are held at a time */
-    KEYS_AHEAD = 16,         /* keys between the one that is used and the one that is fetched */
-    COLUMNS = 2 * LANES,     /* of values that are summed together */
-    GROUP = 64,              /* ids whose largest logit, or sum, is looked for first */
-    MAX_CANDIDATES = 512,    /* most likely ids that are held in order */
-    DIGIT_BITS = 10,         /* of a weight, by which those that stay are found */
+    MAX_KEYS = 512,          /* keys whose softmax weights are held at a time */
+    KEYS_AHEAD = 16,         /* distance, in keys, of the prefetch */
+    COLUMNS = 2 * LANES,     /* of the values that are summed together */
+    GROUP = 64,              /* ids whose maximum, or sum of weights, is computed first */
+    MAX_CANDIDATES = 512,    /* most likely ids that are kept sorted */
+    DIGIT_BITS = 10,         /* digits of a weight's bits, for the radix select of `least_kept` */
     DIGITS = 1 << DIGIT_BITS,
-    FEW_VALUES = 1 << 16, /* of states, up to which one thread passes them faster than two are told to */
+    FEW_VALUES = 1 << 16, /* up to so many values one thread is faster than starting two */
     NOT_FINITE = -1,
     UNDECIDED = -2
 };
@@ -49,8 +49,8 @@ int32_t kraken_panel(void) { return PANEL; }
 
 INLINE vec load(const float *from) { return *(const vec *)from; }
 
-/* stored: a value of a tensor.
-   word: what a linear multiplies at a time, 32 bits of a tensor, handled as if they were one float32. */
+/* stored: the type of a tensor's values.
+   word: 32 bits of a tensor that a linear multiplies at a time; passed around as one float32. */
 #ifdef BFLOAT16
 
 typedef uint16_t stored;
@@ -67,7 +67,7 @@ INLINE float widen(stored value) {
     return wide;
 }
 
-/* To the nearest, of two equally near to the even one; NaN stays NaN. */
+/* Round to nearest, ties to even; NaN stays NaN. */
 INLINE stored narrow(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -75,7 +75,7 @@ INLINE stored narrow(float value) {
     return (stored)((bits & 0x7fffffff) > 0x7f800000 ? not_a_number : rounded);
 }
 
-/* sums + the products of the numbers in the words: two of x with two of each lane of w */
+/* sums + the products of two bfloat16 of x with two of each lane of w */
 INLINE vec add_products(vec sums, float x, vec w) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -110,7 +110,7 @@ INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) 
 INLINE vec exponential(vec x) {
     x = choose(x < -87.0f, (vec){0} - 87.0f, x);
     x = choose(x > 88.0f, (vec){0} + 88.0f, x);
-    vec shifted = x * 1.44269504f + 12582912.0f; /* the whole number of halvings is in the low bits */
+    vec shifted = x * 1.44269504f + 12582912.0f; /* the exponent of two is in the low bits */
     vec n = shifted - 12582912.0f;
     vec r = x - n * 0.693145752f - n * 1.42860677e-6f;
     vec p = r * 1.3888889e-3f + 8.3333333e-3f;
@@ -135,8 +135,8 @@ INLINE float sum_of(vec x) {
     return (part[0] + part[2]) + (part[1] + part[3]);
 }
 
-/* sums[rows, width] (+)= x[rows, depth] w[depth, width] with a width of so many vectors, of words or else of float32;
-   `ahead` as AHEAD, or 0 */
+/* sums[rows, width] (+)= x[rows, depth] w[depth, width]. The width is a number of vectors, which hold words or float32.
+   `ahead` is AHEAD, or 0 for no prefetch. */
 INLINE void tile(const float *x, int64_t row_stride, int64_t column_stride, const float *w, int64_t depth, int rows,
                  int vectors, int is_words, int ahead, float *sums, int is_first) {
     vec a[ROWS][VECTORS];
@@ -185,7 +185,7 @@ static void tile_of_few(const float *x, int64_t row_stride, const float *w, int6
     }
 }
 
-/* Rows in tiles of ROWS, column after column; the last row again where there are too few. */
+/* Rearrange rows into tiles of ROWS, column by column. The last row is repeated to fill the last tile. */
 static void arrange(const float *x, int64_t num_rows, int64_t num_inputs, float *to) {
     for (int64_t m = 0; m < num_rows; m += ROWS, to += ROWS * num_inputs)
         for (int r = 0; r < ROWS; r++) {
@@ -210,9 +210,9 @@ static void finish(const float *sums, const float *bias, void *y, int64_t first,
         memcpy((stored *)y + first, narrowed, num_outputs * sizeof(stored));
 }
 
-/* y[W, T, O] = x[W, T, I] W^T + bias of every way, then GELU if asked. x and w are words, and I is counted in them; `w`
-   holds [ways, panels, I, PANEL], zeros past O; `bias`, [W, O], may be null; y is float32 if it is wide. The ways are
-   divided among the threads together, since it costs time to call them. Returns 0, or 1 where there is no memory. */
+/* y[W, T, O] = x[W, T, I] W^T + bias of every way, then GELU if `applies_gelu`. x and w are words, and I counts words;
+   `w` is [ways, panels, I, PANEL] with zeros past O; `bias`, [W, O], may be null; y is float32 if `is_wide`. One
+   parallel region computes all ways, since starting one takes time. Returns 0, or 1 if there is no memory. */
 int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y, int64_t num_ways, int64_t num_rows,
                       int64_t num_inputs, int64_t num_outputs, int32_t is_wide, int32_t applies_gelu,
                       int32_t num_threads) {
@@ -221,7 +221,7 @@ int32_t kraken_linear(const float *x, const float *w, const float *bias, void *y
     chunk = chunk < ROWS ? ROWS : chunk / ROWS * ROWS;
     if (chunk > num_rows) chunk = (num_rows + ROWS - 1) / ROWS * ROWS;
     int64_t num_chunks = (num_rows + chunk - 1) / chunk;
-    int is_arranged = num_rows > 2 * ROWS; /* pays only where many panels read it */
+    int is_arranged = num_rows > 2 * ROWS; /* pays only if many panels read it */
     int64_t step = is_arranged ? DEPTH_OF_MANY : DEPTH;
     int32_t failed = 0;
 #pragma omp parallel num_threads(num_threads)
@@ -284,14 +284,14 @@ static float variance_of(const float *x, int64_t size, float mean) {
     return total / size;
 }
 
-/* What stands between the products of a layer, of every token: a[W, T, D] = x + addend, and unless `normed` is null, the
-   LayerNorm of a, or where it sees the other ways, of a + S - x, S being the sum of x over all ways: `part`[T, D] if
-   that is the total, else those held here and the part, which may be null. `bias`[W, D] may be null. */
+/* Residual add and norm: a[W, T, D] = x + addend, and unless `normed` is null its LayerNorm. If `sees`, the LayerNorm
+   is of a + S - x, where S is the sum of x over all ways: `part`[T, D] if `is_total`, else the sum of this rank's ways
+   and of `part`, which may be null. `bias`[W, D] may be null. */
 void kraken_residual(const stored *restrict x, const stored *restrict addend, const stored *restrict part,
                      const stored *restrict gain, const stored *restrict bias, stored *restrict a,
                      stored *restrict normed, int64_t num_ways, int64_t num_tokens, int64_t width, float epsilon,
                      int32_t sees, int32_t is_total, int32_t num_threads) {
-    int has_own = sees && (num_ways > 1 || is_total); /* whether S holds x: else S - x is the part */
+    int has_own = sees && (num_ways > 1 || is_total); /* else S - x is the part itself */
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_ways * num_tokens * width > FEW_VALUES)
     for (int64_t t = 0; t < num_tokens; t++) {
         float total[width], seen[width];
@@ -315,7 +315,8 @@ void kraken_residual(const stored *restrict x, const stored *restrict addend, co
 
 /* keys[N, S, H] and values at slot slots[t] become k[t] and v[t]. */
 void kraken_store(const stored *k, const stored *v, int64_t token_stride, int64_t head_stride, stored *keys,
-                  stored *values, int64_t num_slots, const int64_t *slots, int64_t num_tokens, int64_t num_heads, int64_t head_size) {
+                  stored *values, int64_t num_slots, const int64_t *slots, int64_t num_tokens, int64_t num_heads,
+                  int64_t head_size) {
     for (int64_t n = 0; n < num_heads; n++)
         for (int64_t t = 0; t < num_tokens; t++) {
             int64_t from = t * token_stride + n * head_stride, to = (n * num_slots + slots[t]) * head_size;
@@ -333,7 +334,7 @@ INLINE float dot(const float *a, const stored *b, int64_t size) {
     return total;
 }
 
-/* out[i] += sum over keys of weights[j] values[j, i] */
+/* out[i] += sum over j of weights[j] values[j, i] */
 INLINE void weigh(const float *weights, const stored *values, int64_t num_keys, int64_t size, float *out) {
     enum { WIDTH = 4 * LANES };
     int64_t i = 0;
@@ -356,7 +357,7 @@ INLINE void weigh(const float *weights, const stored *values, int64_t num_keys, 
         for (int64_t j = 0; j < num_keys; j++) out[i] += weights[j] * widen(values[j * size + i]);
 }
 
-/* One head of one token: out[H] over `length` keys that lie in blocks. */
+/* Attention of one head of one token over `length` keys in blocks: out[H]. */
 static void attend_one(const stored *q, const stored *keys, const stored *values, const int32_t *blocks, int64_t length,
                        int64_t tokens_per_block, int64_t head_size, float scale, stored *out) {
     float weights[MAX_KEYS + LANES] __attribute__((aligned(64)));
@@ -369,7 +370,7 @@ static void attend_one(const stored *q, const stored *keys, const stored *values
             int64_t offset = j % tokens_per_block;
             run = tokens_per_block - offset < end - j ? tokens_per_block - offset : end - j;
             const stored *from = keys + (blocks[j / tokens_per_block] * tokens_per_block + offset) * head_size;
-            const stored *later = values + (from - keys); /* read after all keys, and fetched meanwhile */
+            const stored *later = values + (from - keys); /* prefetched now and read after all keys */
             for (int64_t i = 0; i < run; i++) {
                 for (int64_t c = 0; c < head_size; c += LINE) {
                     __builtin_prefetch(from + (i + KEYS_AHEAD) * head_size + c, 0, 2);
@@ -399,8 +400,8 @@ static void attend_one(const stored *q, const stored *keys, const stored *values
     for (int64_t i = 0; i < head_size; i++) out[i] = narrow(sums[i] / total);
 }
 
-/* One token of each of B sequences, its own key and value stored before: out[B, N, H].
-   `rows` are the tokens' places in q and out, `tables` is [B, num_blocks]. */
+/* Attention of one token of each of B sequences, whose key and value are stored already. `rows` are the tokens' rows in
+   q and out, `tables` is [B, num_blocks]. */
 void kraken_attend(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys, const stored *values,
                    int64_t num_slots, const int64_t *rows, const int32_t *tables, const int64_t *lengths,
                    int64_t num_blocks, int64_t tokens_per_block, int64_t num_sequences, int64_t num_heads,
@@ -434,8 +435,7 @@ static void pack(const stored *keys, const stored *values, const int32_t *blocks
     }
 }
 
-/* One row's scores, PANEL of every ROWS * PANEL, become its keys' weights, not yet divided by their sum, which is
-   returned. */
+/* Replace one row's scores (PANEL of every ROWS * PANEL values) by unnormalised softmax weights; returns their sum. */
 static float softmax(float *scores, int64_t num_panels, int64_t num_seen, float scale) {
     vec highest = {0}, sum = {0};
     highest -= INFINITY;
@@ -458,16 +458,16 @@ static float softmax(float *scores, int64_t num_panels, int64_t num_seen, float 
     return sum_of(sum);
 }
 
-/* Neighbouring tokens of one sequence, their own keys and values stored before: out[T, N, H]; each sees the keys up to
-   its own. Returns 0, or 1 where there is no memory. */
-int32_t kraken_attend_many(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys,
+/* Causal attention of neighbouring tokens of one sequence, whose keys and values are stored already: out[T, N, H].
+   Returns 0, or 1 if there is no memory. */
+int32_t kraken_attend_prompt_chunk(const stored *q, int64_t token_stride, int64_t head_stride, const stored *keys,
                            const stored *values, int64_t num_slots, const int32_t *blocks, int64_t tokens_per_block,
                            int64_t start, int64_t num_tokens, int64_t num_heads, int64_t head_size, float scale,
                            stored *out, int32_t num_threads) {
     int64_t num_keys = start + num_tokens, num_panels = (num_keys + PANEL - 1) / PANEL, padded = num_panels * PANEL;
     int64_t columns = (head_size + COLUMNS - 1) / COLUMNS * COLUMNS;
     int64_t num_tiles = (num_tokens + ROWS - 1) / ROWS;
-    /* a head is one thread's, unless that leaves some without work */
+    /* one thread per head, unless that would leave threads without work */
     int64_t num_shares = num_heads % num_threads ? (4 * num_threads + num_heads - 1) / num_heads : 1;
     int32_t failed = 0;
 #pragma omp parallel num_threads(num_threads)
@@ -488,7 +488,7 @@ int32_t kraken_attend_many(const stored *q, int64_t token_stride, int64_t head_s
                 int64_t first = m * ROWS, rows = num_tokens - first < ROWS ? num_tokens - first : ROWS;
                 int64_t seen_panels = (start + first + rows + PANEL - 1) / PANEL;
                 float totals[ROWS];
-                for (int64_t r = 0; r < ROWS; r++) { /* the last again where there are too few */
+                for (int64_t r = 0; r < ROWS; r++) { /* the last row is repeated to fill the tile */
                     const stored *from = q + (first + (r < rows ? r : rows - 1)) * token_stride + n * head_stride;
                     for (int64_t i = 0; i < head_size; i++) queries[r * head_size + i] = widen(from[i]);
                 }
@@ -523,7 +523,7 @@ typedef struct {
     int64_t id;
 } candidate;
 
-/* Largest first, and of equal ones the one that came first; once there are `most`, the last goes. */
+/* Insert into a list of at most `most`, sorted by descending logit; equal logits keep their order. */
 static int64_t insert(candidate *best, int64_t num, int64_t most, float logit, int64_t id) {
     if (num == most && !(logit > best[num - 1].logit)) return num;
     int64_t i = num < most ? num++ : num - 1;
@@ -532,7 +532,7 @@ static int64_t insert(candidate *best, int64_t num, int64_t most, float logit, i
     return num;
 }
 
-/* The largest logit of every GROUP ids; 0 where one is not a number. */
+/* The largest logit of every GROUP ids. Returns 0 if a logit is NaN. */
 static int maxima_of(const float *logits, int64_t num_ids, float *maxima) {
     ivec is_odd = {0};
     int has_odd = 0;
@@ -558,14 +558,14 @@ static int maxima_of(const float *logits, int64_t num_ids, float *maxima) {
     return !has_odd;
 }
 
-/* One of the top_k most likely ids, of fewer than MAX_CANDIDATES, or the most likely one where top_k is 0. */
+/* Sample one of the top_k < MAX_CANDIDATES most likely ids; top_k 0 returns the most likely one. */
 static int64_t sample_few(const float *logits, int64_t num_ids, const float *maxima, int64_t top_k, float temperature,
                           double uniform) {
     candidate best[MAX_CANDIDATES] = {{0}}, other;
     int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0;
     int64_t most = top_k == 0 ? 1 : top_k < num_ids ? top_k + 1 : num_ids, kept = top_k < num_ids ? top_k : num_ids;
     for (int64_t g = 0; g < num_groups; g++) num = insert(best, num, most, maxima[g], g);
-    /* so many logits are at least as large as this one, that no smaller one is among the most likely */
+    /* the maxima of `most` groups are at least this large, so that smaller logits are not among the most likely */
     float least = num < most ? -INFINITY : best[most - 1].logit;
     if (!isfinite(best[0].logit)) return NOT_FINITE;
     num = 0;
@@ -580,7 +580,7 @@ static int64_t sample_few(const float *logits, int64_t num_ids, const float *max
     for (int64_t i = 0; i < num; i++) best[i].logit = (best[i].logit - highest) / temperature;
     if (kept < num && best[kept].logit == best[kept - 1].logit) return UNDECIDED;
     double total = 0.0, mass = 0.0;
-    for (int64_t i = 1; i < kept; i++) { /* the distribution is walked in the order of the ids */
+    for (int64_t i = 1; i < kept; i++) { /* sort by id: the distribution is walked in the order of the ids */
         int64_t to = i;
         for (other = best[i]; to > 0 && best[to - 1].id > other.id; to--) best[to] = best[to - 1];
         best[to] = other;
@@ -595,7 +595,7 @@ static int64_t sample_few(const float *logits, int64_t num_ids, const float *max
     return last;
 }
 
-/* The weight of every id, 1 of the most likely, and the sum of every GROUP ids. */
+/* The weight of every id, 1 for the most likely one, and the sum of every GROUP weights. */
 static void weights_of(const float *logits, int64_t num_ids, float temperature, float highest, float *weights,
                   double *totals) {
     float last[GROUP];
@@ -618,7 +618,8 @@ static void weights_of(const float *logits, int64_t num_ids, float temperature, 
     }
 }
 
-/* Where the weights, summed in the order of the ids, exceed the target; the last with any where rounding hides that. */
+/* The first id at which the cumulative weight exceeds the target. Rounding may leave none; then the last id with a
+   positive weight. */
 static int64_t walk(const float *weights, const double *totals, int64_t num_groups, double target) {
     double before = 0.0, mass = 0.0;
     int64_t found = 0, last = 0;
@@ -636,14 +637,14 @@ static int64_t walk(const float *weights, const double *totals, int64_t num_grou
     return last;
 }
 
-/* Which of some ids, in ascending order, stay: those of the largest weights, and of equal ones the lowest, while what
-   comes before weighs less than `mass_limit` and is fewer than `count_limit`; at least one.
-   Returns the smallest weight that stays; *num_equal says how many of that size do. */
+/* Truncation by radix select. Of the ids (ascending), keep those with the largest weights, of equal weights the lowest
+   ids, while the kept mass is below `mass_limit` and their number below `count_limit`; at least one. Returns the
+   smallest weight kept; *num_equal is how many ids of that weight are kept. */
 static float least_kept(const float *weights, const int32_t *ids, int64_t num_ids, double mass_limit,
                         int64_t count_limit, int64_t *num_equal) {
     double masses[DIGITS], mass = 0.0;
     int64_t counts[DIGITS], count = 0;
-    uint32_t prefix = 0, bits; /* the leading digits of the smallest: positive floats are ordered as their bits are */
+    uint32_t prefix = 0, bits; /* of the smallest weight kept: positive floats are ordered like their bits */
     float least;
     *num_equal = INT64_MAX;
     for (int shift = 2 * DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
@@ -661,7 +662,7 @@ static float least_kept(const float *weights, const int32_t *ids, int64_t num_id
             mass += masses[digit];
             count += counts[digit];
         }
-        if (digit < 0) { /* all stay that begin like this */
+        if (digit < 0) { /* all ids with this prefix are kept */
             bits = prefix << shift << DIGIT_BITS;
             memcpy(&least, &bits, sizeof least);
             return least;
@@ -675,8 +676,8 @@ static float least_kept(const float *weights, const int32_t *ids, int64_t num_id
     return least;
 }
 
-/* One of the ids that top-k, top-p and min-p leave, of any number.
-   weights, totals, ids: room for whole groups of ids. */
+/* Sample one of the ids that top-k, top-p and min-p keep, for any number of ids.
+   weights, totals, ids: memory for whole groups of ids. */
 static int64_t sample_many(const float *logits, int64_t num_ids, float highest, int64_t top_k, float temperature,
                            float top_p, float min_p, double uniform, float *weights, double *totals, int32_t *ids) {
     int64_t num_groups = (num_ids + GROUP - 1) / GROUP, num = 0, num_equal;
@@ -684,7 +685,7 @@ static int64_t sample_many(const float *logits, int64_t num_ids, float highest, 
     double total = 0.0, kept = 0.0, mass = 0.0;
     for (int64_t g = 0; g < num_groups; g++) total += totals[g];
     if (!top_k && top_p == 1.0f && min_p == 0.0f) return walk(weights, totals, num_groups, uniform * total);
-    /* all ids below the second bound together have no more than top-p leaves out */
+    /* all ids below the second bound together weigh at most what top-p drops */
     double bound = min_p, bound_of_mass = (1.0 - top_p) * total / num_ids * (1.0 - 1e-9);
     if (bound_of_mass > bound) bound = bound_of_mass;
     for (int64_t g = 0; g < num_groups; g++) {
@@ -708,9 +709,9 @@ static int64_t sample_many(const float *logits, int64_t num_ids, float highest, 
     return ids[num_kept - 1];
 }
 
-/* The next token of every row of logits[B, V]: the most likely one where the temperature is 0, or one that is drawn by
-   a uniform number of those that top-k (0: all), top-p (1: all) and min-p (0: all) leave. NOT_FINITE where there is
-   none. Returns 0, or 1 where there is no memory. */
+/* The next token of every row of logits[B, V]: the most likely id if the temperature is 0, else the id that the uniform
+   number selects among those that top-k (0: all), top-p (1: all) and min-p (0: all) keep. NOT_FINITE if the logits are
+   not finite. Returns 0, or 1 if there is no memory. */
 int32_t kraken_sample(const float *logits, int64_t row_stride, int64_t num_rows, int64_t num_ids, const int64_t *top_k,
                       const float *temperatures, const float *top_p, const float *min_p, const double *uniforms,
                       int64_t *chosen, int32_t num_threads) {

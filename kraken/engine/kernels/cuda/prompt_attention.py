@@ -1,11 +1,11 @@
-"""Attention of a prompt that begins, on CUDA: a Triton kernel that also stores the prompt's keys and values.
+"""Attention of a whole prompt on CUDA: a Triton kernel that also stores the prompt's keys and values in the paged
+cache.
+ Called by CUDA graphs and by `CudaKernels.causal_attention`. A program computes some tokens of one head with an online
+softmax over the keys up to its own (Dao et al., FlashAttention, 2022), then stores its own keys and values. Up to
+`MAX_TOKENS` this is faster than torch's attention, which needs other kernels for storing; longer prompts use torch's.
+The programs with the most keys start first.
 
-A program computes some tokens of one head: it walks over the keys up to its own with a running softmax (Dao et al.,
-FlashAttention, 2022), then stores its own keys and values in the cache. Up to some length that is faster than the
-library's kernel, before which others have to run; beyond, the library computes it. The programs that walk furthest
-begin first.
-
-Shape letters as in `kraken/engine/model/attention.py`.
+Shape letters as in `kraken/engine/kernels/torch/attention.py`.
 """
 
 import torch
@@ -19,9 +19,9 @@ from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, paged_stor
 from kraken.model import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048
-"""Longest prompt for which the kernel is faster, on an H200."""
+"""Longest prompt for which the kernel is faster than torch's, on an H200."""
 MAX_TOKENS_OF_OTHERS = 256
-"""Likewise where channels are no power of two, so that some lanes compute nothing, and for float32."""
+"""The same for head sizes that are no power of two, for which some lanes idle, and for float32."""
 LOG2_E = 1.4426950408889634
 
 
@@ -30,7 +30,7 @@ def _walk(  # type: ignore[no-untyped-def]
     q, out, largest, total, k_ptr, v_ptr, queries, channels, is_channel, first, end, num_tokens, stride, v_stride,
     scale, tile: tl.constexpr, is_masked: tl.constexpr,
 ):  # fmt: skip
-    """Go on over the keys from the first one to the end."""
+    """Continue the online softmax over the keys from `first` to `end`."""
     for start in range(first, end, tile):
         keys = start + tl.arange(0, tile)
         places = keys.to(tl.int64)[:, None]
@@ -97,7 +97,7 @@ def attend_prompt(
     v_TNH: Tensor,
     sequence_slots: SequenceSlots | None = None,
 ) -> Tensor:
-    """Causal attention over a sequence's first T tokens, whose keys and values are stored where there is a shelf.
+    """Causal attention over a sequence's first T tokens. With `sequence_slots` their keys and values are stored.
 
     Returns:
         [T, N, H] in q's type.
@@ -114,9 +114,9 @@ def attend_prompt(
     q, k = with_equal_strides(q_TNH, k_TNH)
     (v,) = with_equal_strides(v_TNH)
     out_TNH = torch.empty(T, N, H, dtype=q.dtype, device=q.device)
-    # neither read nor written where there is no shelf
+    # unused without `sequence_slots`
     held = SequenceSlots(out_TNH, out_TNH, out_TNH, out_TNH, 1) if sequence_slots is None else sequence_slots
-    # tokens of a program, keys that it holds at a time, and stages of its loads
+    # tokens of a program, keys that it loads at a time, pipeline stages of its loads
     rows, tile, num_stages = (64, 64, 2 if T <= 2 * 64 else 3) if q.element_size() == 2 else (16, 16, 1)
     _attend[N, triton.cdiv(T, rows)](
         q, k, v, out_TNH, held.keys_NSH, held.values_NSH, held.blocks_M, held.last_1,

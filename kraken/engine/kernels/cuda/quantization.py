@@ -1,17 +1,18 @@
-"""Rows in float8 on CUDA: one Triton kernel, with or without GELU before. One program a row, in float32."""
+"""Quantisation to float8 on CUDA, with or without GELU before: one Triton kernel with a program per row, in float32.
+Called by `CudaKernels.quantize`; `store_quantized` also by the kernels of LayerNorm."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, QuantizedTensor, empty_quantized
+from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, QuantizedTensor, empty_quantized
 
 
 @triton.jit
 def store_quantized(  # type: ignore[no-untyped-def]
     row, values_ptr, scale_ptr, columns, mask, largest: tl.constexpr, smallest_scale: tl.constexpr
 ):
-    """A row whose lanes behind the end are zero, and its scale."""
+    """Quantise and store one row. Lanes past its end must be zero."""
     scale = tl.maximum(tl.max(tl.abs(row), axis=0) / largest, smallest_scale)
     tl.store(values_ptr + columns, (row / scale).to(values_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr, scale)
@@ -34,7 +35,7 @@ def _quantize(  # type: ignore[no-untyped-def]
 
 
 def quantize(x_WTI: Tensor, with_gelu: bool) -> QuantizedTensor:
-    """See `kraken.engine.model.quantized.quantize`."""
+    """See `TorchKernels.quantize`."""
     W, T, D = x_WTI.shape
     x_WTI = x_WTI if x_WTI.stride(2) == 1 else x_WTI.contiguous()
     rows = empty_quantized(W, T, D, x_WTI.device)

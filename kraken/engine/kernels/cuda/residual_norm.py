@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kraken.engine.kernels.cuda.quantization import store_quantized
 from kraken.engine.kernels.cuda.signals import Handshake, signal_when_done, wait_signal
+from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.engine.model.norm import Norm, Normed
-from kraken.engine.model.quantized import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_WAITING_PROGRAMS = 512
