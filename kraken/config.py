@@ -15,7 +15,7 @@ import dacite
 T = TypeVar("T")
 
 EngineKind = Literal["auto", "torch", "tensorrt_llm"]
-Sums = Literal["auto", "nccl", "peers"]
+AllReduceSetting = Literal["auto", "nccl", "p2p"]
 Quantization = Literal["none", "fp8"]
 
 VOCAB_MULTIPLE = 64
@@ -351,16 +351,15 @@ class EngineConfig:
     """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
     num_devices: int = 1
     """Devices that share the model, a process each, which the engine starts: Kraken's ways are divided among them, and
-    so are the heads and FFN columns of the baselines. Over TCP and gloo on a CPU; on CUDA see `sums`."""
-    overlap: Literal["overlapped", "blocking", "none"] = "overlapped"
-    """Kraken's sums over several devices: in flight while attention computes, or waited for at once. `none` leaves out
-    every sum, so that the tokens are WRONG: it is what benchmarks compare with."""
-    sums: Sums = "auto"
-    """How several CUDA devices add up: `nccl`; `peers`, where each reads the others' memory in the kernel that needs
-    the sum, on one host whose GPUs reach each other over NVLink; `auto` measures both when the engine starts and takes
-    the faster for each number of tokens, or NCCL where the other does not work."""
+    so are the heads and FFN columns of the baselines. Over TCP and gloo on a CPU; on CUDA see `all_reduce`."""
+    overlap: Literal["overlapped", "blocking"] = "overlapped"
+    """Kraken's all-reduces over several devices: in flight while attention computes, or waited for where they start."""
+    all_reduce: AllReduceSetting = "auto"
+    """All-reduce over several CUDA devices: `nccl`; `p2p`, by writing into the memory of the other devices, on one host
+    whose GPUs reach each other over NVLink; `auto` times both when the engine starts and takes the faster for each
+    number of tokens, or NCCL where the other does not work."""
     collective_timeout_s: float = 60.0
-    """A device that has waited so long for the others gives up, and the engine is unhealthy."""
+    """Time that a device waits for the others before the engine fails and is unhealthy."""
     max_batch_size: int = 16
     """Requests decoded together."""
     max_step_tokens: int = 512
@@ -424,12 +423,12 @@ class EngineConfig:
             "for each way; leave it out",
         )
         _require(
-            self.sums == "auto" or self.device != "cpu",
-            f"engine.sums={self.sums} is for CUDA, but engine.device=cpu; leave one of the two out",
+            self.all_reduce == "auto" or self.device != "cpu",
+            f"engine.all_reduce={self.all_reduce} is for CUDA, but engine.device=cpu; leave one of the two out",
         )
         _require(
-            self.sums == "auto" or self.num_devices > 1,
-            f"engine.sums={self.sums} has no effect with engine.num_devices=1; leave it out",
+            self.all_reduce == "auto" or self.num_devices > 1,
+            f"engine.all_reduce={self.all_reduce} has no effect with engine.num_devices=1; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
 

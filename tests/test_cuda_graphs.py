@@ -12,7 +12,7 @@ from test_engine_devices import DIVISIBLE, make_model
 from torch import Tensor
 
 from kraken.engine.batch import ForwardOutput, SamplingInput, StepBatch
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model import network as network_module

@@ -22,10 +22,9 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
 from kraken.engine.batch import ForwardOutput, StepBatch
-from kraken.engine.choose import Choice, open_engine
 from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind
 from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
-from kraken.engine.distributed.rendezvous import Meeting
+from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
 from kraken.evaluate import collect
@@ -57,7 +56,7 @@ def make_model(variant: str) -> Kraken:
 
 
 def processes_of(engine: TorchEngine) -> list["subprocess.Popen[bytes]"]:
-    return list(engine._runner._followers._processes.values())  # type: ignore[attr-defined]
+    return list(engine._runner._workers._processes.values())  # type: ignore[attr-defined]
 
 
 async def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -191,11 +190,6 @@ def test_who_spins_hears_the_same(delay_s: float) -> None:
     server.close()
 
 
-def test_the_mode_without_sums_is_for_benchmarks_only() -> None:
-    with pytest.raises(ConfigError, match=r"engine.overlap=none .* wrong"):
-        open_engine(Choice("torch", ""), Path("nowhere"), EngineConfig(overlap="none"))
-
-
 class TestFailure:
     """Slow, since every test starts processes."""
 
@@ -232,15 +226,15 @@ class TestFailure:
         """Its own words reach whoever waits for an answer."""
 
         async def use(engine: TorchEngine) -> None:
-            followers = engine._runner._followers  # type: ignore[attr-defined]
-            tell = followers.tell
+            workers = engine._runner._workers  # type: ignore[attr-defined]
+            send = workers.send
             # an id that only the other rank is told: its embedding has no such row
-            followers.tell = lambda kind, payload=b"": tell(
+            workers.send = lambda kind, payload=b"": send(
                 kind, StepBatch.concatenate([[2**20]], [0], [[0]], [1], 4).to_bytes()
             )
             with pytest.raises(EngineError, match=r"rank 1 failed: IndexError"):
                 await collect(engine, a_request("r"))
-            followers.tell = tell
+            workers.send = send
 
         self.run(use, num_devices=2)
 
@@ -295,23 +289,23 @@ class TestFailure:
 
     def test_a_rank_that_does_not_come_is_named(self) -> None:
         config = EngineConfig(device="cpu", num_devices=2, startup_timeout_s=1.0)
-        with pytest.raises(EngineError, match=r"ranks \[1\] did not come to 127.0.0.1"):
-            TorchEngine.from_model(make_model("kraken_2way"), INFO, config, Meeting(2))
+        with pytest.raises(EngineError, match=r"ranks \[1\] did not connect to 127.0.0.1"):
+            TorchEngine.from_model(make_model("kraken_2way"), INFO, config, Rendezvous(2))
 
     def test_ranks_that_exist_already_are_invited(self) -> None:
         """As Ray's actors are: somebody else starts the process, which has nothing but its invitation."""
         model, made = make_model("standard"), requests(4)
         expected = run(model, together(made))
-        meeting = Meeting(2)
+        rendezvous = Rendezvous(2)
         code = (
-            "import sys; from kraken.engine.distributed.worker_group import follow, Invitation; "
-            "follow(Invitation.from_json(sys.argv[1]))"
+            "import sys; from kraken.engine.distributed.worker import run_worker, JoinToken; "
+            "run_worker(JoinToken.from_json(sys.argv[1]))"
         )
-        guest = subprocess.Popen([sys.executable, "-c", code, meeting.invitation(1).to_json()])
+        guest = subprocess.Popen([sys.executable, "-c", code, rendezvous.join_token(1).to_json()])
         config = EngineConfig(device="cpu", num_devices=2, num_threads=2, dtype="float32")
 
         async def main() -> list[list[Output]]:
-            engine = TorchEngine.from_model(model, INFO, config, meeting)
+            engine = TorchEngine.from_model(model, INFO, config, rendezvous)
             try:
                 return await together(made)(engine)
             finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig, Quantization
 from kraken.engine.batch import StepBatch
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.engine import TorchEngine
 from kraken.engine.kernels.choose import choose_kernels
@@ -97,7 +97,7 @@ def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
     x_WTD, y_WTD = torch.randn(2, num_ways, 5, 40, device=DEVICE)
     norm = Norm(torch.randn(num_ways, 40, device=DEVICE), torch.randn(num_ways, 40, device=DEVICE))
     quantised = dataclasses.replace(norm, is_quantized=True)
-    for kernel in (residual_kernel.advance, residual_kernel.see):
+    for kernel in (residual_kernel.add_norm, residual_kernel.add_reduced_norm):
         plain, rows = kernel(x_WTD, y_WTD, norm), kernel(x_WTD, y_WTD, quantised)
         assert torch.equal(plain[0], rows[0])
         assert isinstance(plain[1], Tensor) and isinstance(rows[1], QuantizedTensor)
@@ -105,17 +105,17 @@ def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
 
 
 @needs_triton
-def test_the_norm_of_a_sum_over_devices_is_quantised_too() -> None:
-    from kraken.engine.distributed.signals import Signals
+def test_the_norm_of_a_sum_over_devices_is_quantized_too() -> None:
+    from kraken.engine.kernels.cuda.peer import PeerKernels
 
     torch.manual_seed(0)
     flags = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
-    ranks = [Signals(rank, flags[rank], (flags[1 - rank][rank : rank + 1],)) for rank in range(2)]
+    ranks = [PeerKernels(rank, flags[rank], (flags[1 - rank][rank : rank + 1],)) for rank in range(2)]
     parts, slots, x_TD = torch.randn(2, 3, 40, device=DEVICE), torch.empty(2, 120, device=DEVICE), torch.zeros(3, 40)
     for rank, signals in enumerate(ranks):
-        signals.publish(parts[rank], slots[rank], 0, awaits=True)
+        signals.publish(parts[rank], slots[rank], 0, waits=True)
     out_TD, norm = torch.empty(3, 40, device=DEVICE), Norm(torch.ones(1, 40, device=DEVICE), None, is_quantized=True)
-    rows = ranks[0].add_parts(x_TD.to(DEVICE), (slots[0], slots[1]), out_TD, norm, 0)
+    rows = ranks[0].reduce_add_norm(x_TD.to(DEVICE), (slots[0], slots[1]), out_TD, norm, 0)
     assert isinstance(rows, QuantizedTensor)
     assert_near(rows, norm(out_TD[None]), KERNEL_STEP)
 

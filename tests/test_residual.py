@@ -45,21 +45,23 @@ def test_on_a_cpu_they_are_the_equations(
     others_1TD = torch.randn(1, num_tokens, width)
     norm = make_norm(num_ways, width, has_bias)
     norm = Norm(norm.weight_WD.cpu(), None if norm.bias_WD is None else norm.bias_WD.cpu())
-    a_WTD, normed_WTD = residual.advance(x_WTD, y_WTD, norm)
+    a_WTD, normed_WTD = residual.add_norm(x_WTD, y_WTD, norm)
     assert normed_WTD is not None
     assert torch.equal(a_WTD, x_WTD + y_WTD)
     torch.testing.assert_close(normed_WTD.double(), layer_norm(a_WTD, norm), rtol=0, atol=1e-5)
     total_1TD = x_WTD.sum(0, keepdim=True) + others_1TD
     expected_WTD = layer_norm(a_WTD + total_1TD - x_WTD, norm)
     for part_1TD, is_total in ((others_1TD, False), (total_1TD, True)):
-        a_WTD, normed_WTD = residual.see(x_WTD, y_WTD, norm, part_1TD, is_total)
+        a_WTD, normed_WTD = residual.add_reduced_norm(x_WTD, y_WTD, norm, part_1TD, is_total)
         torch.testing.assert_close(normed_WTD.double(), expected_WTD, rtol=0, atol=2e-5)
-    _, normed_WTD = residual.see(x_WTD, y_WTD, norm)
+    _, normed_WTD = residual.add_reduced_norm(x_WTD, y_WTD, norm)
     expected_WTD = layer_norm(x_WTD + y_WTD + x_WTD.sum(0) - x_WTD, norm)
     torch.testing.assert_close(normed_WTD.double(), expected_WTD, rtol=0, atol=2e-5)
-    assert residual.advance(x_WTD, y_WTD, None)[1] is None
+    assert residual.add_norm(x_WTD, y_WTD, None)[1] is None
     one_WTD = x_WTD[:1].expand(num_ways, -1, -1)  # as all ways begin
-    torch.testing.assert_close(residual.see(one_WTD, y_WTD, norm), residual.see(one_WTD.clone(), y_WTD, norm))
+    torch.testing.assert_close(
+        residual.add_reduced_norm(one_WTD, y_WTD, norm), residual.add_reduced_norm(one_WTD.clone(), y_WTD, norm)
+    )
 
 
 @pytest.mark.parametrize("num_ways", [1, 3])
@@ -73,9 +75,9 @@ def test_on_a_cpu_bfloat16_is_rounded_once(num_ways: int) -> None:
     total_1TD = x_WTD.double().sum(0, keepdim=True) + others_1TD
     for part_1TD, sees in ((None, False), (others_1TD, True)):
         if sees:
-            a_WTD, normed_WTD = residual.see(x_WTD, y_WTD, norm, part_1TD)
+            a_WTD, normed_WTD = residual.add_reduced_norm(x_WTD, y_WTD, norm, part_1TD)
         else:
-            a_WTD, normed_WTD = residual.advance(x_WTD, y_WTD, norm)
+            a_WTD, normed_WTD = residual.add_norm(x_WTD, y_WTD, norm)
         assert normed_WTD is not None and torch.equal(a_WTD, x_WTD + y_WTD)
         expected_WTD = layer_norm(a_WTD + (total_1TD - x_WTD if sees else 0.0), norm)
         torch.testing.assert_close(normed_WTD.double(), expected_WTD, rtol=2**-8, atol=1e-5)
@@ -100,11 +102,11 @@ def test_the_kernels_equal_the_plain_operations(
     x_WTD, y_WTD = torch.randn(2, num_ways, T, D, device=DEVICE).to(dtype)
     if are_ways_one:
         x_WTD = x_WTD[:1].expand(num_ways, -1, -1)
-    a_WTD, normed_WTD = residual_kernel.advance(x_WTD, y_WTD, norm)
+    a_WTD, normed_WTD = residual_kernel.add_norm(x_WTD, y_WTD, norm)
     assert normed_WTD is not None and normed_WTD.dtype == dtype
     torch.testing.assert_close(a_WTD, x_WTD + y_WTD, rtol=rtol, atol=0)
     torch.testing.assert_close(normed_WTD.double(), layer_norm(a_WTD, norm), rtol=0, atol=atol)
-    assert residual_kernel.advance(x_WTD, y_WTD, None)[1] is None
+    assert residual_kernel.add_norm(x_WTD, y_WTD, None)[1] is None
     others_TD = torch.randn(T, D, device=DEVICE).to(dtype)
     x = x_WTD.double()
     for parts, is_total, added in (
@@ -112,6 +114,6 @@ def test_the_kernels_equal_the_plain_operations(
         ((others_TD.flatten(), others_TD.flatten()), False, x.sum(0) + 2 * others_TD.double()),
         ((others_TD[None],), True, others_TD.double()),
     ):
-        seen_WTD, normed_WTD = residual_kernel.see(x_WTD, y_WTD, norm, parts, is_total)
+        seen_WTD, normed_WTD = residual_kernel.add_reduced_norm(x_WTD, y_WTD, norm, parts, is_total)
         assert torch.equal(seen_WTD, a_WTD)
         torch.testing.assert_close(normed_WTD.double(), layer_norm(a_WTD.double() + added - x, norm), rtol=0, atol=atol)

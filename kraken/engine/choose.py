@@ -113,11 +113,6 @@ def open_engine(choice: Choice, exchange: Path, config: EngineConfig, placement:
         ArtefactError: the folder is incomplete, or does not fit this machine.
         ConfigError: the model cannot be divided among the devices.
     """
-    if config.overlap == "none":
-        raise ConfigError(
-            "engine.overlap=none leaves out the sums between devices, so that every answer is wrong: it is for "
-            "benchmarks only; choose overlapped or blocking"
-        )
     if choice.kind == "torch":
         from kraken.engine.engine import TorchEngine  # torch is loaded only where a model is
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kraken.engine.batch import ForwardOutput, StepBatch
-from kraken.engine.distributed.rendezvous import RanksError
+from kraken.engine.distributed.worker_group import WorkerError
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineError, Output, PromptOutput, TokenLogprobs, TokenOutput
 from kraken.engine.request_state import RequestState
@@ -301,6 +301,6 @@ def _logprobs(states: list[RequestState], logits_BV: Tensor, token_ids: list[int
 
 def _is_fatal(error: Exception) -> bool:
     """Whether a device, its memory or another rank failed, so that no other request can be computed either."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError | RanksError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | torch.AcceleratorError | WorkerError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator

@@ -19,10 +19,11 @@ from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import read_model_config
 from kraken.engine.batch import GraphSizes
 from kraken.engine.core import EngineCore, StepOutputs
-from kraken.engine.distributed.all_reduce import DeviceGroup
+from kraken.engine.distributed.device_group import DeviceGroup
+from kraken.engine.distributed.distributed_runner import load_distributed
 from kraken.engine.distributed.partition import Part
-from kraken.engine.distributed.rendezvous import Meeting
-from kraken.engine.distributed.worker_group import Source, lead, threads_of_a_rank
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.distributed.setup import WeightSource, threads_per_rank
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
 from kraken.engine.model.quantized import require_quantizable
@@ -76,11 +77,11 @@ class TorchEngine:
         self._num_finished = self._num_aborted = self._completion_tokens = 0
 
     @classmethod
-    def from_exchange(cls, folder: Path, config: EngineConfig, meeting: Meeting | None = None) -> "TorchEngine":
+    def from_exchange(cls, folder: Path, config: EngineConfig, rendezvous: Rendezvous | None = None) -> "TorchEngine":
         """Load an exchange folder.
 
         Args:
-            meeting: how the ranks of several devices find each other if they exist already; None starts them here.
+            rendezvous: how the ranks of several devices find each other if they exist already; None starts them here.
         Raises:
             ArtefactError: the folder is unfinished or damaged, or its tokenizer is not the one it was trained with.
             ConfigError: the cache would not hold one context, or the model cannot be divided among the devices.
@@ -100,37 +101,37 @@ class TorchEngine:
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
         device, dtype = _device_and_dtype(config)
-        return cls._open(Source(config=model_config, folder=folder), info, config, device, dtype, meeting)
+        return cls._open(WeightSource(config=model_config, folder=folder), info, config, device, dtype, rendezvous)
 
     @classmethod
     def from_model(
-        cls, model: Kraken, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+        cls, model: Kraken, info: EngineInfo, config: EngineConfig, rendezvous: Rendezvous | None = None
     ) -> "TorchEngine":
         """Use a model in memory, on its device and in its type; the other ranks are sent their parts of it. Raises as
         `from_exchange` does.
         """
-        source = Source(config=model.config, model=model)
-        return cls._open(source, info, config, model.wte.weight.device, model.wte.weight.dtype, meeting)
+        source = WeightSource(config=model.config, model=model)
+        return cls._open(source, info, config, model.wte.weight.device, model.wte.weight.dtype, rendezvous)
 
     @classmethod
     def from_shape(
-        cls, shape: ModelConfig, info: EngineInfo, config: EngineConfig, meeting: Meeting | None = None
+        cls, shape: ModelConfig, info: EngineInfo, config: EngineConfig, rendezvous: Rendezvous | None = None
     ) -> "TorchEngine":
         """Use random weights of a shape, for measuring time. Raises as `from_exchange` does."""
         device, dtype = _device_and_dtype(config)
-        return cls._open(Source(config=shape), info, config, device, dtype, meeting)
+        return cls._open(WeightSource(config=shape), info, config, device, dtype, rendezvous)
 
     @classmethod
     def _open(
         cls,
-        source: Source,
+        source: WeightSource,
         info: EngineInfo,
         config: EngineConfig,
         device: torch.device,
         dtype: torch.dtype,
-        meeting: Meeting | None,
+        rendezvous: Rendezvous | None,
     ) -> "TorchEngine":
-        torch.set_num_threads(threads_of_a_rank(config))
+        torch.set_num_threads(threads_per_rank(config))
         if config.quantization == "fp8":
             require_quantizable(source.config, config.num_devices, device, dtype)
         graph_sizes = _graph_sizes(config, source.config) if config.cuda_graphs else None
@@ -144,14 +145,14 @@ class TorchEngine:
                 runner.record(graph_sizes)
             network.kernels.release_threads()
             return cls(runner, info, config, num_blocks)
-        led = lead(source, info.num_ids, config, device, dtype, meeting)
+        distributed_model = load_distributed(source, info.num_ids, config, device, dtype, rendezvous)
         try:
-            num_blocks = _num_blocks(led.network, config)
+            num_blocks = _num_blocks(distributed_model.network, config)
         except ConfigError:
-            led.followers.end()
+            distributed_model.workers.kill()
             raise
-        led.network.kernels.release_threads()
-        return cls(led.open(num_blocks, config, graph_sizes), info, config, num_blocks)
+        distributed_model.network.kernels.release_threads()
+        return cls(distributed_model.make_runner(num_blocks, config, graph_sizes), info, config, num_blocks)
 
     @property
     def info(self) -> EngineInfo:
@@ -264,7 +265,7 @@ class TorchEngine:
     # -- on the engine's thread --------------------------------------------------------------------------------------
 
     def _run_core(self) -> None:
-        torch.set_num_threads(threads_of_a_rank(self._config))  # OpenMP keeps the number per thread
+        torch.set_num_threads(threads_per_rank(self._config))  # OpenMP keeps the number per thread
         try:
             self._core.run()
         except Exception as error:  # of any kind: no client may wait for ever

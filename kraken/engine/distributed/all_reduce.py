@@ -1,286 +1,93 @@
-"""Sums over the devices of an engine: started early and waited for late, or waited for at once.
+"""The all-reduce of an engine: the interface that the layers use, and what it is on a single device.
 
-A sum is computed in one of three ways. In an *exchange* every rank sends its own part to every other and adds what it
-receives: one round, and no more bytes than an all-reduce where there are two ranks. An *all-reduce* divides the
-work in a ring: fewer bytes where there are more ranks, but more rounds. Over gloo, two ranks always exchange, and more
-of them do while a message is small; over NCCL it is the library's all-reduce, on a stream of its own. CPU processes
-exchange what fits into the kernel's buffers without gloo, see `kraken/engine/distributed/socket_exchange.py`. On CUDA
-devices
-of one host a rank may also read the others' parts in their memory, in the kernel that needs the sum; see
-`kraken/engine/distributed/peer_all_reduce.py`.
+Three backends implement the interface: NCCL, or gloo and sockets on CPUs (`process_group.py`), and for CUDA devices of
+one host stores into the memory of peers and copy engines (both in `peer_all_reduce.py`). `DeviceGroup` picks the
+backend of every call.
 
-Nothing here is global: an engine has a process group of its own, whatever else the process takes part in.
+Shape letters as in `kraken/model.py`, and: R rows, C columns.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
 
-from kraken.engine.distributed.socket_exchange import Exchange, connect_all
 from kraken.engine.model import residual
 from kraken.engine.model.norm import Norm, Normed
-from kraken.residual_norm import sum_across_ways
-
-if TYPE_CHECKING:  # which imports this module
-    from kraken.engine.distributed.peer_all_reduce import PeerSum, PeerSums
-
-Overlap = Literal["overlapped", "blocking", "none"]
-Method = Literal["library", "direct", "copied"]
-"""How a sum is computed: by gloo or NCCL, or over peer memory."""
-
-MAX_EXCHANGED_BYTES = 64 * 1024
-"""Largest message that more than two ranks exchange: below, rounds cost more than bytes."""
-MAX_CHANNELS = 4
-"""Multiprocessors that NCCL may take while attention computes on the others."""
-SUM_TAG, GATHER_TAG, WEIGHT_TAG = range(3)
 
 
-@dataclass(slots=True)
-class PendingSum:
-    """The sum of the ranks' parts, in flight."""
+class Handle(Protocol):
+    """An all-reduce in flight. Handles are consumed in the order in which they were started."""
 
-    own: Tensor
-    works: list[Any] = field(default_factory=list)
-    received: Sequence[Tensor] = ()
-    """Each other rank's part, where they are exchanged."""
-    total: Tensor | None = None
-    """The sum of all parts, its own included, where it is an all-reduce."""
+    def wait(self) -> None:
+        """Wait for the other ranks' parts: the host waits on CPUs, the current stream on CUDA."""
 
-    def finish(self) -> None:
-        """Wait until it is there."""
-        for work in self.works:
-            _wait_for(work)
-        self.works.clear()
-
-    def see(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
-        """Wait, and give x + addend, and of each way held here the norm of that and of all other ways' x, which this is
-        the sum of: those held here, and those of other ranks."""
-        self.finish()
-        if self.total is not None:
-            return residual.see(x_WTD, addend_WTD, norm, self.total, is_total=True)
-        if not self.received:
-            return residual.see(x_WTD, addend_WTD, norm)
-        first, *rest = self.received
-        for part in rest:
-            first.add_(part)
-        return residual.see(x_WTD, addend_WTD, norm, first)
-
-
-class DeviceGroup:
-    """The ranks of an engine, as one of them knows them; the default is one rank alone.
-
-    Args:
-        process_group: gloo's or NCCL's; None for one rank.
-        exchange: of CPU processes, for messages up to its capacity; None leaves them all to gloo.
-    """
-
-    def __init__(
-        self,
-        rank: int = 0,
-        size: int = 1,
-        process_group: Any = None,
-        overlap: Overlap = "overlapped",
-        exchange: Exchange | None = None,
-    ):
-        self.rank, self.size, self.overlap = rank, size, overlap
-        self._exchange = exchange
-        self._group = process_group
-        self._is_nccl = process_group is not None and process_group.name() == "nccl"
-        self._peers: PeerSums | None = None
-        self._method_of: Callable[[int], Method] = lambda num_tokens: "library"
-
-    def use_peers(self, peers: "PeerSums", method_of: Callable[[int], Method]) -> None:
-        """Also compute sums over peer memory.
+    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+        """Wait, add and normalise.
 
         Args:
-            method_of: number of tokens -> how to add up over them; the same on every rank.
+            x_WTD: what the all-reduce was started with.
+        Returns:
+            a = x + addend, and for each way the norm of a plus all other ways' x, those of other ranks included.
         """
-        self._peers, self._method_of = peers, method_of
-
-    @property
-    def sums(self) -> bool:
-        """Whether there is anybody to add up with."""
-        return self.size > 1 and self.overlap != "none"
-
-    def advance(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None, is_summed: bool
-    ) -> tuple[Tensor, Normed | None, "PendingSum | PeerSum | None"]:
-        """x + addend, and its norm where there is one; if asked for also its sum over the ranks, begun.
-
-        That sum is, of each rank, the sum over the ways that it holds; what it is of may not change until it is seen.
-        """
-        if not is_summed:
-            return *residual.advance(x_WTD, addend_WTD, norm), None
-        if self.sums and self._peers is not None and (method := self._method_of(x_WTD.shape[1])) != "library":
-            return self._peers.advance(x_WTD, addend_WTD, norm, method, is_waited_for=self.overlap != "overlapped")
-        out_WTD, normed_WTD = residual.advance(x_WTD, addend_WTD, norm)
-        return out_WTD, normed_WTD, self._start_plain_sum(out_WTD)
-
-    def start_sum(self, x_WTD: Tensor) -> "PendingSum | PeerSum":
-        """The sum over all ways of x, those of other ranks included, begun; x may not change until it is seen."""
-        if self.sums and self._peers is not None and self._method_of(x_WTD.shape[1]) != "library":
-            own_TD = sum_across_ways(x_WTD)[0].to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD[0]
-            return self._peers.start_sum(own_TD, is_waited_for=self.overlap != "overlapped")
-        return self._start_plain_sum(x_WTD)
-
-    def _start_plain_sum(self, x_WTD: Tensor) -> PendingSum:
-        """By gloo, NCCL or an exchange."""
-        if not self.sums:
-            return PendingSum(x_WTD)
-        overlapped = self.overlap == "overlapped"
-        own = sum_across_ways(x_WTD).to(x_WTD.dtype) if len(x_WTD) > 1 else x_WTD
-        pending = PendingSum(own)
-        if self._exchanges(own):
-            self._start_exchange(pending)
-        else:
-            pending.total = own.clone()
-            pending.works = [self._all_reduce(pending.total, on_own_stream=overlapped)]
-        if not overlapped:
-            pending.finish()
-        return pending
-
-    def sum(self, own: Tensor) -> Tensor:
-        """The sum over the ranks, bit-equal on all of them; may overwrite `own`."""
-        if not self.sums:
-            return own
-        if self._peers is not None and self._method_of(own.shape[-2]) != "library":
-            return self._peers.sum(own)
-        if not self._exchanges(own):
-            own = own.contiguous()
-            _wait_for(self._all_reduce(own, on_own_stream=False))
-            return own
-        pending = PendingSum(own.contiguous())
-        self._start_exchange(pending)
-        pending.finish()
-        parts = [*pending.received[: self.rank], pending.own, *pending.received[self.rank :]]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
-
-    def add_sum(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
-        """x plus the sum of the ranks' parts, and the norm of it where one is asked for; bit-equal on all ranks where x
-        is. May overwrite the part."""
-        if self.sums and self._peers is not None and self._method_of(x_1TD.shape[1]) != "library":
-            return self._peers.add(x_1TD, part_1TD, norm)
-        return residual.advance(x_1TD, self.sum(part_1TD), norm)
-
-    def gather_columns(self, x_RC: Tensor) -> Tensor:
-        """Every rank's columns side by side, on rank 0; the others get back what they gave."""
-        if self.size == 1:
-            return x_RC
-        if self._peers is not None and self._method_of(len(x_RC)) != "library":
-            return self._peers.gather_columns(x_RC)
-        if self._is_nccl:
-            parts = x_RC.new_empty(self.size, *x_RC.shape)
-            _wait_for(self._group._allgather_base(parts, x_RC.contiguous()))
-            return parts.permute(1, 0, 2).flatten(1) if self.rank == 0 else x_RC
-        if self.rank > 0:
-            self.send(x_RC, 0, GATHER_TAG)
-            return x_RC
-        received = [torch.empty_like(x_RC) for _ in range(1, self.size)]
-        works = [self._group.recv([part], rank, GATHER_TAG) for rank, part in enumerate(received, start=1)]
-        for work in works:
-            _wait_for(work)
-        return torch.cat([x_RC, *received], dim=1)
-
-    def send(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
-        """Send to one rank."""
-        _wait_for(self._group.send([x.contiguous()], rank, tag))
-
-    def receive(self, x: Tensor, rank: int, tag: int = WEIGHT_TAG) -> None:
-        """Fill x with what a rank sends."""
-        _wait_for(self._group.recv([x], rank, tag))
-
-    def end_pass(self) -> None:
-        """To be called after every forward pass, also of those that are recorded."""
-        if self._peers is not None:
-            self._peers.end_pass()
-
-    def abort(self) -> None:
-        """Break off whatever is in flight, so that nobody waits for a rank that is gone; gloo notices by itself."""
-        if self._peers is not None:
-            self._peers.release()
-        if self._is_nccl:
-            self._group.abort()
-
-    def close(self) -> None:
-        """Hang up. Over NCCL whatever graph holds sums must have been given back, or this waits for it."""
-        if self._exchange is not None:
-            self._exchange.close()
-        if self._is_nccl:
-            self._group.abort()  # the others may be gone, and nothing is in flight
-
-    def _exchanges(self, x: Tensor) -> bool:
-        if self._is_nccl:
-            return False
-        return self.size == 2 or x.numel() * x.element_size() <= MAX_EXCHANGED_BYTES
-
-    def _start_exchange(self, pending: PendingSum) -> None:
-        own = pending.own.contiguous()
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        received = [torch.empty_like(own) for _ in others]
-        pending.own, pending.received = own, received
-        if self._exchange is not None and own.nbytes <= self._exchange.capacity:
-            pending.works = [self._exchange.start(own, received)]
-            return
-        # a send starts when the receiver has said that it is ready: receive first
-        works = [self._group.recv([part], rank, SUM_TAG) for rank, part in zip(others, received, strict=True)]
-        works += [self._group.send([own], rank, SUM_TAG) for rank in others]
-        pending.works = works
-
-    def _all_reduce(self, x: Tensor, on_own_stream: bool) -> Any:
-        options = dist.AllreduceOptions()
-        options.asyncOp = on_own_stream
-        return self._group.allreduce([x], options)
 
 
-def _wait_for(work: Any) -> None:
-    """Of what NCCL does on the current stream there is nothing to wait for: it is in order with what follows."""
-    if work is not None:
-        work.wait()
-
-
-def join_group(
-    store: Store,
-    rank: int,
-    size: int,
-    address: str,
-    device: torch.device,
-    timeout_s: float,
-    overlap: Overlap,
-    leaves_room: bool,
-    message_bytes: int,
-) -> DeviceGroup:
-    """Meet the other ranks.
+class AllReduce:
+    """A backend. Every rank makes the same calls in the same order.
 
     Args:
-        address: of this host, as the others reach it.
-        timeout_s: how long a rank is waited for, now and in every sum.
-        leaves_room: whether sums leave most multiprocessors of a GPU to what is computed meanwhile.
-        message_bytes: of the largest sum.
-    Raises:
-        RuntimeError: they do not come.
+        is_blocking: wait for each all-reduce where it is started, instead of where it is consumed.
     """
-    timeout = timedelta(seconds=timeout_s)
-    if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        # the engine watches over time itself; NCCL's own watch ends the whole process
-        options._timeout = 10 * timeout
-        if leaves_room:
-            options.config.max_ctas = MAX_CHANNELS
-        return DeviceGroup(rank, size, dist.ProcessGroupNCCL(store, rank, size, options), overlap)
-    gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    gloo._timeout = timeout
-    gloo._threads = 1
-    process_group = dist.ProcessGroupGloo(store, rank, size, gloo)
-    return DeviceGroup(
-        rank, size, process_group, overlap, connect_all(store, rank, size, address, message_bytes, timeout_s)
-    )
+
+    def __init__(self, is_blocking: bool = False):
+        self.is_blocking = is_blocking
+
+    def start(self, x_WTD: Tensor) -> Handle:
+        """Begin to sum x over the ways of all ranks. x must not be modified until the handle has been consumed."""
+        raise NotImplementedError
+
+    def all_reduce(self, x_RC: Tensor) -> Tensor:
+        """Sum x over the ranks: bit-equal on all of them. May overwrite x."""
+        raise NotImplementedError
+
+    def gather_columns(self, x_RC: Tensor) -> Tensor:
+        """Put the ranks' columns side by side on rank 0; the other ranks get x back."""
+        raise NotImplementedError
+
+    def add_norm_start(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None
+    ) -> tuple[Tensor, Normed | None, Handle]:
+        """x + addend, its norm, and the all-reduce of x + addend in flight."""
+        out_WTD, normed = residual.add_norm(x_WTD, addend_WTD, norm)
+        return out_WTD, normed, self.start(out_WTD)
+
+    def all_reduce_add_norm(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+        """x + the all-reduced part, and the norm of that: bit-equal on all ranks if x is. May overwrite the part."""
+        return residual.add_norm(x_1TD, self.all_reduce(part_1TD[0])[None], norm)
+
+    def _started(self, handle: Handle) -> Handle:
+        if self.is_blocking:
+            handle.wait()
+        return handle
+
+
+class LocalHandle:
+    """The handle of one rank alone, which holds all ways."""
+
+    def wait(self) -> None:
+        pass
+
+    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
+        return residual.add_reduced_norm(x_WTD, addend_WTD, norm)
+
+
+class LocalAllReduce(AllReduce):
+    """The backend of one rank alone."""
+
+    def start(self, x_WTD: Tensor) -> Handle:
+        return LocalHandle()
+
+    def all_reduce(self, x_RC: Tensor) -> Tensor:
+        return x_RC
+
+    def gather_columns(self, x_RC: Tensor) -> Tensor:
+        return x_RC

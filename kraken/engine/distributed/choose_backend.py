@@ -1,8 +1,8 @@
-"""How the CUDA devices of an engine add up: by NCCL, or over peer memory where that works and is faster.
+"""Choose the all-reduce backends of an engine on CUDA devices: NCCL, or peer memory where it works and is faster.
 
-Every rank takes the same decision, from what all have said over the store. For each of a few numbers of tokens the
-model's first layers are timed with each method, in a CUDA graph where the engine uses them, so that what is hidden
-behind attention does not count; the slowest rank's time does.
+All ranks call this when the model has been loaded, exchange their findings over the store, and come to the same choice.
+For some numbers of tokens the model's first layers are timed with each backend, in a CUDA graph if the engine uses
+graphs, so that only the part of an all-reduce counts that attention does not hide. The slowest rank's time counts.
 """
 
 import functools
@@ -22,31 +22,38 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from kraken.config import Sums
-from kraken.engine.distributed.all_reduce import DeviceGroup, Method
-from kraken.engine.distributed.peer_all_reduce import PeerSums, num_memory_bytes, num_slot_bytes
+from kraken.config import AllReduceSetting
+from kraken.engine.distributed.device_group import DeviceGroup
+from kraken.engine.distributed.peer_all_reduce import (
+    Backend,
+    P2pStore,
+    PeerChannel,
+    num_buffer_bytes,
+    num_memory_bytes,
+)
 from kraken.engine.distributed.peer_memory import share_memory
-from kraken.engine.distributed.rendezvous import RanksError
+from kraken.engine.distributed.worker_group import WorkerError
 
 log = logging.getLogger(__name__)
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""A file that differs between hosts of one name."""
 MIN_COPIED_BYTES = 128 * 1024
-"""Of a message that copy engines bring. A smaller one is written as fast, and a graph then has fewer nodes to launch,
-which the times below do not show."""
-NUM_TIMES = 7
-"""Of which the shortest counts."""
+"""Smallest message that is tried with copy engines. Kernels store a smaller one as fast, and two nodes fewer are then
+launched with each graph, which the times below do not show."""
+NUM_TIMINGS = 7
+"""Timings of each backend, of which the shortest counts."""
 POLL_S = 0.0005
 Layers = Callable[[Tensor], None]
-"""Some layers over states [W, T, D]."""
+"""Runs some layers on states [W, T, D]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Messages:
-    """What an engine adds up."""
+class MessageShapes:
+    """The tensors that an engine all-reduces and gathers."""
 
     num_ways: int
-    """Ways held by each device."""
+    """Ways of each device."""
     width: int
     max_tokens: int
     num_columns: int
@@ -55,177 +62,175 @@ class Messages:
     is_kraken: bool
 
 
-def choose_sums(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, layers: Layers, wanted: Sums,
-    is_graphed: bool, timeout_s: float,
+def choose_backend(
+    group: DeviceGroup, store: Store, device: torch.device, shapes: MessageShapes, layers: Layers,
+    setting: AllReduceSetting, is_graphed: bool, timeout_s: float,
 ) -> None:  # fmt: skip
-    """Have the group compute its sums in the way that is wanted, or in the fastest; at the same time on every rank.
+    """Have the group use the backends that `engine.all_reduce` asks for. All ranks call this at the same time.
 
     Args:
-        store: of the ranks alone.
-        is_graphed: whether most sums will be in CUDA graphs.
-        timeout_s: after which a rank counts as stuck.
+        store: shared by the ranks of this engine alone.
+        is_graphed: most all-reduces will be in CUDA graphs.
+        timeout_s: time after which a rank counts as stuck.
     Raises:
-        RanksError: peer memory is wanted and cannot be had.
+        WorkerError: the setting is `p2p`, and peer memory does not work here.
         RuntimeError: a rank is stuck.
     """
-    if device.type != "cuda" or wanted == "nccl":
+    if device.type != "cuda" or setting == "nccl":
         return
-    peers, problem = open_peers(group, store, device, messages, wanted, timeout_s)
-    if peers is None:
-        if wanted == "peers":
-            raise RanksError(f"engine.sums=peers does not work here: {problem}; choose auto or nccl")
+    channel, problem = open_channel(group, store, device, shapes, setting, timeout_s)
+    if channel is None:
+        if setting == "p2p":
+            raise WorkerError(f"engine.all_reduce=p2p does not work here: {problem}; choose auto or nccl")
         if group.rank == 0:
-            log.info("sums over %d devices: NCCL, since peer memory cannot be used: %s", group.size, problem)
+            log.info("all-reduce over %d devices: nccl, since peer memory does not work: %s", group.size, problem)
         return
-    methods = _candidates(group, messages, wanted)
-    sizes = sizes_up_to(messages.max_tokens)
-    if len(methods) == 1:
-        group.use_peers(peers, lambda num_tokens: methods[0])
+    backends = _candidates(group, shapes, setting)
+    sizes = sizes_up_to(shapes.max_tokens)
+    if len(backends) == 1:
+        group.use_peers(channel, lambda num_tokens: backends[0])
         if group.rank == 0:
-            log.info("sums over %d devices: peer memory", group.size)
+            log.info("all-reduce over %d devices: %s", group.size, backends[0])
         return
     times = {
-        method: [
-            _seconds(group, peers, method, device, messages, layers, size, is_graphed, timeout_s)
-            if method != "copied" or size * messages.width * messages.dtype.itemsize >= MIN_COPIED_BYTES
+        backend: [
+            _time_layers(group, channel, backend, device, shapes, layers, size, is_graphed, timeout_s)
+            if backend != "copy_engine" or size * shapes.width * shapes.dtype.itemsize >= MIN_COPIED_BYTES
             else math.inf
             for size in sizes
         ]
-        for method in methods
+        for backend in backends
     }
-    said = _Ranks(group, store).exchange("times", times)
+    times_by_rank = _Ranks(group, store).all_gather("times", times)
     slowest = {
-        method: [max(values) for values in zip(*(of_rank[method] for of_rank in said), strict=True)]
-        for method in methods
+        backend: [max(values) for values in zip(*(times[backend] for times in times_by_rank), strict=True)]
+        for backend in backends
     }
-    chosen = [min(methods, key=lambda method: slowest[method][index]) for index in range(len(sizes))]
-    group.use_peers(peers, functools.partial(method_of, sizes, chosen))
+    chosen = [min(backends, key=lambda backend: slowest[backend][index]) for index in range(len(sizes))]
+    group.use_peers(channel, functools.partial(backend_for, sizes, chosen))
     if group.rank == 0:
-        log.info("sums over %d devices: %s", group.size, describe(sizes, chosen, slowest))
+        log.info("all-reduce over %d devices: %s", group.size, describe(sizes, chosen, slowest))
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """Powers of two until one is at least `most`, which takes its place."""
+def sizes_up_to(largest: int) -> list[int]:
+    """Powers of two below `largest`, and `largest`."""
     sizes = [1]
-    while sizes[-1] < most:
-        sizes.append(min(2 * sizes[-1], most))
+    while sizes[-1] < largest:
+        sizes.append(min(2 * sizes[-1], largest))
     return sizes
 
 
-def method_of(sizes: list[int], methods: list[Method], num_tokens: int) -> Method:
-    """That of the next larger number of tokens that was timed."""
-    return methods[min(bisect_left(sizes, num_tokens), len(methods) - 1)]
+def backend_for(sizes: list[int], backends: list[Backend], num_tokens: int) -> Backend:
+    """The backend that was chosen for the next larger number of tokens."""
+    return backends[min(bisect_left(sizes, num_tokens), len(backends) - 1)]
 
 
-def describe(sizes: list[int], chosen: list[Method], times: dict[Method, list[float]]) -> str:
-    """One line: what is used for how many tokens, and what each method took at the ends."""
+def describe(sizes: list[int], chosen: list[Backend], times: dict[Backend, list[float]]) -> str:
+    """The choice in one line, with the times of all backends at the smallest and the largest number of tokens."""
     ranges = []
-    for index, (size, method) in enumerate(zip(sizes, chosen, strict=True)):
-        if index + 1 == len(sizes) or chosen[index + 1] != method:
-            ranges.append(f"{_name(method)} up to {size} tokens")
+    for index, (size, backend) in enumerate(zip(sizes, chosen, strict=True)):
+        if index + 1 == len(sizes) or chosen[index + 1] != backend:
+            ranges.append(f"{backend} up to {size} tokens")
     ends = [
         f"{size} tokens "
-        + ", ".join(f"{_name(m)} {values[index] * 1e6:.1f}" for m, values in times.items() if values[index] < math.inf)
+        + ", ".join(f"{name} {values[index] * 1e6:.1f}" for name, values in times.items() if values[index] < math.inf)
         for index, size in ((0, sizes[0]), (-1, sizes[-1]))
     ]
-    return f"{', '.join(ranges)} (microseconds of some layers: {'; '.join(ends)})"
+    return f"{', '.join(ranges)} (microseconds of the first layers: {'; '.join(ends)})"
 
 
-def _name(method: Method) -> str:
-    return "NCCL" if method == "library" else f"peer memory ({method})"
-
-
-def _candidates(group: DeviceGroup, messages: Messages, wanted: Sums) -> list[Method]:
-    if not group.sums:  # only logits are gathered
-        return ["direct"]
-    methods: list[Method] = ["library", "direct"] if wanted == "auto" else ["direct"]
-    return [*methods, "copied"] if messages.is_kraken and group.overlap == "overlapped" else methods
+def _candidates(group: DeviceGroup, shapes: MessageShapes, setting: AllReduceSetting) -> list[Backend]:
+    backends: list[Backend] = ["nccl", "p2p_store"] if setting == "auto" else ["p2p_store"]
+    # only all-reduces in flight during attention are copied
+    return [*backends, "copy_engine"] if shapes.is_kraken and not group.is_blocking else backends
 
 
 class _Ranks:
-    """What every rank says to all others."""
+    """Exchanges values between all ranks over the store."""
 
     def __init__(self, group: DeviceGroup, store: Store):
         self.rank, self.size, self.store = group.rank, group.size, store
 
-    def exchange(self, what: str, value: Any) -> list[Any]:
-        """Every rank's value, in their order; nobody goes on before all have spoken."""
-        self.store.set(f"sums/{what}/{self.rank}", json.dumps(value))
-        return [json.loads(self.store.get(f"sums/{what}/{rank}")) for rank in range(self.size)]
+    def all_gather(self, name: str, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks. Waits for all of them."""
+        self.store.set(f"all_reduce/{name}/{self.rank}", json.dumps(value))
+        return [json.loads(self.store.get(f"all_reduce/{name}/{rank}")) for rank in range(self.size)]
 
 
-def open_peers(
-    group: DeviceGroup, store: Store, device: torch.device, messages: Messages, wanted: Sums, timeout_s: float
-) -> tuple[PeerSums | None, str]:
-    """Sums over memory that all ranks of the group reach, or why there are none; at the same time on every rank."""
+def open_channel(
+    group: DeviceGroup, store: Store, device: torch.device, shapes: MessageShapes, setting: AllReduceSetting,
+    timeout_s: float,
+) -> tuple[PeerChannel | None, str]:  # fmt: skip
+    """Share memory between all ranks and try it out; or None and the reason why that does not work, on every rank."""
     ranks = _Ranks(group, store)
-    here = {
-        "problem": _problem(messages.dtype),
+    place = {
+        "problem": _problem(shapes.dtype),
         "host": [socket.gethostname(), BOOT_ID.read_text() if BOOT_ID.exists() else ""],
         "gpu": str(torch.cuda.get_device_properties(device).uuid),
     }
-    said = ranks.exchange("places", here)
-    for rank, there in enumerate(said):
-        if there["problem"]:
-            return None, f"rank {rank}: {there['problem']}"
-    if any(there["host"] != here["host"] for there in said):
+    places = ranks.all_gather("places", place)
+    for rank, other in enumerate(places):
+        if other["problem"]:
+            return None, f"rank {rank}: {other['problem']}"
+    if any(other["host"] != place["host"] for other in places):
         return None, "the devices are on different hosts"
-    if wanted == "auto" and len({there["gpu"] for there in said}) < ranks.size:
+    if setting == "auto" and len({other["gpu"] for other in places}) < ranks.size:
         return None, "several ranks share a GPU"
-    from kraken.engine.distributed.signals import Signals  # which imports Triton
+    from kraken.engine.kernels.cuda.peer import PeerKernels  # imports Triton, which only CUDA has
 
-    peers, problem = None, ""
+    channel, problem = None, ""
     try:
-        slot_bytes = num_slot_bytes(messages.max_tokens, messages.width, messages.num_columns, messages.dtype)
-        num_bytes = num_memory_bytes(ranks.size, slot_bytes)
-        name = f"kraken-{id(ranks.store)}"
-        memory = share_memory(ranks.store, ranks.rank, ranks.size, device, num_bytes, name)
-        peers = PeerSums(memory, ranks.rank, slot_bytes, messages.dtype, Signals)
-    except Exception as error:  # of many kinds: drivers, links and containers differ
+        buffer_bytes = num_buffer_bytes(shapes.max_tokens, shapes.width, shapes.num_columns, shapes.dtype)
+        num_bytes = num_memory_bytes(ranks.size, buffer_bytes)
+        memory = share_memory(store, ranks.rank, ranks.size, device, num_bytes, f"kraken-{id(store)}")
+        channel = PeerChannel(memory, ranks.rank, buffer_bytes, shapes.dtype, PeerKernels)
+    except Exception as error:  # drivers, links and containers fail in many ways
         problem = f"{type(error).__name__}: {error}"
-    problems = ranks.exchange("opened", problem)
-    if peers is not None and not any(problems):  # nobody waits for a rank that is not there
+    problems = ranks.all_gather("opened", problem)
+    if channel is not None and not any(problems):  # otherwise the ranks would wait for one that has no channel
         try:
-            _require_sums(peers, ranks, device, messages, timeout_s)
+            _require_all_reduce(channel, ranks, device, shapes, timeout_s)
         except Exception as error:
-            peers.release()
+            channel.release()
             problem = f"{type(error).__name__}: {error}"
-        problems = ranks.exchange("tried", problem)
+        problems = ranks.all_gather("tried", problem)
     for rank, problem in enumerate(problems):
         if problem:
             return None, f"rank {rank}: {problem.splitlines()[0]}"
-    return peers, ""
+    return channel, ""
 
 
 def _problem(dtype: torch.dtype) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"sums of {dtype} are left to NCCL"
+        return f"there are no kernels for {dtype}"
     return ""
 
 
-def _require_sums(peers: PeerSums, ranks: _Ranks, device: torch.device, messages: Messages, timeout_s: float) -> None:
-    """Raises: RuntimeError: signals do not arrive, or not what was sent."""
-    for turn in range(4):  # both slots, twice
-        own = torch.full((1, messages.width), float(ranks.rank + turn), dtype=messages.dtype, device=device)
-        total = peers.sum(own)
-        finish(device, timeout_s)
-        expected = sum(rank + turn for rank in range(ranks.size))
+def _require_all_reduce(
+    channel: PeerChannel, ranks: _Ranks, device: torch.device, shapes: MessageShapes, timeout_s: float
+) -> None:
+    """Raises: RuntimeError: signals do not arrive, or parts arrive wrong."""
+    all_reduce = P2pStore(channel)
+    for message in range(4):  # every buffer twice
+        own = torch.full((1, shapes.width), float(ranks.rank + message), dtype=shapes.dtype, device=device)
+        total = all_reduce.all_reduce(own)
+        synchronize(device, timeout_s)
+        expected = sum(rank + message for rank in range(ranks.size))
         if not bool((total == expected).all()):
-            raise RuntimeError(f"a sum over peer memory gave {total[0, 0].item()} and not {expected}")
-    peers.end_pass()
-    finish(device, timeout_s)
+            raise RuntimeError(f"an all-reduce over peer memory gave {total[0, 0].item()} instead of {expected}")
+    channel.end_pass()
+    synchronize(device, timeout_s)
 
 
-def _seconds(
-    group: DeviceGroup, peers: PeerSums, method: Method, device: torch.device, messages: Messages, layers: Layers,
-    num_tokens: int, is_graphed: bool, timeout_s: float,
+def _time_layers(
+    group: DeviceGroup, channel: PeerChannel, backend: Backend, device: torch.device, shapes: MessageShapes,
+    layers: Layers, num_tokens: int, is_graphed: bool, timeout_s: float,
 ) -> float:  # fmt: skip
-    """Of the layers with a method."""
-    group.use_peers(peers, lambda num_tokens: method)
-    x_WTD = torch.randn(messages.num_ways, num_tokens, messages.width, dtype=messages.dtype, device=device)
+    """Seconds of the layers with a backend."""
+    group.use_peers(channel, lambda num_tokens: backend)
+    x_WTD = torch.randn(shapes.num_ways, num_tokens, shapes.width, dtype=shapes.dtype, device=device)
 
     def work() -> None:
         layers(x_WTD)
@@ -233,21 +238,21 @@ def _seconds(
 
     try:
         with torch.inference_mode():
-            run = graph_of(work, device, timeout_s) if is_graphed else work
-            return min(_time_of(run, device, timeout_s) for _ in range(NUM_TIMES))
+            run = capture_graph(work, device, timeout_s) if is_graphed else work
+            return min(_time(run, device, timeout_s) for _ in range(NUM_TIMINGS))
     except RuntimeError:
         group.abort()
         raise
 
 
-def graph_of(work: Callable[[], None], device: torch.device, timeout_s: float) -> Callable[[], None]:
-    """What replays the work as a CUDA graph; with several ranks, at the same time on all of them."""
+def capture_graph(work: Callable[[], None], device: torch.device, timeout_s: float) -> Callable[[], None]:
+    """Capture the work in a CUDA graph; returns its replay. With several ranks, all of them do it at the same time."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         work()
     torch.cuda.current_stream(device).wait_stream(stream)
-    finish(device, timeout_s)
+    synchronize(device, timeout_s)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
@@ -255,22 +260,23 @@ def graph_of(work: Callable[[], None], device: torch.device, timeout_s: float) -
     return graph.replay
 
 
-def _time_of(work: Callable[[], object], device: torch.device, timeout_s: float) -> float:
-    finish(device, timeout_s)
+def _time(work: Callable[[], object], device: torch.device, timeout_s: float) -> float:
+    """Seconds of the work on the device."""
+    synchronize(device, timeout_s)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work()  # the ranks come to it at different times, and leave it together
+    work()  # aligns the ranks: they start it at different times, and finish it together
     start.record()
     work()
     end.record()
-    finish(device, timeout_s)
+    synchronize(device, timeout_s)
     return start.elapsed_time(end) * 1e-3
 
 
-def finish(device: torch.device, timeout_s: float) -> None:
-    """Wait for what the current stream has been told.
+def synchronize(device: torch.device, timeout_s: float) -> None:
+    """Wait for the current stream.
 
     Raises:
-        RuntimeError: it took longer, because another rank is stuck.
+        RuntimeError: it took longer than `timeout_s`, because another rank is stuck.
     """
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

@@ -1,7 +1,7 @@
-"""What the leader of an engine's processes says to the others: frames over a TCP connection.
+"""The control channel between rank 0 of an engine and a worker: frames over a TCP connection.
 
-A frame is a kind, a length and so many bytes: JSON while everybody gets ready, then one compact array of int32 per
-step. Nothing that arrives is executed or unpickled.
+A frame is a kind, a length and so many bytes: JSON during startup, then one array of int32 for each step. Nothing that
+arrives is executed or unpickled.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Any
 HEADER = struct.Struct("!BQ")
 MAX_FRAME_BYTES = 2**30
 SPIN_S = 0.003
-"""To be woken takes some 40 us, of the end that waits and of the one that sends; tokens of small models follow each
-other faster than this."""
+"""Time that a worker polls before it sleeps. Waking a process costs both ends some 40 us, and the steps of small models
+follow each other within this time."""
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """Kind of a frame."""
 
     JSON = 0
     STEP = 1
@@ -28,11 +28,11 @@ class Kind(IntEnum):
 
 
 class ConnectionLost(ConnectionError):
-    """The other end is gone."""
+    """The other end has closed the connection."""
 
 
 class Connection:
-    """One end, blocking; frames arrive whole and in order."""
+    """One end of a connection, blocking; frames arrive whole and in order."""
 
     def __init__(self, end: socket.socket):
         self._socket = end
@@ -40,7 +40,7 @@ class Connection:
 
     @property
     def local_address(self) -> str:
-        """Of this host, as the other end reaches it."""
+        """Address of this host, as the other end reaches it."""
         return str(self._socket.getsockname()[0])
 
     def fileno(self) -> int:
@@ -50,30 +50,30 @@ class Connection:
         self._socket.settimeout(timeout_s)
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Raises: OSError: the other end is gone."""
+        """Send a frame. Raises: OSError: the other end is gone."""
         self._socket.sendall(HEADER.pack(kind, len(payload)) + payload)
 
     def send_json(self, values: dict[str, Any]) -> None:
         self.send(Kind.JSON, json.dumps(values).encode())
 
     def receive(self, spins: bool = False) -> tuple[Kind, bytes]:
-        """The next frame.
+        """Wait for the next frame.
 
         Args:
-            spins: keep a core busy for a while before going to sleep.
+            spins: poll for up to `SPIN_S` before sleeping.
         Raises:
-            ConnectionLost: the other end is gone, or sends something else.
-            TimeoutError: it did not come in time.
+            ConnectionLost: the other end is gone, or sent something that is not a frame.
+            TimeoutError: no frame came in time, see `set_timeout`.
         """
         if spins:
             self._spin()
         kind, num_bytes = HEADER.unpack(self._receive_bytes(HEADER.size))
         if kind not in list(Kind) or num_bytes > MAX_FRAME_BYTES:
-            raise ConnectionLost("a frame that is none of ours")
+            raise ConnectionLost("the other end sent something that is not a frame")
         return Kind(kind), self._receive_bytes(num_bytes)
 
     def receive_json(self) -> dict[str, Any]:
-        """The next frame, which must be JSON. Raises as `receive` does."""
+        """Wait for the next frame, which must be JSON. Raises as `receive` does."""
         kind, payload = self.receive()
         if kind is not Kind.JSON:
             raise ConnectionLost(f"{kind.name} where JSON was expected")
@@ -84,7 +84,7 @@ class Connection:
         self._socket.close()
 
     def _spin(self) -> None:
-        """Until something has come, or for `SPIN_S`."""
+        """Poll until bytes have arrived, or for `SPIN_S`."""
         ends_at = time.monotonic() + SPIN_S
         while time.monotonic() < ends_at:
             with contextlib.suppress(BlockingIOError):

@@ -1,9 +1,9 @@
-"""Which part of a model each of several devices computes, and its weights, from wherever they come.
+"""The part of a model that each of several devices computes, and the weights of that part.
 
-Kraken's ways are divided: a device computes some ways whole. The baselines have one way, and ordinary tensor
-parallelism divides it: each device has some heads and some columns of the FFN, and the products that follow give
-partial sums (Shoeybi et al., "Megatron-LM", 2019). Every device holds the token embedding, so that nothing is waited
-for before the first layer, and computes the logits of its rows.
+Kraken's ways are divided: a device computes some ways whole. The baselines have one way, divided by ordinary tensor
+parallelism: each device has some heads and some columns of the FFN, and the linears that follow give partial sums
+(Shoeybi et al., "Megatron-LM", 2019). Every device holds the whole token embedding, so that the first layer waits for
+no other device, and computes the logits of some ids.
 
 Shape letters as in `kraken/model.py`.
 """
@@ -19,12 +19,12 @@ from kraken.convert import exchange_names, has_ways, read_tensors
 from kraken.model import INIT_STD, Kraken, is_vector, whole_shapes
 
 Weights = dict[str, Tensor]
-"""Name, as in `kraken/model.py`, -> what one device holds of that parameter."""
+"""Name as in `kraken/model.py` -> one device's part of that parameter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one of `size` devices computes of a model; the default is all of it.
+    """The part of a model that one of `size` devices computes; the default is all of it.
 
     Raises:
         ConfigError: the model cannot be divided so.
@@ -50,26 +50,26 @@ class Part:
 
     @property
     def is_tensor_parallel(self) -> bool:
-        """Whether the products after attention and inside the FFN are partial sums."""
+        """Whether the outputs of attention and FFN are partial sums."""
         return self.size > 1 and self.config.architecture != "kraken"
 
     @property
     def ways(self) -> range:
-        """Ways held here."""
+        """The ways of this device."""
         return range(1) if self.is_tensor_parallel else self._share(self.config.num_ways)
 
     @property
     def heads_per_way(self) -> int:
-        """Heads held here, of each way held here."""
+        """Heads of this device, in each of its ways."""
         return self.config.heads_per_way // (self.size if self.is_tensor_parallel else 1)
 
     def head_rows(self, num_ids: int) -> range:
-        """Ids whose logits are computed here: equally many on every device, the last of which may be beyond the ids."""
+        """Ids whose logits this device computes: equally many on every device; some may be beyond `num_ids`."""
         each = -(-num_ids // self.size)
         return range(self.rank * each, (self.rank + 1) * each)
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
-        """What is held here of a parameter."""
+        """This device's part of a parameter."""
         if self.size == 1:
             return whole
         if name == "conjunction.weight":
@@ -87,12 +87,12 @@ class Part:
             case "attn.c_proj.weight":
                 columns = whole.unflatten(2, (self.config.num_heads, self.config.head_size))
                 return columns[:, :, heads.start : heads.stop].flatten(2)
-            case "mlp.c_fc.weight" | "mlp.c_fc.bias":  # one, or the gate and what it gates
+            case "mlp.c_fc.weight" | "mlp.c_fc.bias":  # one matrix, or the gate and the matrix that it gates
                 rows = whole.unflatten(1, (-1, self.config.ffn_size))
                 return rows[:, :, hidden.start : hidden.stop].flatten(1, 2)
             case "mlp.c_proj.weight":
                 return whole[:, :, hidden.start : hidden.stop]
-        return whole  # gains, and biases that are added to a sum
+        return whole  # gains, and biases that rank 0 adds to the sum
 
     def _share(self, count: int) -> range:
         each = count // self.size
@@ -100,7 +100,7 @@ class Part:
 
 
 def weights_of(model: Kraken, part: Part) -> Weights:
-    """The part of a model in memory; views where that is possible."""
+    """The weights of a part of a model in memory; views where that is possible."""
     return {name: part.cut(name, parameter.detach()) for name, parameter in model.named_parameters()}
 
 
@@ -111,12 +111,12 @@ def shapes_of(part: Part) -> dict[str, torch.Size]:
 
 
 def empty_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Memory for a part."""
+    """Uninitialised weights of a part."""
     return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes_of(part).items()}
 
 
 def random_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Weights of the size of fresh ones, for measuring time: their values differ from device to device."""
+    """Random weights for measuring time. Weights that all devices hold differ between devices."""
     weights = empty_weights(part, dtype, device)
     for name, weight in weights.items():
         if is_vector(name):
@@ -127,7 +127,7 @@ def random_weights(part: Part, dtype: torch.dtype, device: torch.device) -> Weig
 
 
 def read_weights(folder: Path, part: Part, dtype: torch.dtype, device: torch.device) -> Weights:
-    """The part of an exchange folder's model, read one parameter at a time; other devices' ways are not read at all.
+    """Read the weights of a part from an exchange folder, one parameter at a time, without other devices' ways.
 
     Raises:
         ArtefactError: files, names or shapes do not fit the model.

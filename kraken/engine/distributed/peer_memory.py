@@ -1,7 +1,7 @@
-"""Memory of every rank that all ranks of one host can read and write, by torch's symmetric memory.
+"""Memory that all ranks of one host can read and write, through torch's symmetric memory. `PeerChannel` uses it.
 
-Torch's own signals and barriers are not used: they want a process group that is registered for the whole process, and
-some of them use NVLink's multicast, which this engine never does.
+The engine has signals of its own instead of torch's: those need a process group that is registered for the whole
+process, and some of them use NVLink's multicast, which this engine never does.
 """
 
 from collections.abc import Sequence
@@ -21,38 +21,38 @@ from torch._C._distributed_c10d import (
 from kraken.environment import environment
 
 ENVIRONMENT = {
-    # devices are told apart by index, and processes that see one GPU each all call it 0
+    # torch tells devices apart by index, which is 0 in every process that sees one GPU
     "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
-    # also implied by the first; a multicast object would be made although nobody asked
+    # implied by the setting above, which may change; otherwise torch makes a multicast object
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class PeerMemory:
-    """A buffer of equal size on every rank, zero at first."""
+    """A buffer of equal size on every rank, initially zero."""
 
     buffers: list[Tensor]
-    """uint8 [bytes] of each rank, as this device reaches it."""
+    """uint8 [bytes] of each rank, mapped into this device's address space."""
     owner: Any = None
-    """What keeps them alive."""
+    """The objects that keep the memory mapped."""
 
 
 def share_memory(store: Store, rank: int, size: int, device: torch.device, num_bytes: int, name: str) -> PeerMemory:
-    """Make memory that every rank reaches, at the same time on all of them.
+    """Allocate memory that every rank reaches; all ranks call this at the same time.
 
     Args:
-        store: of the ranks alone.
-        name: of the engine, unique in this process.
+        store: shared by the ranks of this engine alone.
+        name: unique in this process.
     Raises:
         RuntimeError: the devices do not reach each other's memory.
     """
     own = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     own.zero_()
-    torch.cuda.synchronize(device)  # the others may write as soon as they have met us
-    renumbered = _Renumbered(store)  # by this name, since torch keeps only the half of it that is not Python
+    torch.cuda.synchronize(device)  # the other ranks may write after the rendezvous
+    renumbered = _Renumbered(store)  # bound to a name, since torch does not keep the Python object alive
     group = ProcessGroup(renumbered, rank, size)
-    # a meeting finds its store by a name that the whole process knows, for as long as it takes
+    # torch's rendezvous finds the store by a name that is global to the process, here only while it runs
     _register_process_group(name, group)  # type: ignore[arg-type]
     try:
         with environment(ENVIRONMENT):
@@ -63,9 +63,10 @@ def share_memory(store: Store, rank: int, size: int, device: torch.device, num_b
 
 
 class _Renumbered(Store):
-    """The keys of a meeting, counted from the first one that this store sees.
+    """A store in which torch's rendezvous keys are counted from the first one that it sees.
 
-    Torch counts meetings per process, and a leader has met others before that its new followers have not.
+    Torch counts rendezvous per process. Rank 0 may have had others, with the workers of earlier engines, and would use
+    other keys than its new workers.
     """
 
     def __init__(self, store: Store):

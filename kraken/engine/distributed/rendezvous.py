@@ -1,10 +1,9 @@
-"""How the processes of one engine find each other, and how the leader notices that one of them has ended.
+"""How the ranks of an engine find each other.
 
-The leader, which is rank 0, opens a `Meeting` and invites the other ranks; they are started by it on this host, or
-exist already, as Ray actors do, and call `kraken.engine.distributed.worker_group.follow` with their invitation. An
-invitation
-holds a key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host is
-named.
+Rank 0 opens a `Rendezvous` and gives each worker a `JoinToken`. `launch` starts the workers on this host; workers that
+exist already, for example Ray actors, call `kraken.engine.distributed.worker.run_worker` with their token. The token
+holds a secret key, without which nobody is let in. Ports are free ones, on the loopback interface unless another host
+is named.
 """
 
 import contextlib
@@ -12,36 +11,24 @@ import dataclasses
 import json
 import os
 import secrets
-import selectors
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind
-from kraken.engine.protocol import EngineError
+from kraken.engine.distributed.control_channel import Connection, ConnectionLost
+from kraken.engine.distributed.device_group import DeviceGroup
+from kraken.engine.distributed.worker_group import WATCH_INTERVAL_S, WorkerError, WorkerGroup, exit_reason
 
-STOP_TIMEOUT_S = 5.0
-"""A follower that was told to end is killed after this."""
-EXPLANATION_TIMEOUT_S = 2.0
-"""A sum breaks off at once where a rank ends; its last words may take this much longer."""
-HELLO_TIMEOUT_S = 10.0
-WATCH_INTERVAL_S = 0.5
-
-
-class RanksError(EngineError):
-    """A process of the engine failed, so that none of them can go on."""
+GREETING_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Invitation:
-    """All that a rank needs to know to take part."""
+class JoinToken:
+    """What a worker needs to know to join an engine."""
 
     host: str
     port: int
@@ -52,17 +39,22 @@ class Invitation:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Invitation":
+    def from_json(cls, text: str) -> "JoinToken":
         return cls(**json.loads(text))
 
 
-class Meeting:
+class Rendezvous:
     """Where the ranks of one engine meet.
 
     Args:
-        num_devices: ranks, the leader counted.
-        host: address of this host as the other ranks reach it.
+        num_devices: number of ranks, rank 0 included.
+        host: address of this host, as the workers reach it.
     """
+
+    worker_module = "kraken.engine.distributed.worker"
+    """Module that `launch` runs."""
+    group_type = DeviceGroup
+    """Type of rank 0's group; benchmarks replace it and `worker_module`."""
 
     def __init__(self, num_devices: int, host: str = "127.0.0.1"):
         self.num_devices, self.host = num_devices, host
@@ -70,223 +62,91 @@ class Meeting:
         self._key = secrets.token_hex(16)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
 
-    def invitation(self, rank: int) -> Invitation:
-        """For one of the ranks 1 to `num_devices` - 1."""
-        return Invitation(self.host, self._server.getsockname()[1], self._key, rank)
+    def join_token(self, rank: int) -> JoinToken:
+        """The token of a worker, 1 to `num_devices` - 1."""
+        return JoinToken(self.host, self._server.getsockname()[1], self._key, rank)
 
     def launch(self, num_threads: int, prefixes: Mapping[int, list[str]] | None = None) -> None:
-        """Start every other rank on this host.
+        """Start all workers on this host.
 
         Args:
-            num_threads: CPU threads of each.
-            prefixes: rank -> a command that runs another command, to place that rank somewhere.
+            num_threads: CPU threads of each worker.
+            prefixes: by rank, a command that runs the worker's command, for example on another core.
         """
         root = str(Path(__file__).parents[3])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(num_threads)}
         for rank in range(1, self.num_devices):
-            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", "kraken.engine.distributed.worker_group"]
+            command = [*(prefixes or {}).get(rank, []), sys.executable, "-m", self.worker_module]
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, bufsize=0
             )
             self._processes[rank] = process
             assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # it ended at once, which `gather` reports
-                process.stdin.write(self.invitation(rank).to_json().encode() + b"\n")  # stays open: see `ranks.main`
+            with contextlib.suppress(BrokenPipeError):  # the worker has ended, which `wait_for_workers` reports
+                # stdin stays open: a worker ends with it, see `worker.main`
+                process.stdin.write(self.join_token(rank).to_json().encode() + b"\n")
 
-    def gather(self, timeout_s: float) -> "Followers":
-        """Wait until every other rank is here.
+    def wait_for_workers(self, timeout_s: float) -> WorkerGroup:
+        """Wait until every worker has connected, and stop listening.
 
         Raises:
-            RanksError: one of them did not come.
+            WorkerError: a worker ended, or did not connect in time.
         """
         connections: dict[int, Connection] = {}
         ends_at = time.monotonic() + timeout_s
         try:
             while len(connections) < self.num_devices - 1:
-                self._require_all(connections, ends_at, timeout_s)
+                self._require_alive(connections, ends_at, timeout_s)
                 self._server.settimeout(WATCH_INTERVAL_S)
                 with contextlib.suppress(TimeoutError):
-                    self._admit(connections)
+                    self._accept(connections)
         except BaseException:
-            Followers(connections, self._processes).end()
+            WorkerGroup(connections, self._processes).kill()
             raise
         finally:
             self._server.close()
-        return Followers(connections, self._processes)
+        return WorkerGroup(connections, self._processes)
 
-    def _require_all(self, connections: Mapping[int, Connection], ends_at: float, timeout_s: float) -> None:
+    def _require_alive(self, connections: Mapping[int, Connection], ends_at: float, timeout_s: float) -> None:
         missing = [rank for rank in range(1, self.num_devices) if rank not in connections]
         for rank in missing:
             process = self._processes.get(rank)
             if process is not None and process.poll() is not None:
-                raise RanksError(f"rank {rank} {_how_it_ended(process)} before it had begun")
+                raise WorkerError(f"rank {rank} {exit_reason(process)} before it had connected")
         if time.monotonic() > ends_at:
-            raise RanksError(
-                f"ranks {missing} did not come to {self.host} within engine.startup_timeout_s={timeout_s:.0f}; look"
-                " whether they run and reach that address"
+            raise WorkerError(
+                f"ranks {missing} did not connect to {self.host} within engine.startup_timeout_s={timeout_s:.0f}; check"
+                " that they run and reach that address"
             )
 
-    def _admit(self, connections: dict[int, Connection]) -> None:
+    def _accept(self, connections: dict[int, Connection]) -> None:
+        """Accept one connection, and close it unless it knows the key and is of a worker that is missing."""
         end, _ = self._server.accept()
         connection = Connection(end)
-        connection.set_timeout(HELLO_TIMEOUT_S)
+        connection.set_timeout(GREETING_TIMEOUT_S)
         try:
-            hello = connection.receive_json()
-            known = secrets.compare_digest(str(hello.get("key")), self._key)
-            rank = int(hello.get("rank", 0))
+            greeting = connection.receive_json()
+            is_known = secrets.compare_digest(str(greeting.get("key")), self._key)
+            rank = int(greeting.get("rank", 0))
         except (OSError, ValueError):
-            known, rank = False, 0
-        if not known or rank in connections or not 0 < rank < self.num_devices:
-            connection.close()  # a stranger, or somebody twice
+            is_known, rank = False, 0
+        if not is_known or rank in connections or not 0 < rank < self.num_devices:
+            connection.close()
             return
         connections[rank] = connection
 
 
-class Followers:
-    """The other ranks, as the leader sees them.
-
-    Args:
-        connections: by rank.
-        processes: those that were started here, by rank.
-    """
-
-    def __init__(self, connections: dict[int, Connection], processes: dict[int, "subprocess.Popen[bytes]"]):
-        self._connections = connections
-        self._processes = processes
-        self._ended = threading.Event()
-        self._failed = threading.Event()
-        self._lock = threading.Lock()
-        self._watcher: threading.Thread | None = None
-        self.failure = ""
-        """Why they cannot go on; empty while they can."""
-        self.deadline: float | None = None
-        """Monotonic time at which a step counts as stuck; None where sums watch over time themselves."""
-
-    def tell(self, kind: Kind, payload: bytes = b"") -> None:
-        """One frame to every rank. Raises: OSError: one is gone."""
-        for connection in self._connections.values():
-            connection.send(kind, payload)
-
-    def tell_json(self, values: dict[str, Any]) -> None:
-        self.tell(Kind.JSON, json.dumps(values).encode())
-
-    def wait_until_done(self, timeout_s: float) -> None:
-        """Until every rank has answered what it was told.
-
-        Raises:
-            RanksError: one of them failed, ended or took too long.
-        """
-        ends_at = time.monotonic() + timeout_s
-        for rank, connection in self._connections.items():
-            connection.set_timeout(max(0.1, ends_at - time.monotonic()))
-            try:
-                answer = connection.receive_json()
-            except TimeoutError as error:
-                raise RanksError(f"rank {rank} was not ready within {timeout_s:.0f} s") from error
-            except OSError as error:
-                raise RanksError(self._how_it_ended(rank)) from error
-            if "error" in answer:
-                raise RanksError(f"rank {rank} failed: {answer['error']}")
-            connection.set_timeout(None)
-
-    def watch(self, on_failure: Callable[[], None]) -> None:
-        """From now on notice ranks that fail or end, also while nothing is computed.
-
-        Args:
-            on_failure: called once, on the watching thread.
-        """
-        self._watcher = threading.Thread(target=self._watch, args=(on_failure,), name="kraken-ranks", daemon=True)
-        self._watcher.start()
-
-    def explain(self, error: Exception) -> str:
-        """Why a step failed with this error: a rank's failure where there is one. The ranks are ended."""
-        self._failed.wait(EXPLANATION_TIMEOUT_S)
-        self._fail(f"the devices lost step with each other ({type(error).__name__}: {error})")
-        return self.failure
-
-    def stop(self) -> None:
-        """Let every rank leave, and end those that do not."""
-        self._ended.set()
-        with contextlib.suppress(OSError):
-            self.tell(Kind.STOP)
-        ends_at = time.monotonic() + STOP_TIMEOUT_S
-        for process in self._processes.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, ends_at - time.monotonic()))
-        self.end()
-
-    def end(self) -> None:
-        """Kill what was started here, and leave the others alone; safe to call twice."""
-        self._ended.set()
-        for process in self._processes.values():
-            process.kill()
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
-        if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join(STOP_TIMEOUT_S)
-        for connection in self._connections.values():
-            connection.close()
-
-    def _fail(self, reason: str) -> None:
-        with self._lock:
-            if self.failure or self._ended.is_set():
-                return
-            self.failure = reason
-        self._failed.set()
-        for process in self._processes.values():
-            process.kill()
-
-    def _watch(self, on_failure: Callable[[], None]) -> None:
-        with selectors.DefaultSelector() as selector:
-            for rank, connection in self._connections.items():
-                selector.register(connection, selectors.EVENT_READ, rank)
-            while not self._ended.is_set() and not self.failure:
-                for key, _ in selector.select(WATCH_INTERVAL_S):
-                    if not self._ended.is_set():
-                        self._fail(self._last_words(int(key.data)))
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    self._fail(
-                        "a step outlasted engine.collective_timeout_s, or the recording of graphs"
-                        " engine.startup_timeout_s: a device or the link between them is stuck"
-                    )
-        if self.failure:
-            on_failure()
-
-    def _last_words(self, rank: int) -> str:
-        try:
-            return f"rank {rank} failed: {self._connections[rank].receive_json()['error']}"
-        except (OSError, ValueError, KeyError):
-            return self._how_it_ended(rank)
-
-    def _how_it_ended(self, rank: int) -> str:
-        process = self._processes.get(rank)
-        if process is None:
-            return f"rank {rank} ended, or cannot be reached"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(EXPLANATION_TIMEOUT_S / 2)
-        return f"rank {rank} {_how_it_ended(process)}"
-
-
-def connect(invitation: Invitation) -> Connection:
-    """A rank's way in.
+def connect(token: JoinToken) -> Connection:
+    """Connect a worker with rank 0.
 
     Raises:
-        ConnectionLost: nobody is there.
+        ConnectionLost: rank 0 cannot be reached.
     """
-    address = (invitation.host, invitation.port)
     try:
-        connection = Connection(socket.create_connection(address, timeout=HELLO_TIMEOUT_S))
+        connection = Connection(socket.create_connection((token.host, token.port), timeout=GREETING_TIMEOUT_S))
         connection.set_timeout(None)
-        connection.send_json({"key": invitation.key, "rank": invitation.rank})
+        connection.send_json({"key": token.key, "rank": token.rank})
     except OSError as error:
-        raise ConnectionLost(f"no leader answers at {invitation.host}:{invitation.port} ({error})") from error
+        raise ConnectionLost(f"rank 0 does not answer at {token.host}:{token.port} ({error})") from error
     return connection
-
-
-def _how_it_ended(process: "subprocess.Popen[bytes]") -> str:
-    status = process.poll()
-    if status is None:
-        return "closed its connection"
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"

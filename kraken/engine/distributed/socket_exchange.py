@@ -1,11 +1,10 @@
-"""Exchanges of messages between CPU processes over TCP, carried by the kernel while this process computes.
+"""Exchange of messages between CPU ranks over TCP: the kernel carries them while this process computes.
 
-To start an exchange is to write a message into a socket's send buffer, to wait for it is to read the other's from the
-receive buffer. Nothing runs here in between: the network stack does its work in interrupts. gloo has a thread for it,
-which must be given the core that another thread computes on; where each process has one core, that costs milliseconds a
-message, ten times what the kernel needs.
+`start` writes a message into a socket's send buffer, and `wait` reads the other rank's message from the receive buffer.
+In between the network stack does its work in interrupts. gloo has a thread instead, which needs the core that the
+engine computes on: with one core a process, that costs milliseconds a message, ten times as much as the kernel needs.
 
-The buffers must hold a whole message for that. What is larger than `Exchange.capacity` is better left to gloo.
+The buffers must hold a whole message. `ProcessGroupAllReduce` leaves messages above `Exchange.capacity` to gloo.
 """
 
 import contextlib
@@ -24,17 +23,20 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
-"""Linux's, of which Python has no names: beyond net.core.wmem_max and rmem_max, for who may administer the network."""
+"""Linux socket options that Python has no names for: buffers beyond net.core.wmem_max and rmem_max, for processes that
+may administer the network."""
 BUFFERS_PER_MESSAGE = 4
-"""The kernel doubles what is asked for, for its own records, and a receiver's window is half of what it then has."""
+"""Size of a buffer over that of a message: the kernel doubles the size for its bookkeeping, and half of that is the
+receiver's window."""
 MAX_MESSAGE_BYTES = 2**26
-"""Kernel memory has an end: two buffers of twice this at most for every other rank."""
+"""Largest message that buffers are made for: kernel memory is limited, and every other rank takes two buffers of twice
+this size."""
 TOKEN_BYTES = 32
 NUMBER_BYTES = 8
 
 
 class Link:
-    """A connection to one other rank; messages arrive in the order in which they were started."""
+    """A connection to one other rank. Messages arrive in the order in which they were started."""
 
     def __init__(self, connection: socket.socket, rank: int, timeout_s: float):
         self._socket, self._rank, self._timeout_s = connection, rank, timeout_s
@@ -42,17 +44,17 @@ class Link:
         connection.setblocking(False)
 
     def start(self, message: memoryview) -> memoryview:
-        """Hand a message to the kernel; returns what it had no room for."""
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # that it is broken is said by `finish`
+        """Write a message into the send buffer; returns the rest that did not fit."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # `finish` reports a broken connection
             while len(message):
                 message = message[self._socket.send(message) :]
         return message
 
     def finish(self, unsent: memoryview, message: memoryview) -> None:
-        """Fill a message with what the other rank sends, and send the rest of ours.
+        """Receive the other rank's message into `message`, and send the rest of this rank's message.
 
         Raises:
-            RuntimeError: the other rank is gone, or sends nothing for as long as a rank may be waited for.
+            RuntimeError: the other rank is gone, or sends nothing for `timeout_s`.
         """
         try:
             self._finish(unsent, message, time.monotonic() + self._timeout_s)
@@ -69,7 +71,7 @@ class Link:
                 if len(message):
                     count = self._socket.recv_into(message)
                     if count == 0:
-                        raise ConnectionError("the other end hung up")
+                        raise ConnectionError("the other end closed the connection")
                     message = message[count:]
                     continue
             if len(unsent) or len(message):
@@ -84,52 +86,54 @@ class Link:
 
 @dataclass(slots=True)
 class PendingExchange:
-    """A message to each other rank, and one from each, in flight."""
+    """An exchange in flight: a message to each other rank, and one from each."""
 
     links: Sequence[Link]
     unsent: list[memoryview]
     received: list[memoryview]
     kept: tuple[Tensor, ...]
-    """Whose memory the messages are."""
+    """The tensors that own the messages' memory."""
 
     def wait(self) -> None:
-        """Return when all have arrived. Exchanges are waited for in the order in which they were started."""
+        """Wait for all messages. Must be called in the order in which the exchanges were started."""
         for link, unsent, received in zip(self.links, self.unsent, self.received, strict=True):
             link.finish(unsent, received)
 
 
 class Exchange:
-    """A rank's connections to all others.
+    """A rank's connections to all other ranks.
 
     Args:
-        capacity: bytes of the largest message that the buffers at both ends of every connection hold.
+        capacity: size in bytes of the largest message that fits into all buffers, at both ends of every connection.
     """
 
     def __init__(self, links: Sequence[Link], capacity: int):
         self._links, self.capacity = links, capacity
 
     def start(self, own: Tensor, received: Sequence[Tensor]) -> PendingExchange:
-        """Send `own` to every other rank, and fill `received` with theirs, in the order of the ranks; all contiguous,
-        on the CPU, and of equal size."""
+        """Send `own` to every other rank, and receive their messages into `received`, in the order of the ranks.
+
+        All tensors must be contiguous, on the CPU and of equal size, and must not be modified before `wait` returns.
+        """
         message = _bytes_of(own)
         unsent = [link.start(message) for link in self._links]
         return PendingExchange(self._links, unsent, [_bytes_of(part) for part in received], (own, *received))
 
     def close(self) -> None:
-        """Hang up; whoever waits for this rank fails."""
+        """Close all connections: ranks that wait for this one fail."""
         for link in self._links:
             link.close()
 
 
 def connect_all(store: Store, rank: int, size: int, address: str, message_bytes: int, timeout_s: float) -> Exchange:
-    """Connect with every other rank.
+    """Connect with every other rank; all of them call this at the same time.
 
     Args:
-        store: shared by the ranks, and by nobody else: what is in it lets them know each other.
-        address: of this host, as the others reach it.
-        message_bytes: what the buffers should hold; less where that is too much, or the system allows no more.
+        store: shared by the ranks of this engine alone, since it holds the secrets by which they know each other.
+        address: of this host, as the other ranks reach it.
+        message_bytes: size of a message that the buffers should hold; they are smaller if the system allows no more.
     Raises:
-        RuntimeError: a rank cannot be reached, or does not come.
+        RuntimeError: a rank cannot be reached, or does not connect in time.
     """
     message_bytes = min(message_bytes, MAX_MESSAGE_BYTES)
     deadline = time.monotonic() + timeout_s
@@ -146,7 +150,7 @@ def connect_all(store: Store, rank: int, size: int, address: str, message_bytes:
                 connection = listener.accept()[0]
                 caller = _answer(connection, token, deadline)
                 if caller is None or caller in connections:
-                    connection.close()  # a stranger
+                    connection.close()  # not a rank of this engine
                 else:
                     connections[caller] = connection
         held = [
@@ -165,7 +169,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _enlarge_buffers(connection: socket.socket, message_bytes: int) -> None:
-    """Before it is connected: how much may be in flight is agreed on then."""
+    """Must be called before the socket connects: the largest TCP window is negotiated then."""
     wanted = message_bytes * BUFFERS_PER_MESSAGE // 2
     for forced, usual in ((SO_SNDBUFFORCE, socket.SO_SNDBUF), (SO_RCVBUFFORCE, socket.SO_RCVBUF)):
         connection.setsockopt(socket.SOL_SOCKET, usual, wanted)
@@ -174,7 +178,7 @@ def _enlarge_buffers(connection: socket.socket, message_bytes: int) -> None:
 
 
 def _call(store: Store, rank: int, other: int, message_bytes: int, deadline: float) -> socket.socket:
-    """Connect to a rank that listens."""
+    """Connect to a rank of a lower number, which listens."""
     key = f"exchange/{other}"
     store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
     token, port, address = store.get(key).decode().split(" ")
@@ -191,7 +195,7 @@ def _call(store: Store, rank: int, other: int, message_bytes: int, deadline: flo
 
 
 def _answer(connection: socket.socket, token: str, deadline: float) -> int | None:
-    """The rank that called; None for whoever does not know the token."""
+    """The rank that connected; None if the other end does not know the token."""
     try:
         greeting = _receive(connection, TOKEN_BYTES + NUMBER_BYTES, deadline)
     except OSError:
@@ -202,7 +206,7 @@ def _answer(connection: socket.socket, token: str, deadline: float) -> int | Non
 
 
 def _agree_on_capacity(connection: socket.socket, message_bytes: int, deadline: float) -> int:
-    """The largest message that all four buffers of a connection hold, the same at both ends."""
+    """Size of the largest message that all four buffers of a connection hold; both ends get the same."""
     options = (socket.SO_SNDBUF, socket.SO_RCVBUF)
     held = min(connection.getsockopt(socket.SOL_SOCKET, option) for option in options) // BUFFERS_PER_MESSAGE
     connection.settimeout(max(0.01, deadline - time.monotonic()))
@@ -216,12 +220,12 @@ def _receive(connection: socket.socket, count: int, deadline: float) -> bytes:
         connection.settimeout(max(0.01, deadline - time.monotonic()))
         part = connection.recv(count - len(found))
         if not part:
-            raise ConnectionError("the other end hung up")
+            raise ConnectionError("the other end closed the connection")
         found += part
     return found
 
 
 def _bytes_of(x: Tensor) -> memoryview:
-    """A tensor's memory."""
+    """The memory of a contiguous tensor."""
     content: Any = x.view(-1).view(torch.uint8).numpy()
     return memoryview(content)

@@ -1,371 +1,165 @@
-"""One model on several devices, a process each: the leader runs the scheduler, the others run what it says.
+"""The worker processes of an engine as rank 0 sees them: send to all, wait until they are ready, notice failures.
 
-Every rank holds its part of the weights, and of the cache the keys and values of its own heads; blocks are the same
-everywhere. For every step the leader tells the others its chunks, all run the same forward pass, and the leader gets
-the logits.
-
-`python -m kraken.engine.distributed.worker_group` is a follower that the leader starts; one that exists already calls
-`follow`.
+`Rendezvous.wait_for_workers` makes a `WorkerGroup`; `load_distributed` and `DistributedRunner` use it. A thread watches
+the connections, so that an engine notices the end of a worker also while it is idle.
 """
 
 import contextlib
-import dataclasses
-import os
+import json
+import selectors
 import signal
-import socket
-import sys
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch._C._distributed_c10d import Store, TCPStore
+from kraken.engine.distributed.control_channel import Connection, Kind
+from kraken.engine.protocol import EngineError
 
-from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.batch import ForwardOutput, GraphSizes, StepBatch
-from kraken.engine.distributed.all_reduce import DeviceGroup, join_group
-from kraken.engine.distributed.choose_backend import Messages, choose_sums
-from kraken.engine.distributed.control_channel import Connection, ConnectionLost, Kind
-from kraken.engine.distributed.partition import Part, Weights, empty_weights, random_weights, read_weights, weights_of
-from kraken.engine.distributed.rendezvous import Followers, Invitation, Meeting, RanksError, connect
-from kraken.engine.model.network import Network
-from kraken.engine.model_runner import ModelRunner
-from kraken.model import Kraken
+STOP_TIMEOUT_S = 5.0
+"""Time for a worker to end by itself before it is killed."""
+REASON_TIMEOUT_S = 2.0
+"""Time that a worker's message about its failure may arrive after an all-reduce has failed for it."""
+WATCH_INTERVAL_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Where an engine's weights come from: an exchange folder that every rank reads, a model in the leader's memory, of
-    which it sends each rank its part, or where neither is given, random numbers for measuring time.
-    """
-
-    config: ModelConfig
-    folder: Path | None = None
-    model: Kraken | None = None
-
-    def weights(self, part: Part, dtype: torch.dtype, device: torch.device) -> Weights:
-        """The leader's."""
-        if self.folder is not None:
-            return read_weights(self.folder, part, dtype, device)
-        return random_weights(part, dtype, device) if self.model is None else weights_of(self.model, part)
+class WorkerError(EngineError):
+    """A rank of the engine failed, so that no rank can go on."""
 
 
-class LeadRunner(ModelRunner):
-    """The leader's runner, which has the other ranks run everything too."""
-
-    def __init__(self, network: Network, num_blocks: int, followers: Followers, config: EngineConfig):
-        super().__init__(network, num_blocks, config.tokens_per_block)
-        self._followers, self._config = followers, config
-        followers.watch(network.group.abort)
-
-    @property
-    def failure(self) -> str:
-        return self._followers.failure
-
-    def record(self, sizes: GraphSizes) -> None:
-        """See `ModelRunner.record`.
-
-        Raises:
-            RanksError: a rank failed, this one included, or the recording takes too long.
-        """
-        with self._explained():
-            self._begin(self._config.startup_timeout_s)
-            super().record(sizes)
-            self._end()
-
-    def forward(self, batch: StepBatch) -> ForwardOutput:
-        """See `ModelRunner.forward`; `join` must follow.
-
-        Raises:
-            RanksError: a rank failed, this one included; from then on nothing runs.
-        """
-        with self._explained():
-            self._begin(self._config.collective_timeout_s)
-            self._followers.tell(Kind.STEP, batch.to_bytes())
-            return super().forward(batch)
-
-    def join(self) -> None:
-        """See `ModelRunner.join`: what is launched for the first time may have to be loaded, which may wait for the
-        whole device, and hold whoever would release it from a rank that is gone.
-
-        Raises:
-            RanksError: as `forward`.
-        """
-        with self._explained():
-            self._end()
-
-    def _begin(self, timeout_s: float) -> None:
-        """What all ranks compute at the same time."""
-        self._require_sound()
-        if self.is_asynchronous:  # a device waits for another for ever
-            self._followers.deadline = time.monotonic() + timeout_s
-
-    def _end(self) -> None:
-        if self.is_asynchronous:
-            torch.cuda.current_stream(self.network.device).synchronize()
-            self._followers.deadline = None
-            self._require_sound()
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except RanksError:
-            raise
-        except Exception as error:
-            raise RanksError(self._followers.explain(error)) from error
-
-    def close(self) -> None:
-        """End the other ranks."""
-        self.drop_graphs()  # whoever watches may be breaking off sums that are in them
-        self._followers.stop()
-        super().close()
-
-    def _require_sound(self) -> None:
-        if self.failure:
-            raise RanksError(self.failure)
-
-
-@dataclass(frozen=True, slots=True)
-class Lead:
-    """Everything but the cache of an engine on several devices, whose size depends on what memory is left now."""
-
-    network: Network
-    followers: Followers
-
-    def open(self, num_blocks: int, config: EngineConfig, graph_sizes: GraphSizes | None) -> LeadRunner:
-        """Make every rank's cache, and on CUDA record their graphs.
-
-        Raises:
-            RanksError: one of them lacks the memory, or failed.
-        """
-        sizes = None if graph_sizes is None else dataclasses.asdict(graph_sizes)
-        cache = {"num_blocks": num_blocks, "tokens_per_block": config.tokens_per_block}
-        try:
-            self.followers.tell_json(cache | {"graph_sizes": sizes})
-            self.followers.wait_until_done(config.startup_timeout_s)
-            runner = LeadRunner(self.network, num_blocks, self.followers, config)
-            if graph_sizes is not None:
-                runner.record(graph_sizes)
-            return runner
-        except BaseException:
-            self.followers.end()
-            raise
-
-
-def lead(
-    source: Source,
-    num_ids: int,
-    config: EngineConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    meeting: Meeting | None,
-) -> Lead:
-    """Meet the other ranks and load the weights, everybody at once.
+class WorkerGroup:
+    """The workers, which are the ranks 1 and up.
 
     Args:
-        meeting: to which the other ranks are invited already; None starts them here.
-    Raises:
-        ConfigError: the model cannot be divided so, or GPUs are missing.
-        RanksError: a rank did not come, or failed.
+        connections: by rank.
+        processes: the workers that this process started, by rank.
     """
-    size = config.num_devices
-    part = Part(source.config, 0, size)
-    device = device_of(0, size, device.type, are_all_here=meeting is None)
-    num_threads = threads_of_a_rank(config)
-    if config.sums != "auto" and device.type == "cpu":
-        raise ConfigError(f"engine.sums={config.sums} is for CUDA, and this engine runs on a CPU; leave it out")
-    if meeting is None:
-        meeting = Meeting(size)
-        meeting.launch(num_threads)
-    if meeting.num_devices != size:
-        raise ConfigError(f"engine.num_devices={size}, but {meeting.num_devices} ranks were invited; make them equal")
-    followers = meeting.gather(config.startup_timeout_s)
-    try:
-        listener = socket.create_server((meeting.host, 0))
-        port = listener.getsockname()[1]
-        timeout = timedelta(seconds=config.collective_timeout_s)
-        store = TCPStore(
-            meeting.host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        terms = {
-            "size": size,
-            "store_host": meeting.host,
-            "store_port": port,
-            "model": dataclasses.asdict(source.config),
-            "folder": None if source.folder is None else str(source.folder.resolve()),
-            "is_sent": source.model is not None,
-            "num_ids": num_ids,
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantization": config.quantization,
-            "num_threads": num_threads,
-            "timeout_s": config.collective_timeout_s,
-            "overlap": config.overlap,
-            "sums": config.sums,
-            "max_step_tokens": config.max_step_tokens,
-            "cuda_graphs": config.cuda_graphs,
-        }
-        followers.tell_json(terms)
-        group = _join(store, part, meeting.host, device, terms)
-        weights = source.weights(part, dtype, device)
-        if source.model is not None:
-            for rank in range(1, size):
-                for _, weight in sorted(weights_of(source.model, Part(source.config, rank, size)).items()):
-                    group.send(weight, rank)
-        network = Network(part, weights, num_ids, group, config.quantization)
-        followers.wait_until_done(config.startup_timeout_s)
-        if device.type == "cuda":
-            _choose_sums(store, network, terms)
-            followers.wait_until_done(config.startup_timeout_s)
-    except BaseException as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, RanksError):
-            raise RanksError(_why(followers, error)) from error
-        followers.end()
-        raise
-    return Lead(network, followers)
 
+    def __init__(self, connections: dict[int, Connection], processes: dict[int, "subprocess.Popen[bytes]"]):
+        self._connections = connections
+        self._processes = processes
+        self._ended = threading.Event()
+        self._failed = threading.Event()
+        self._lock = threading.Lock()
+        self._watcher: threading.Thread | None = None
+        self.failure = ""
+        """Why the workers cannot go on; empty if they can."""
+        self.deadline: float | None = None
+        """Monotonic time at which the step in flight counts as stuck; None if all-reduces time out by themselves."""
 
-def follow(invitation: Invitation) -> None:
-    """Be a rank of an engine until the leader ends it.
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Send one frame to every worker. Raises: OSError: a worker is gone."""
+        for connection in self._connections.values():
+            connection.send(kind, payload)
 
-    Raises:
-        ConnectionLost: the leader is gone.
-        Exception: whatever failed here; the leader has been told.
-    """
-    connection = connect(invitation)
-    group, runner = DeviceGroup(), None
-    try:
-        network, store, terms = _prepare(connection, invitation.rank)
-        group = network.group
-        if network.device.type == "cuda":
-            _choose_sums(store, network, terms)
-            connection.send_json({"done": True})
-        cache = connection.receive_json()
-        runner = ModelRunner(network, cache["num_blocks"], cache["tokens_per_block"])
-        connection.send_json({"done": True})
-        if cache["graph_sizes"] is not None:
-            runner.record(GraphSizes(**cache["graph_sizes"]))
-        while (frame := connection.receive(spins=runner.is_asynchronous))[0] is Kind.STEP:
-            runner.forward(StepBatch.from_bytes(frame[1]))
-    except ConnectionLost:
-        if runner is not None:
-            runner.drop_graphs()  # or NCCL would wait for them
-        group.abort()  # its device may wait for the leader's
-        raise
-    except Exception as error:
+    def send_json(self, values: dict[str, Any]) -> None:
+        """As `send`."""
+        self.send(Kind.JSON, json.dumps(values).encode())
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait until every worker has answered the last message.
+
+        Raises:
+            WorkerError: a worker failed, ended or took too long.
+        """
+        ends_at = time.monotonic() + timeout_s
+        for rank, connection in self._connections.items():
+            connection.set_timeout(max(0.1, ends_at - time.monotonic()))
+            try:
+                answer = connection.receive_json()
+            except TimeoutError as error:
+                raise WorkerError(f"rank {rank} was not ready within {timeout_s:.0f} s") from error
+            except OSError as error:
+                raise WorkerError(self._exit_reason(rank)) from error
+            if "error" in answer:
+                raise WorkerError(f"rank {rank} failed: {answer['error']}")
+            connection.set_timeout(None)
+
+    def watch(self, on_failure: Callable[[], None]) -> None:
+        """Watch the workers on a thread until they are stopped.
+
+        Args:
+            on_failure: called once, on the watching thread, when a worker has failed or ended.
+        """
+        self._watcher = threading.Thread(target=self._watch, args=(on_failure,), name="kraken-workers", daemon=True)
+        self._watcher.start()
+
+    def failure_after(self, error: Exception) -> str:
+        """Kill the workers after a step failed with this error; returns a worker's own reason if one arrives."""
+        self._failed.wait(REASON_TIMEOUT_S)
+        self._fail(f"the devices lost step with each other ({type(error).__name__}: {error})")
+        return self.failure
+
+    def stop(self) -> None:
+        """Ask every worker to end, and kill those that do not."""
+        self._ended.set()
         with contextlib.suppress(OSError):
-            connection.send_json({"error": f"{type(error).__name__}: {error}"})
-        raise
-    finally:
-        connection.close()
-        if runner is not None:
-            runner.close()
+            self.send(Kind.STOP)
+        ends_at = time.monotonic() + STOP_TIMEOUT_S
+        for process in self._processes.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, ends_at - time.monotonic()))
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the workers that this process started, and close all connections. Safe to call twice."""
+        self._ended.set()
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        if self._watcher is not None and self._watcher is not threading.current_thread():
+            self._watcher.join(STOP_TIMEOUT_S)
+        for connection in self._connections.values():
+            connection.close()
+
+    def _fail(self, reason: str) -> None:
+        """Keep the first reason, and kill the workers."""
+        with self._lock:
+            if self.failure or self._ended.is_set():
+                return
+            self.failure = reason
+        self._failed.set()
+        for process in self._processes.values():
+            process.kill()
+
+    def _watch(self, on_failure: Callable[[], None]) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, rank)
+            while not self._ended.is_set() and not self.failure:
+                for key, _ in selector.select(WATCH_INTERVAL_S):
+                    if not self._ended.is_set():
+                        self._fail(self._failure_of(int(key.data)))
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    self._fail(
+                        "a step took longer than engine.collective_timeout_s, or the capture of CUDA graphs longer than"
+                        " engine.startup_timeout_s: a device or the link between them is stuck"
+                    )
+        if self.failure:
+            on_failure()
+
+    def _failure_of(self, rank: int) -> str:
+        """The message of a worker that failed, or how its process ended."""
+        try:
+            return f"rank {rank} failed: {self._connections[rank].receive_json()['error']}"
+        except (OSError, ValueError, KeyError):
+            return self._exit_reason(rank)
+
+    def _exit_reason(self, rank: int) -> str:
+        process = self._processes.get(rank)
+        if process is None:
+            return f"rank {rank} ended, or cannot be reached"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(REASON_TIMEOUT_S / 2)
+        return f"rank {rank} {exit_reason(process)}"
 
 
-def _prepare(connection: Connection, rank: int) -> tuple[Network, Store, dict[str, Any]]:
-    """The group and the weights, as the leader says."""
-    terms = connection.receive_json()
-    torch.set_num_threads(terms["num_threads"])
-    part = Part(ModelConfig(**terms["model"]), rank, terms["size"])
-    device = device_of(rank, part.size, terms["device"], are_all_here=False)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dtype = getattr(torch, terms["dtype"])
-    store = TCPStore(terms["store_host"], terms["store_port"], None, False, timedelta(seconds=terms["timeout_s"]))
-    group = _join(store, part, connection.local_address, device, terms)
-    if terms["is_sent"]:
-        weights = empty_weights(part, dtype, device)
-        for _, weight in sorted(weights.items()):
-            group.receive(weight, 0)
-    elif terms["folder"] is not None:
-        weights = read_weights(Path(terms["folder"]), part, dtype, device)
-    else:
-        weights = random_weights(part, dtype, device)
-    network = Network(part, weights, terms["num_ids"], group, terms["quantization"])
-    connection.send_json({"done": True})
-    return network, store, terms
-
-
-def _join(store: Store, part: Part, address: str, device: torch.device, terms: dict[str, Any]) -> DeviceGroup:
-    leaves_room = part.config.architecture == "kraken" and terms["overlap"] == "overlapped"
-    message_bytes = terms["max_step_tokens"] * part.config.width * getattr(torch, terms["dtype"]).itemsize
-    timeout_s, overlap = terms["timeout_s"], terms["overlap"]
-    return join_group(store, part.rank, part.size, address, device, timeout_s, overlap, leaves_room, message_bytes)
-
-
-def _choose_sums(store: Store, network: Network, terms: dict[str, Any]) -> None:
-    """On CUDA, at the same time on every rank; see `choose_sums`."""
-    part = network.part
-    messages = Messages(
-        num_ways=len(part.ways),
-        width=part.config.width,
-        max_tokens=terms["max_step_tokens"],
-        num_columns=len(part.head_rows(terms["num_ids"])),
-        dtype=network.dtype,
-        is_kraken=part.config.architecture == "kraken",
-    )
-    choose_sums(
-        network.group, store, network.device, messages, network.first_layers,
-        terms["sums"], terms["cuda_graphs"], terms["timeout_s"],
-    )  # fmt: skip
-
-
-def _why(followers: Followers, error: Exception) -> str:
-    """A rank's own words where it has some."""
-    try:
-        followers.wait_until_done(1.0)
-    except RanksError as reason:
-        if "was not ready" not in str(reason):
-            return str(reason)
-    finally:
-        followers.end()
-    return f"the devices do not reach each other: {error}"
-
-
-def device_of(rank: int, size: int, kind: str, are_all_here: bool) -> torch.device:
-    """The device of a rank: its own GPU of this host's, or the only one that its process sees.
-
-    Raises:
-        ConfigError: GPUs are missing.
-    """
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if are_all_here and count < size:
-        raise ConfigError(
-            f"engine.num_devices={size}, but this process sees {count} GPUs; lower it, or choose engine.device=cpu"
-        )
-    return torch.device("cuda", rank if count >= size else 0)
-
-
-def threads_of_a_rank(config: EngineConfig) -> int:
-    """CPU threads of each rank."""
-    return max(1, (config.num_threads or len(os.sched_getaffinity(0))) // config.num_devices)
-
-
-def main() -> None:
-    """A follower that the leader started: its invitation is a line of stdin, and the end of stdin is the leader's."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the leader, who then ends us
-    invitation = Invitation.from_json(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_leader, daemon=True).start()
-    status = 0
-    try:
-        follow(invitation)
-    except Exception:  # the leader says it
-        status = 1
-    os._exit(status)  # whatever a process group still waits for
-
-
-def _end_with_the_leader() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main()
+def exit_reason(process: "subprocess.Popen[bytes]") -> str:
+    """How a process ended, as the predicate of a sentence."""
+    status = process.poll()
+    if status is None:
+        return "closed its connection"
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"

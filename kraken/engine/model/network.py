@@ -1,7 +1,8 @@
-"""The forward pass of an engine: the equations of `kraken/model.py` over a batch of tokens without a shape of its own.
+"""The forward pass of one rank: the equations of `kraken/model.py` over the tokens of a step.
 
-The tokens of every request lie one after the other in T; only attention knows which belong together. Shape letters as
-in `kraken/model.py`; I and O are the inputs and outputs of a linear.
+`ModelRunner.forward` calls it. The tokens of all sequences are concatenated in T; only attention knows which belong to
+one sequence. Shape letters as in `kraken/model.py`, and: R the tokens whose logits are computed, I and O the inputs and
+outputs of a linear.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.config import Quantization
-from kraken.engine.distributed.all_reduce import DeviceGroup, PendingSum
+from kraken.engine.distributed.all_reduce import Handle
+from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, Weights
-from kraken.engine.distributed.peer_all_reduce import PeerSum
 from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.kernels import TorchKernels
@@ -26,18 +27,19 @@ from kraken.engine.model.quantized import Fp8Linear
 from kraken.model import rotate, rotation_of
 
 NUM_FIRST_LAYERS = 5
-"""Enough for several sums, and for times that differ by more than chance."""
+"""Layers whose time decides between all-reduce backends: enough for several all-reduces, and to differ by more than
+noise."""
 
 
 class Network:
-    """The weights of one device, arranged for inference, and what it computes with them.
+    """One rank's part of a Transformer, with weights arranged for inference.
 
     Args:
-        part: which part of the model this is.
-        weights: of the part, in the type to compute in; emptied, so that what is rearranged is not held twice.
-        num_ids: ids of the tokenizer; the head has no rows for the padding ids beyond, so nothing can produce one.
-        group: the devices that hold the other parts.
-        quantization: of the layers' linears; conjunction and head stay as they are.
+        part: the part of the model.
+        weights: of the part, in the type to compute in. Emptied, so that no weight is held twice when it is rearranged.
+        num_ids: ids of the tokenizer. The head has no rows for the padding ids beyond, so they cannot be sampled.
+        group: the ranks that hold the other parts.
+        quantization: of the layers' linears; conjunction and head are never quantized.
     """
 
     def __init__(
@@ -49,8 +51,7 @@ class Network:
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
         self.kernels = choose_kernels(self.device, self.dtype)
         self._layers = [
-            _NetworkLayer(part, weights, index, group, self.kernels, quantization)
-            for index in range(self.config.num_layers)
+            _Layer(part, weights, index, group, self.kernels, quantization) for index in range(self.config.num_layers)
         ]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
@@ -64,12 +65,12 @@ class Network:
         self._head = self.kernels.linear(head_VD[None], None, is_wide=True)
 
     def __call__(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
-        """One forward pass.
+        """Run one forward pass. All ranks call it at the same time, with the same arguments.
 
         Args:
-            rows_R: the tokens whose logits are read out; None reads out all.
+            rows_R: indices in T of the tokens whose logits are computed; None computes all.
         Returns:
-            float32 logits [R, ids of the tokenizer]; on devices but the first, something of no use.
+            float32 logits [R, ids of the tokenizer] on rank 0; on the other ranks the values are not meaningful.
         """
         x_WTD = self._hidden(ids_T, positions_T, attend, rows_R)
         logits_RV = self._logits(x_WTD) if x_WTD.shape[1] else x_WTD.new_empty(0, self.num_ids, dtype=torch.float32)
@@ -77,23 +78,23 @@ class Network:
         return logits_RV
 
     def first_layers(self, x_WTD: Tensor, num_layers: int = NUM_FIRST_LAYERS) -> None:
-        """What a few layers do with any states, each token attending over those before it, without a cache: for
-        measuring."""
+        """Run the first layers on states without a KV cache, each token attending over those before it: for timing
+        the all-reduce backends."""
 
         def heads(*qkv_WTNH: Tensor) -> Tensor:
             q, k, v = (_side_by_side(x_WTNH) for x_WTNH in qkv_WTNH)
             return _apart(self.kernels.causal_attention(q, k, v), len(x_WTD))
 
-        state = _State(x_WTD, self._layers[0].ln_1(x_WTD))
+        state = _LayerInput(x_WTD, self._layers[0].ln_1(x_WTD))
         for layer in self._layers[:num_layers]:
-            state = layer(state, heads, sums_next=self.config.architecture == "kraken")
-        if state.pending is not None:  # nothing may be left in flight
+            state = layer(state, heads, starts_all_reduce=self.config.architecture == "kraken")
+        if state.handle is not None:  # every all-reduce must be consumed
             norm = self._layers[0].ln_2
             assert norm is not None
-            state.pending.see(state.x_WTD, state.x_WTD, norm)
+            state.handle.add_norm(state.x_WTD, state.x_WTD, norm)
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
-        """The ways' states [W, R, D] after the last layer, of the ways held here and the tokens that are read out."""
+        """The states [W, R, D] after the last layer, of this rank's ways and the tokens whose logits are computed."""
         x_TD = F.embedding(ids_T, self._wte_VD)
         rotation = None
         if self._wpe_TD is None:
@@ -101,7 +102,7 @@ class Network:
         else:
             x_TD = x_TD + F.embedding(positions_T, self._wpe_TD)
         num_ways = len(self.part.ways)
-        state = _State(x_TD.expand(num_ways, -1, -1), self._layers[0].ln_1(x_TD.expand(num_ways, -1, -1)))
+        state = _LayerInput(x_TD.expand(num_ways, -1, -1), self._layers[0].ln_1(x_TD.expand(num_ways, -1, -1)))
         for index, layer in enumerate(self._layers):
 
             def heads(q_WTNH: Tensor, k_WTNH: Tensor, v_WTNH: Tensor, index: int = index) -> Tensor:
@@ -110,38 +111,39 @@ class Network:
                 q, k, v = (_side_by_side(x_WTNH) for x_WTNH in (q_WTNH, k_WTNH, v_WTNH))
                 return _apart(attend(index, q, k, v), num_ways)
 
-            # the last layer sums over what is read out only
+            # the last layer starts its own all-reduce, over the tokens whose logits are computed
             following = self._layers[index + 1 : -1 if rows_R is not None else None][:1]
-            sums_next = any(layer.reads_others for layer in following)
-            state = layer(state, heads, sums_next, rows_R if layer is self._layers[-1] else None)
+            starts_all_reduce = any(layer.reads_others for layer in following)
+            state = layer(state, heads, starts_all_reduce, rows_R if layer is self._layers[-1] else None)
         return state.x_WTD
 
     def _logits(self, x_WTD: Tensor) -> Tensor:
         y_TD = x_WTD[0]
         if self._conjunction is not None:
-            y_TD = self.group.sum(self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0])
+            part_TD = self._conjunction(x_WTD.permute(1, 0, 2).flatten(1)[None])[0]
+            y_TD = self.group.all_reduce_for(len(part_TD)).all_reduce(part_TD)
             if self._conjunction_bias_D is not None:
                 y_TD = y_TD + self._conjunction_bias_D
         logits_TV = self._head(self._ln_f(y_TD[None]))[0]
-        if self.device.type == "cpu":  # on whichever of the ranks there are kernels
+        if self.device.type == "cpu":  # only some CPU kernels give float32, and all ranks must gather one type
             logits_TV = logits_TV.float()
-        logits_TV = self.group.gather_columns(logits_TV)
+        logits_TV = self.group.all_reduce_for(len(logits_TV)).gather_columns(logits_TV)
         return logits_TV[:, : self.num_ids].float() if self.part.rank == 0 else logits_TV
 
 
 @dataclass(frozen=True, slots=True)
-class _State:
-    """What a layer begins with."""
+class _LayerInput:
+    """The input of a layer."""
 
     x_WTD: Tensor
     normed: Normed | None
-    """Its `ln_1`; None after the last layer."""
-    pending: PendingSum | PeerSum | None = None
-    """The sum over all ways of x, in flight, where the layer reads it."""
+    """The layer's `ln_1` of x; None after the last layer."""
+    handle: Handle | None = None
+    """The all-reduce of x in flight, if the layer reads the other ways."""
 
 
-class _NetworkLayer:
-    """One layer of the ways held here; the equations are at the top of `kraken/model.py`."""
+class _Layer:
+    """One layer of this rank's ways; the equations are at the top of `kraken/model.py`."""
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class _NetworkLayer:
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
         self._group = group
-        self._sums_parts = part.is_tensor_parallel
+        self._is_tensor_parallel = part.is_tensor_parallel
 
         def take(name: str) -> tuple[Tensor, Tensor | None]:
             return weights.pop(f"h.{index}.{name}.weight"), weights.pop(f"h.{index}.{name}.bias", None)
@@ -166,57 +168,60 @@ class _NetworkLayer:
         def linear(name: str, activation: Activation = "none", gelu_before: bool = False) -> Linear:
             weight, bias = take(name)
             if part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj"):
-                bias = None  # it is added elsewhere
+                bias = None  # rank 0 adds it
             if is_quantized:
                 return Fp8Linear(weight, bias, kernels, gelu_before)
             return kernels.linear(weight, bias, activation)
 
         self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None
-        """The next layer's first, computed with what comes before it."""
+        """`ln_1` of the next layer, computed in one kernel with this layer's last residual addition."""
         self.reads_others = config.architecture == "kraken" and index > 0
-        """Whether it reads the other ways; the first never does, since all ways begin alike."""
+        """The layer reads the sum over all ways. The first layer does not, since all ways start from one embedding."""
         self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantized)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
-        # GELU is in the first product's kernel, or in the one that quantises the second's inputs
+        # GELU is in the kernel of `c_fc`, or in the one that quantizes the inputs of `mlp_proj`
         self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")
         self.mlp_proj = linear("mlp.c_proj", gelu_before=not self.gated)
 
     def __call__(
         self,
-        state: _State,
+        state: _LayerInput,
         heads: Callable[[Tensor, Tensor, Tensor], Tensor],
-        sums_next: bool,
+        starts_all_reduce: bool,
         rows_R: Tensor | None = None,
-    ) -> _State:
-        """What the next layer begins with, of what this one does.
+    ) -> _LayerInput:
+        """Run the layer; returns the input of the next one.
 
         Args:
-            sums_next: whether the sum that the next layer reads is begun here, over all tokens.
-            rows_R: in the last layer, the tokens that anybody reads: only keys and values are computed of the others.
+            starts_all_reduce: start the all-reduce that the next layer reads, over all tokens.
+            rows_R: in the last layer, the tokens whose logits are computed; of the others only keys and values are.
         """
-        x_WTD, normed, pending = state.x_WTD, state.normed, state.pending
+        x_WTD, normed, handle = state.x_WTD, state.normed, state.handle
         assert normed is not None
         if rows_R is not None:
             x_WTD = x_WTD.index_select(1, rows_R)
             if self.reads_others and len(rows_R):
-                pending = self._group.start_sum(x_WTD)
+                handle = self._group.all_reduce_for(len(rows_R)).start(x_WTD)
         attended_WTD = self._attention(normed, heads, rows_R)
         if not attended_WTD.shape[1]:
-            return _State(x_WTD, None)
-        if self.ln_2 is None:
+            return _LayerInput(x_WTD, None)
+        all_reduce = self._group.all_reduce_for(x_WTD.shape[1])
+        if self.ln_2 is None:  # the parallel block
             normed = normed if rows_R is None else select(normed, rows_R)
-            return _State(*self._group.add_sum(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
-        if self._sums_parts:  # tensor parallelism: what follows reads a sum, so each is waited for
-            a_WTD, normed = self._group.add_sum(x_WTD, attended_WTD, self.ln_2)
+            return _LayerInput(*all_reduce.all_reduce_add_norm(x_WTD, attended_WTD + self._mlp(normed), self.next_norm))
+        if self._is_tensor_parallel:  # the next linear reads the sum, so both all-reduces are waited for
+            a_WTD, normed = all_reduce.all_reduce_add_norm(x_WTD, attended_WTD, self.ln_2)
             assert normed is not None
-            return _State(*self._group.add_sum(a_WTD, self._mlp(normed), self.next_norm))
-        if pending is None:
-            a_WTD, normed = residual.advance(x_WTD, attended_WTD, self.ln_2)
-        else:  # the sum was in flight during attention
-            a_WTD, normed = pending.see(x_WTD, attended_WTD, self.ln_2)
+            return _LayerInput(*all_reduce.all_reduce_add_norm(a_WTD, self._mlp(normed), self.next_norm))
+        if handle is None:
+            a_WTD, normed = residual.add_norm(x_WTD, attended_WTD, self.ln_2)
+        else:  # the all-reduce was in flight during attention
+            a_WTD, normed = handle.add_norm(x_WTD, attended_WTD, self.ln_2)
         assert normed is not None
-        return _State(*self._group.advance(a_WTD, self._mlp(normed), self.next_norm, sums_next))
+        if starts_all_reduce:
+            return _LayerInput(*all_reduce.add_norm_start(a_WTD, self._mlp(normed), self.next_norm))
+        return _LayerInput(*residual.add_norm(a_WTD, self._mlp(normed), self.next_norm))
 
     def _attention(
         self, normed: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor], rows_R: Tensor | None
@@ -236,16 +241,16 @@ class _NetworkLayer:
 
 
 def _side_by_side(x_WTNH: Tensor) -> Tensor:
-    """The heads of all ways as one way's, [T, N, H]."""
+    """The heads of all ways side by side, [T, N, H]."""
     return x_WTNH.permute(1, 0, 2, 3).flatten(1, 2)
 
 
 def _apart(x_TNH: Tensor, num_ways: int) -> Tensor:
-    """The inverse."""
+    """The inverse of `_side_by_side`."""
     return x_TNH.unflatten(1, (num_ways, -1)).permute(1, 0, 2, 3)
 
 
 def _head_rows(wte_VD: Tensor, rows: range, num_ids: int) -> Tensor:
-    """The embedding's rows for some ids, zeros beyond the ids."""
-    held_VD = wte_VD[rows.start : min(rows.stop, num_ids)]
-    return held_VD if len(held_VD) == len(rows) else F.pad(held_VD, (0, 0, 0, len(rows) - len(held_VD)))
+    """The embedding's rows for some ids, zeros beyond the last id."""
+    rows_VD = wte_VD[rows.start : min(rows.stop, num_ids)]
+    return rows_VD if len(rows_VD) == len(rows) else F.pad(rows_VD, (0, 0, 0, len(rows) - len(rows_VD)))

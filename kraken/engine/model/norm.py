@@ -1,4 +1,6 @@
-"""LayerNorm of an engine. Shape letters as in `kraken/model.py`."""
+"""LayerNorm of an engine: its weights, and its equation in torch's operators. Kernels that compute it together with
+something else take a `Norm` as their argument. Shape letters as in `kraken/model.py`.
+"""
 
 from dataclasses import dataclass
 
@@ -9,17 +11,17 @@ from kraken.engine.kernels.quantized_tensor import QuantizedTensor
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 Normed = Tensor | QuantizedTensor
-"""[W, T, D]."""
+"""The output of a norm, [W, T, D]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """LayerNorm with gains per way."""
+    """The gains and biases of the ways' LayerNorms."""
 
     weight_WD: Tensor
     bias_WD: Tensor | None
     is_quantized: bool = False
-    """Whether kernels that compute it with something else give `QuantizedTensor`."""
+    """Kernels that compute it together with something else return a `QuantizedTensor`."""
 
     def __call__(self, x_WTD: Tensor) -> Tensor:
         size = self.weight_WD.shape[1:]
@@ -31,5 +33,5 @@ class Norm:
 
 
 def select(normed: Normed, rows_R: Tensor) -> Normed:
-    """Those tokens alone."""
+    """The rows of some tokens."""
     return normed.index_select(1, rows_R) if isinstance(normed, Tensor) else normed.select(rows_R)

@@ -1,12 +1,12 @@
-"""What stands between the products of a layer of an engine: residual addition, the other ways, LayerNorm.
+"""The operations between the linears of a layer: residual addition, the sum over the ways, LayerNorm.
 
-    advance    x'   = a + FFN(...),       n = LN1(x')                         from one layer to the next
-    see        a    = x + Attn(...),      n = LN2(a + S - x)                  in a layer that reads the other ways
+    add_norm            x' = a + FFN(...),     n = LN1(x')             from one layer to the next
+    add_reduced_norm    a = x + Attn(...),     n = LN2(a + S - x)      in a layer that reads the other ways
 
-S is the sum over all ways of x, those of other devices included. A layer that reads no others uses `advance` for both.
+S is the sum over all ways of x, those of other ranks included. A layer that does not read the other ways uses
+`add_norm` for both. Each is one kernel: on CUDA if Triton is installed, on a CPU if there is a C compiler.
 
-Each is one kernel: on CUDA where Triton is installed, on a CPU where there is a C compiler. Shape letters as in
-`kraken/model.py`.
+Shape letters as in `kraken/model.py`.
 """
 
 from torch import Tensor
@@ -17,14 +17,14 @@ from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON, sum_across_ways
 
 
-def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
-    """x + addend, and the norm of it where there is one."""
+def add_norm(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+    """x + addend, and the norm of that if there is a norm."""
     if has_kernels(x_WTD):
         from kraken.engine.kernels.cuda import (
             residual_norm as residual_kernel,  # which imports Triton, and only CUDA has that
         )
 
-        return residual_kernel.advance(x_WTD, addend_WTD, norm)
+        return residual_kernel.add_norm(x_WTD, addend_WTD, norm)
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
         return kernels.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
@@ -32,30 +32,32 @@ def advance(x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tenso
     return out_WTD, None if norm is None else norm(out_WTD)
 
 
-def see(
+def add_reduced_norm(
     x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
 ) -> tuple[Tensor, Normed]:
-    """x + addend, and of each way held here the norm of that, the other ways' x and the part.
+    """a = x + addend, and for each way of this rank the norm of a, the rank's other ways' x, and the part.
 
     Args:
-        part_1TD: what other devices' ways add up to; None without any.
-        is_total: whether the ways held here are in the part.
+        part_1TD: the sum over other ranks' ways; None if this rank has all ways.
+        is_total: the part includes the ways of this rank.
     """
     if has_kernels(x_WTD):
         from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
-        return residual_kernel.see(x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total)
+        return residual_kernel.add_reduced_norm(
+            x_WTD, addend_WTD, norm, () if part_1TD is None else (part_1TD,), is_total
+        )
     if (kernels := cpu_kernels(x_WTD.device, x_WTD.dtype)) is not None:
         weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
         a_WTD, normed_WTD = kernels.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
         assert normed_WTD is not None
         return a_WTD, normed_WTD
-    a_WTD = seen_WTD = x_WTD + addend_WTD
+    a_WTD = summed_WTD = x_WTD + addend_WTD
     if is_total:
         assert part_1TD is not None
         return a_WTD, norm((a_WTD + (part_1TD - x_WTD)).to(a_WTD.dtype))
     if len(x_WTD) > 1:
-        seen_WTD = seen_WTD + (sum_across_ways(x_WTD) - x_WTD)
+        summed_WTD = summed_WTD + (sum_across_ways(x_WTD) - x_WTD)
     if part_1TD is not None:
-        seen_WTD = seen_WTD + part_1TD
-    return a_WTD, norm(seen_WTD.to(a_WTD.dtype))
+        summed_WTD = summed_WTD + part_1TD
+    return a_WTD, norm(summed_WTD.to(a_WTD.dtype))

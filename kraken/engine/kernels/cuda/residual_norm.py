@@ -1,17 +1,15 @@
-"""What stands between the products of a layer, on CUDA: one Triton kernel, which also writes and reads sums of devices.
+"""The Triton kernels between the linears of a layer: residual addition, LayerNorm, and what they do for an all-reduce.
 
-`advance` is the end of a layer and the beginning of the next, `see` the middle of one;
-`kraken/engine/model/residual.py` has
-their equations. A program computes one token, in float32.
+`kraken/engine/model/residual.py` has the equations of `add_norm` and `add_reduced_norm`, and calls them on CUDA. A
+program computes one token, in float32.
 
-With several devices whose memory is shared, `advance` also writes the ways' sum where the others read it, and `see`
-reads what they wrote, in *rounds*: `kraken/engine/distributed/signals.py` says what these are. A program of `see` waits
-after it has done all that needs nobody else.
+With several devices whose memory is shared, `add_norm` also stores the ways' sum into the other ranks' buffers, and
+`add_reduced_norm` reads what the others stored; `signals.py` has the flags that they exchange. A program of
+`add_reduced_norm` waits for the others after it has done all that needs none of them.
 
-Shape letters as in `kraken/model.py`, and: P ranks.
+Shape letters as in `kraken/model.py`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,70 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kraken.engine.kernels.cuda.quantization import store_quantized
+from kraken.engine.kernels.cuda.signals import Handshake, signal_when_done, wait_signal
 from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, empty_quantized
 from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
-MAX_ASKING = 512
-"""Programs of a kernel that wait for the others. More would fill no GPU better, and each of them asks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rounds:
-    """Where one rank counts its rounds, and where it tells the others.
-
-    The number of a round is written in the cell of its turn, 0 or 1, while the kernel that begins the round reads the
-    other cell: so it does not matter which of its programs run first.
-
-    Args:
-        cells: int64 [3, 2] of this rank: the last round of either turn, and how many programs of a kernel are done; two
-            values wide, so that kernels are compiled once for all.
-        flags_P: int64 in this rank's memory, the last round of each other rank, written by them.
-        flags_of_others: this rank's entry, int64 [1], of every other rank's flags.
-    """
-
-    rank: int
-    cells: Tensor
-    flags_P: Tensor
-    flags_of_others: tuple[Tensor, ...]
-
-    def pointers(self, turn: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This round's cell and the one before it, the count of programs, the flags."""
-        return self.cells[turn], self.cells[1 - turn], self.cells[2], self.flags_P
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What a kernel is compiled for."""
-        return {"rank": self.rank, "num_ranks": len(self.flags_P)}
-
-
-@triton.jit
-def await_round(flags_ptr, round, rank: tl.constexpr, num_ranks: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Until every other rank has published this round; what it wrote before can then be read."""
-    for peer in tl.static_range(num_ranks):
-        if peer != rank:
-            # an atomic that adds nothing: one thread asks, all wait for the answer, and nothing is read before it
-            while tl.atomic_add(flags_ptr + peer, 0, sem="acquire", scope="sys") < round:
-                pass
-    tl.debug_barrier()
-
-
-@triton.jit
-def tell_round(flag_ptrs, round):  # type: ignore[no-untyped-def]
-    """Tell every other rank that this one has published a round, and has read all before it."""
-    for index in tl.static_range(len(flag_ptrs)):
-        tl.atomic_xchg(flag_ptrs[index], round, sem="release", scope="sys")
-
-
-@triton.jit
-def tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, num_programs):  # type: ignore[no-untyped-def]
-    """The last of a kernel's programs tells the round, after everything that all of them have written."""
-    tl.debug_barrier()  # every thread has written before one says so
-    # among these programs the device's order is enough: what the last one has seen, its signal carries to the others
-    if tl.atomic_add(done_ptr, 1, sem="acq_rel", scope="gpu") == num_programs - 1:
-        tl.store(done_ptr, 0)  # everybody else is done with it, and with reading the round
-        tl.store(cell_ptr, round)
-        tell_round(flag_ptrs, round)
+MAX_WAITING_PROGRAMS = 512
+"""Programs of a kernel that waits for other ranks. More would not fill a GPU better, and each of them polls."""
 
 
 @triton.jit
@@ -92,67 +33,68 @@ def store_norm(  # type: ignore[no-untyped-def]
     has_bias: tl.constexpr, is_quantized: tl.constexpr, width: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
-    """The norm of a row whose lanes behind the end are zero, as a token's of a way."""
+    """Normalise a row and store it for a token of a way. Lanes beyond the width must be zero."""
     gain = tl.load(gain_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
     bias = tl.zeros_like(gain)
     if has_bias:
         bias = tl.load(bias_ptr + way * width + columns, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(mask, row - tl.sum(row, axis=0) / width, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon) * gain + bias
-    place = token + way * num_tokens
-    row_ptr = normed_ptr + place * tl.full((), width, tl.int64)
+    offset = token + way * num_tokens
+    row_ptr = normed_ptr + offset * tl.full((), width, tl.int64)
     if is_quantized:
-        store_quantized(normed, row_ptr, scales_ptr + place, columns, mask, largest, smallest_scale)
+        store_quantized(normed, row_ptr, scales_ptr + offset, columns, mask, largest, smallest_scale)
     else:
         tl.store(row_ptr + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _advance(  # type: ignore[no-untyped-def]
+def _add_norm(  # type: ignore[no-untyped-def]
     x_ptr, addend_ptr, out_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, target_ptrs,
-    cell_ptr, last_cell_ptr, done_ptr, flags_ptr, flag_ptrs,
+    counter_ptr, last_counter_ptr, done_ptr, flags_ptr, peer_flag_ptrs,
     num_tokens, x_way_stride,
-    rank: tl.constexpr, num_ranks: tl.constexpr, begins_round: tl.constexpr, awaits: tl.constexpr, tells: tl.constexpr,
+    rank: tl.constexpr, num_ranks: tl.constexpr, is_message: tl.constexpr, waits: tl.constexpr,
+    sends_signal: tl.constexpr,
     num_targets: tl.constexpr, has_norm: tl.constexpr, has_bias: tl.constexpr, is_quantized: tl.constexpr,
     num_ways: tl.constexpr, width: tl.constexpr, tile: tl.constexpr, epsilon: tl.constexpr,
     largest: tl.constexpr, smallest_scale: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, tile)
     mask = columns < width
-    round = tl.full((), 0, tl.int64)
-    if begins_round:
-        round = tl.load(last_cell_ptr) + 1
-        if awaits:
-            # whoever has published the last round has read the one before it, which is what is written over here
-            await_round(flags_ptr, round - 1, rank, num_ranks)
+    message = tl.full((), 0, tl.int64)
+    if is_message:
+        message = tl.load(last_counter_ptr) + 1
+        if waits:
+            # a rank that has signalled the last message has read the one before it, which is overwritten here
+            wait_signal(flags_ptr, message - 1, rank, num_ranks)
     way_stride = num_tokens * tl.full((), width, tl.int64)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        places = token * tl.full((), width, tl.int64) + columns
+        offsets = token * tl.full((), width, tl.int64) + columns
         total = tl.zeros((tile,), tl.float32)
         for way in tl.static_range(num_ways):
-            x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-            addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + way * x_way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+            addend = tl.load(addend_ptr + way * way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
             out = (x + addend).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + way * way_stride + places, out, mask=mask)
+            tl.store(out_ptr + way * way_stride + offsets, out, mask=mask)
             total += out.to(tl.float32)
-            if num_targets > 0 and way == num_ways - 1:  # before the norm, so that it is on its way meanwhile
+            if num_targets > 0 and way == num_ways - 1:  # before the norm, so that the link is busy meanwhile
                 for index in tl.static_range(num_targets):
-                    tl.store(target_ptrs[index] + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+                    tl.store(target_ptrs[index] + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
             if has_norm:
                 store_norm(
                     out.to(tl.float32), normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns,
                     mask, has_bias, is_quantized, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
-    if begins_round:
-        if tells:
-            tell_when_all_are_done(cell_ptr, done_ptr, flag_ptrs, round, tl.num_programs(0))
+    if is_message:
+        if sends_signal:
+            signal_when_done(counter_ptr, done_ptr, peer_flag_ptrs, message, tl.num_programs(0))
         elif tl.program_id(0) == 0:
-            tl.store(cell_ptr, round)
+            tl.store(counter_ptr, message)
 
 
 @triton.jit
-def _see(  # type: ignore[no-untyped-def]
-    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, cell_ptr, flags_ptr,
+def _add_reduced_norm(  # type: ignore[no-untyped-def]
+    x_ptr, addend_ptr, part_ptrs, a_ptr, normed_ptr, scales_ptr, gain_ptr, bias_ptr, counter_ptr, flags_ptr,
     num_tokens, x_way_stride,
     rank: tl.constexpr, num_ranks: tl.constexpr, waits: tl.constexpr, num_parts: tl.constexpr, is_total: tl.constexpr,
     has_bias: tl.constexpr, is_quantized: tl.constexpr, num_ways: tl.constexpr, width: tl.constexpr,
@@ -162,121 +104,108 @@ def _see(  # type: ignore[no-untyped-def]
     mask = columns < width
     way_stride = num_tokens * tl.full((), width, tl.int64)
     for token in range(tl.program_id(0), num_tokens, tl.num_programs(0)):
-        places = token * tl.full((), width, tl.int64) + columns
-        held = tl.zeros((tile,), tl.float32)  # the sum over the ways held here
+        offsets = token * tl.full((), width, tl.int64) + columns
+        local = tl.zeros((tile,), tl.float32)  # the sum over the ways of this rank
         for way in tl.static_range(num_ways):
-            x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-            addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + way * x_way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+            addend = tl.load(addend_ptr + way * way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
             a = (x + addend).to(a_ptr.dtype.element_ty)
-            tl.store(a_ptr + way * way_stride + places, a, mask=mask)
-            held += x
-        if waits:  # noqa: SIM102 - which the compiler knows, and of the other it does not
+            tl.store(a_ptr + way * way_stride + offsets, a, mask=mask)
+            local += x
+        if waits:  # noqa: SIM102 - known when the kernel is compiled, unlike the other
             if token == tl.program_id(0):
-                await_round(flags_ptr, tl.load(cell_ptr), rank, num_ranks)
+                wait_signal(flags_ptr, tl.load(counter_ptr), rank, num_ranks)
         parts = tl.zeros((tile,), tl.float32)
         for index in tl.static_range(num_parts):
-            parts += tl.load(part_ptrs[index] + places, mask=mask, other=0.0).to(tl.float32)
+            parts += tl.load(part_ptrs[index] + offsets, mask=mask, other=0.0).to(tl.float32)
         if num_ways == 1:
-            # of what each program has still in its registers
-            seen = a.to(tl.float32) + parts
+            # a and x of this token are still in registers
+            summed = a.to(tl.float32) + parts
             if is_total:
-                seen -= x
+                summed -= x
             store_norm(
-                seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
+                summed, normed_ptr, scales_ptr, gain_ptr, bias_ptr, 0, token, num_tokens, columns, mask,
                 has_bias, is_quantized, width, epsilon, largest, smallest_scale,
             )  # fmt: skip
         else:
             if not is_total:
-                parts += held
+                parts += local
             for way in tl.static_range(num_ways):
-                x = tl.load(x_ptr + way * x_way_stride + places, mask=mask, other=0.0).to(tl.float32)
-                addend = tl.load(addend_ptr + way * way_stride + places, mask=mask, other=0.0).to(tl.float32)
-                seen = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
+                x = tl.load(x_ptr + way * x_way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+                addend = tl.load(addend_ptr + way * way_stride + offsets, mask=mask, other=0.0).to(tl.float32)
+                summed = (x + addend).to(a_ptr.dtype.element_ty).to(tl.float32) + (parts - x)
                 store_norm(
-                    seen, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
+                    summed, normed_ptr, scales_ptr, gain_ptr, bias_ptr, way, token, num_tokens, columns, mask,
                     has_bias, is_quantized, width, epsilon, largest, smallest_scale,
                 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One round, as the kernel knows it that begins it or that reads its parts.
-
-    Args:
-        turn: 0 or 1, of one round and the next.
-        awaits: whether what the others were given two rounds ago may not have been read by all of them.
-        tells: whether the kernel that begins the round tells the others; else somebody does who comes after it.
-    """
-
-    rounds: Rounds
-    turn: int
-    awaits: bool = True
-    tells: bool = True
-
-
-def advance(
+def add_norm(
     x_WTD: Tensor,
     addend_WTD: Tensor,
     norm: Norm | None,
-    round: Round | None = None,
+    handshake: Handshake | None = None,
     targets: tuple[Tensor, ...] = (),
-    out_slot: Tensor | None = None,
+    out_buffer: Tensor | None = None,
 ) -> tuple[Tensor, Normed | None]:
-    """x + addend, and its norm where there is one; in a round the targets are given its part, the sum over W.
+    """x + addend, and the norm of that if there is a norm.
 
     Args:
-        x_WTD: of equal ways where its first stride is 0.
-        targets: of x's type, [T * D] or longer.
-        out_slot: likewise, where the first output is to be.
+        x_WTD: its first stride may be 0, if all ways are equal.
+        handshake: signals of the message that the kernel sends; None sends none.
+        targets: buffers for the message, the sum over W of x + addend in float32, rounded to x's type; each [T * D] or
+            longer.
+        out_buffer: memory for the first result, [W * T * D] or longer; None allocates it.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
-    out_WTD = torch.empty_like(addend_WTD) if out_slot is None else out_slot[: W * T * D].view(W, T, D)
+    out_WTD = torch.empty_like(addend_WTD) if out_buffer is None else out_buffer[: W * T * D].view(W, T, D)
     normed = None if norm is None else empty_normed(addend_WTD, norm)
     pointers, constants = norm_arguments(norm, normed, out_WTD)
     tile = triton.next_power_of_2(D)
-    _advance[(T if round is None else min(T, MAX_ASKING),)](
+    _add_norm[(T if handshake is None else min(T, MAX_WAITING_PROGRAMS),)](
         x_WTD, addend_WTD, out_WTD, *pointers, targets or (out_WTD,),
-        *_pointers(round, out_WTD), (out_WTD,) if round is None else round.rounds.flags_of_others,
+        *_pointers(handshake, out_WTD), (out_WTD,) if handshake is None else handshake.signals.peer_flags,
         T, x_WTD.stride(0),
-        **_constants(round), begins_round=round is not None, awaits=round is not None and round.awaits,
-        tells=round is not None and round.tells, num_targets=len(targets), has_norm=norm is not None,
+        **_constants(handshake), is_message=handshake is not None, waits=handshake is not None and handshake.waits,
+        sends_signal=handshake is not None and handshake.sends_signal, num_targets=len(targets),
+        has_norm=norm is not None,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
     return out_WTD, normed
 
 
-def see(
+def add_reduced_norm(
     x_WTD: Tensor,
     addend_WTD: Tensor,
     norm: Norm,
     parts: tuple[Tensor, ...] = (),
     is_total: bool = False,
-    round: Round | None = None,
+    handshake: Handshake | None = None,
 ) -> tuple[Tensor, Normed]:
-    """a = x + addend, and of each way held here the norm of a, the other ways' x and the parts.
+    """a = x + addend, and for each way of this rank the norm of a, the rank's other ways' x, and the parts.
 
     Args:
-        parts: of x's type, [T * D] values or more each.
-        is_total: whether the ways held here are in the parts.
-        round: whose parts they are, to be waited for; None where they are there.
+        parts: sums over other ranks' ways, of x's type, [T * D] or longer each.
+        is_total: the parts include the ways of this rank.
+        handshake: signals of the message that holds the parts; None if the stream has waited for them.
     """
     W, T, D = x_WTD.shape
     x_WTD, addend_WTD = _with_plain_rows(x_WTD), addend_WTD.contiguous()
     a_WTD, normed = torch.empty_like(addend_WTD), empty_normed(addend_WTD, norm)
     pointers, constants = norm_arguments(norm, normed, a_WTD)
-    cell, _, _, flags_P = _pointers(round, a_WTD)
+    counter, _, _, flags_P = _pointers(handshake, a_WTD)
     tile = triton.next_power_of_2(D)
-    _see[(T if round is None else min(T, MAX_ASKING),)](
-        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, cell, flags_P, T, x_WTD.stride(0),
-        **_constants(round), waits=round is not None, num_parts=len(parts), is_total=is_total,
+    _add_reduced_norm[(T if handshake is None else min(T, MAX_WAITING_PROGRAMS),)](
+        x_WTD, addend_WTD, parts or (x_WTD,), a_WTD, *pointers, counter, flags_P, T, x_WTD.stride(0),
+        **_constants(handshake), waits=handshake is not None, num_parts=len(parts), is_total=is_total,
         num_ways=W, width=D, tile=tile, num_warps=num_warps(tile), **constants,
     )  # fmt: skip
     return a_WTD, normed
 
 
 def empty_normed(like_WTD: Tensor, norm: Norm) -> Normed:
-    """What the norm of such states is written to."""
+    """Memory for the norm of tensors of this shape."""
     W, T, D = like_WTD.shape
     return empty_quantized(W, T, D, like_WTD.device) if norm.is_quantized else torch.empty_like(like_WTD)
 
@@ -284,7 +213,11 @@ def empty_normed(like_WTD: Tensor, norm: Norm) -> Normed:
 def norm_arguments(
     norm: Norm | None, normed: Normed | None, anything: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], dict[str, Any]]:
-    """What `store_norm` wants: where it writes, gains and biases; and constants."""
+    """Arguments of a kernel that calls `store_norm`: pointers to output, scales, gains and biases; and constants.
+
+    Args:
+        anything: a tensor whose pointer stands for those that the kernel does not use.
+    """
     values = scales = gain = bias = anything
     if norm is not None and normed is not None:
         values, scales = (normed, anything) if isinstance(normed, Tensor) else (normed.values_WTI, normed.scales_WT1)
@@ -292,7 +225,7 @@ def norm_arguments(
         bias = gain if norm.bias_WD is None else norm.bias_WD
     constants = {
         "has_bias": norm is not None and norm.bias_WD is not None,
-        "is_quantised": norm is not None and norm.is_quantized,
+        "is_quantized": norm is not None and norm.is_quantized,
         "epsilon": LAYER_NORM_EPSILON,
         "largest": LARGEST,
         "smallest_scale": SMALLEST_SCALE,
@@ -301,18 +234,18 @@ def norm_arguments(
 
 
 def num_warps(tile: int) -> int:
-    """For a row of so many values, eight a thread."""
+    """Warps for a row of so many values: eight values a thread."""
     return min(16, max(1, tile // 256))
 
 
 def _with_plain_rows(x_WTD: Tensor) -> Tensor:
-    """Tokens one after the other; the ways may be one in memory."""
+    """x with contiguous tokens; the ways may share memory."""
     return x_WTD if x_WTD[0].is_contiguous() else x_WTD.contiguous()
 
 
-def _pointers(round: Round | None, anything: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (anything,) * 4 if round is None else round.rounds.pointers(round.turn)
+def _pointers(handshake: Handshake | None, anything: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (anything,) * 4 if handshake is None else handshake.signals.pointers(handshake.buffer_index)
 
 
-def _constants(round: Round | None) -> dict[str, int]:
-    return {"rank": 0, "num_ranks": 1} if round is None else round.rounds.constants
+def _constants(handshake: Handshake | None) -> dict[str, int]:
+    return {"rank": 0, "num_ranks": 1} if handshake is None else handshake.signals.constants

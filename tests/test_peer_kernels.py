@@ -1,7 +1,7 @@
-"""The Triton kernels of sums over peer memory against plain sums and norms.
+"""The Triton kernels of the all-reduce over peer memory against plain sums and norms.
 
-All ranks are in one thread, and every rank publishes before any of them waits. Without CUDA by Triton's interpreter,
-where that is installed.
+All ranks are in one thread, and every rank sends its message before any of them waits. Without CUDA they run in
+Triton's interpreter, if Triton is installed.
 """
 
 import importlib.util
@@ -21,16 +21,16 @@ SIZES = pytest.mark.parametrize("num_ranks", [2, 4])
 
 def make_ranks(num_ranks: int) -> list[Any]:
     """Every rank's signals, all in this process."""
-    from kraken.engine.distributed.signals import Signals
+    from kraken.engine.kernels.cuda.peer import PeerKernels
 
     flags = [torch.zeros(num_ranks, dtype=torch.int64, device=DEVICE) for _ in range(num_ranks)]
     return [
-        Signals(rank, flags[rank], tuple(flags[peer][rank : rank + 1] for peer in range(num_ranks) if peer != rank))
+        PeerKernels(rank, flags[rank], tuple(flags[peer][rank : rank + 1] for peer in range(num_ranks) if peer != rank))
         for rank in range(num_ranks)
     ]
 
 
-def slots(num_ranks: int, num_values: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def buffers(num_ranks: int, num_values: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     return tuple(torch.full((num_values,), torch.nan, dtype=dtype, device=DEVICE) for _ in range(num_ranks))
 
 
@@ -48,15 +48,15 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
     norm = make_norm(1, D, True)
     norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype))
     x_TD = torch.randn(T, D, device=DEVICE).to(dtype)
-    both = slots(num_ranks, T * D + 5, dtype), slots(num_ranks, T * D + 5, dtype)
-    for turn in range(5):
+    both = buffers(num_ranks, T * D + 5, dtype), buffers(num_ranks, T * D + 5, dtype)
+    for buffer_index in range(5):
         parts = torch.randn(num_ranks, T, D, device=DEVICE).to(dtype)
         for rank, signals in enumerate(ranks):
-            signals.publish(parts[rank], both[turn % 2][rank], turn % 2, awaits=turn % 3 != 1)
+            signals.publish(parts[rank], both[buffer_index % 2][rank], buffer_index % 2, waits=buffer_index % 3 != 1)
         found = []
         for signals in ranks:
             out_TD = torch.empty_like(x_TD)
-            normed_1TD = signals.add_parts(x_TD, both[turn % 2], out_TD, norm, turn % 2)
+            normed_1TD = signals.reduce_add_norm(x_TD, both[buffer_index % 2], out_TD, norm, buffer_index % 2)
             expected = (x_TD.double() + parts.double().sum(0)).to(dtype)
             torch.testing.assert_close(out_TD, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
             torch.testing.assert_close(
@@ -65,7 +65,7 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
             found.append(out_TD)
         assert all(torch.equal(out_TD, found[0]) for out_TD in found)
         total_TD = torch.empty_like(x_TD)
-        assert ranks[0].add_parts(None, both[turn % 2], total_TD, None, turn % 2) is None
+        assert ranks[0].reduce_add_norm(None, both[buffer_index % 2], total_TD, None, buffer_index % 2) is None
         torch.testing.assert_close(total_TD, parts.double().sum(0).to(dtype), rtol=0, atol=0.05)
 
 
@@ -75,59 +75,59 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
 def test_a_layer_of_ways_divided_among_ranks(
     num_ranks: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells, or another does; the output has a slot or none; every other rank gets the sum."""
+    """The kernel signals, or a copy does; the output has a buffer or none; every other rank gets the sum."""
     from kraken.engine.kernels.cuda import residual_norm as residual_kernel
 
-    monkeypatch.setattr(residual_kernel, "MAX_ASKING", 3)  # so that a program has several tokens
+    monkeypatch.setattr(residual_kernel, "MAX_WAITING_PROGRAMS", 3)  # so that a program has several tokens
     torch.manual_seed(0)
     T, D = 4, 40
     ranks, norm = make_ranks(num_ranks), make_norm(num_ways, D, has_bias)
-    for round_ in range(4):
-        turn, tells = round_ % 2, round_ < 2
-        received = [slots(num_ranks, T * D) for _ in range(num_ranks)]  # from every rank, though none from itself
+    for message in range(4):
+        buffer_index, sends_signal = message % 2, message < 2
+        received = [buffers(num_ranks, T * D) for _ in range(num_ranks)]  # from every rank, though none from itself
         a_RWTD, y_RWTD, z_RWTD = (torch.randn(num_ranks, num_ways, T, D, device=DEVICE) for _ in range(3))
         x_RWTD = []
         for rank, signals in enumerate(ranks):
             targets = tuple(received[peer][rank] for peer in range(num_ranks) if peer != rank)
-            (out_slot,) = slots(1, num_ways * T * D + 8)
-            x_WTD, normed_WTD = signals.advance(
-                a_RWTD[rank], y_RWTD[rank], norm if round_ else None, targets, out_slot if round_ == 2 else None,
-                turn, awaits=round_ != 1, tells=tells,
+            (out_buffer,) = buffers(1, num_ways * T * D + 8)
+            x_WTD, normed_WTD = signals.add_norm(
+                a_RWTD[rank], y_RWTD[rank], norm if message else None, targets, out_buffer if message == 2 else None,
+                buffer_index, waits=message != 1, sends_signal=sends_signal,
             )  # fmt: skip
             assert torch.equal(x_WTD, a_RWTD[rank] + y_RWTD[rank])
-            assert (x_WTD.data_ptr() == out_slot.data_ptr()) == (round_ == 2)
-            if round_:
+            assert (x_WTD.data_ptr() == out_buffer.data_ptr()) == (message == 2)
+            if message:
                 torch.testing.assert_close(normed_WTD, norm(x_WTD), rtol=0, atol=2e-5)
             for target in targets:
                 torch.testing.assert_close(target, x_WTD.sum(0).flatten(), rtol=0, atol=1e-5)
             x_RWTD.append(x_WTD)
         for signals in ranks:
-            assert tells == (int(signals._rounds.flags_of_others[0]) == round_ + 1)
-            if not tells:
-                signals.tell(turn)
+            assert sends_signal == (int(signals._signals.peer_flags[0]) == message + 1)
+            if not sends_signal:
+                signals.signal(buffer_index)
         total_TD = torch.stack(x_RWTD).sum((0, 1))
         for rank, (signals, x_WTD) in enumerate(zip(ranks, x_RWTD, strict=True)):
             parts = received[rank][:rank] + received[rank][rank + 1 :]
             expected_WTD = norm(x_WTD + z_RWTD[rank] + total_TD - x_WTD)
-            for waited_for in (turn, None):
-                next_WTD, normed_WTD = signals.see(x_WTD, z_RWTD[rank], parts, norm, waited_for)
+            for waited_for in (buffer_index, None):
+                next_WTD, normed_WTD = signals.add_reduced_norm(x_WTD, z_RWTD[rank], parts, norm, waited_for)
                 assert torch.equal(next_WTD, x_WTD + z_RWTD[rank])
                 torch.testing.assert_close(normed_WTD, expected_WTD, rtol=0, atol=5e-5)
 
 
 def test_many_columns_are_published_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine.distributed import signals as sum_kernel
+    from kraken.engine.kernels.cuda import peer
 
-    monkeypatch.setattr(sum_kernel, "MAX_COLUMNS", 16)
-    ranks, held = make_ranks(2), slots(2, 200)
+    monkeypatch.setattr(peer, "MAX_COLUMNS", 16)
+    ranks, held = make_ranks(2), buffers(2, 200)
     x_RTD = torch.randn(2, 3, 60, device=DEVICE)
     for _ in range(3):  # the count of programs that are done begins anew
         for rank in range(2):
-            ranks[rank].publish(x_RTD[rank], held[rank], 0, awaits=True)
+            ranks[rank].publish(x_RTD[rank], held[rank], 0, waits=True)
         ranks[0].wait(0)
         ranks[1].skip(1)
         ranks[0].skip(1)
         ranks[0].wait(1)
     for rank in range(2):
         assert torch.equal(held[rank][:180], x_RTD[rank].flatten())
-        assert ranks[rank]._rounds.cells[:, 0].tolist() == [5, 6, 0]
+        assert ranks[rank]._signals.counters[:, 0].tolist() == [5, 6, 0]
