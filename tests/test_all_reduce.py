@@ -38,7 +38,6 @@ from kraken.engine.distributed.peer_all_reduce import (
 )
 from kraken.engine.distributed.peer_memory import PeerMemory
 from kraken.engine.distributed.worker_group import WorkerError
-from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model.network import Network
 from kraken.engine.model.norm import Norm
 from kraken.engine.model_runner import ModelRunner
@@ -379,7 +378,7 @@ def test_the_next_norm_may_come_with_a_sum() -> None:
     """The interface's own `all_reduce_add_norm`, on one rank alone."""
     torch.manual_seed(0)
     x_1TD, part_1TD = torch.randn(2, 1, 3, 8)
-    norm = Norm(torch.randn(1, 8), None, TorchKernels())
+    norm = Norm(torch.randn(1, 8), None)
     total_1TD, normed_1TD = LocalAllReduce().all_reduce_add_norm(x_1TD, part_1TD, norm)
     assert torch.equal(total_1TD, x_1TD + part_1TD)
     assert normed_1TD is not None

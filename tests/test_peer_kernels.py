@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model.norm import Norm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -37,7 +36,7 @@ def buffers(num_ranks: int, num_values: int, dtype: torch.dtype = torch.float32)
 
 def make_norm(num_ways: int, width: int, has_bias: bool) -> Norm:
     gain, bias = (torch.randn(num_ways, width, device=DEVICE) for _ in range(2))
-    return Norm(gain, bias if has_bias else None, TorchKernels())
+    return Norm(gain, bias if has_bias else None)
 
 
 @SIZES
@@ -47,7 +46,7 @@ def test_parts_are_added_and_normed(num_ranks: int, dtype: torch.dtype) -> None:
     T, D = 3, 24
     ranks = make_ranks(num_ranks)
     norm = make_norm(1, D, True)
-    norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype), TorchKernels())
+    norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype))
     x_TD = torch.randn(T, D, device=DEVICE).to(dtype)
     both = buffers(num_ranks, T * D + 5, dtype), buffers(num_ranks, T * D + 5, dtype)
     for buffer_index in range(5):

@@ -95,7 +95,7 @@ def test_norms_are_quantised_where_they_are_computed(num_ways: int) -> None:
 
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, 5, 40, device=DEVICE)
-    norm = Norm(torch.randn(num_ways, 40, device=DEVICE), torch.randn(num_ways, 40, device=DEVICE), TorchKernels())
+    norm = Norm(torch.randn(num_ways, 40, device=DEVICE), torch.randn(num_ways, 40, device=DEVICE))
     quantised = dataclasses.replace(norm, is_quantized=True)
     for kernel in (residual_kernel.add_norm, residual_kernel.add_reduced_norm):
         plain, rows = kernel(x_WTD, y_WTD, norm), kernel(x_WTD, y_WTD, quantised)
@@ -114,10 +114,7 @@ def test_the_norm_of_a_sum_over_devices_is_quantized_too() -> None:
     parts, slots, x_TD = torch.randn(2, 3, 40, device=DEVICE), torch.empty(2, 120, device=DEVICE), torch.zeros(3, 40)
     for rank, signals in enumerate(ranks):
         signals.publish(parts[rank], slots[rank], 0, waits=True)
-    out_TD, norm = (
-        torch.empty(3, 40, device=DEVICE),
-        Norm(torch.ones(1, 40, device=DEVICE), None, TorchKernels(), is_quantized=True),
-    )
+    out_TD, norm = torch.empty(3, 40, device=DEVICE), Norm(torch.ones(1, 40, device=DEVICE), None, is_quantized=True)
     rows = ranks[0].reduce_add_norm(x_TD.to(DEVICE), (slots[0], slots[1]), out_TD, norm, 0)
     assert isinstance(rows, QuantizedTensor)
     assert_near(rows, norm(out_TD[None]), KERNEL_STEP)

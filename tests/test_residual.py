@@ -1,4 +1,4 @@
-"""Residual add and norm: the C and Triton kernels against torch's operators.
+"""What stands between the products of an engine's layer: the Triton kernels against the plain operations.
 
 Without CUDA by Triton's interpreter, where that is installed.
 """
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from test_cpu_kernels import library_of
 from torch import Tensor
 
-from kraken.engine.kernels.cpu.kernels import CpuKernels
-from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model import residual
 from kraken.engine.model.norm import Norm
 
@@ -22,7 +20,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def make_norm(num_ways: int, width: int, has_bias: bool) -> Norm:
     gain, bias = (torch.randn(num_ways, width, device=DEVICE) for _ in range(2))
-    return Norm(gain, bias if has_bias else None, TorchKernels())
+    return Norm(gain, bias if has_bias else None)
 
 
 def layer_norm(x_WTD: Tensor, norm: Norm) -> Tensor:
@@ -36,14 +34,17 @@ def layer_norm(x_WTD: Tensor, norm: Norm) -> Tensor:
 @pytest.mark.parametrize(("num_tokens", "width"), [(4, 24), (1, 5), (1000, 75)])  # one thread, few values, all threads
 @pytest.mark.parametrize("by_kernel", [False, True])
 def test_on_a_cpu_they_are_the_equations(
-    by_kernel: bool, num_tokens: int, width: int, num_ways: int, has_bias: bool
+    by_kernel: bool, num_tokens: int, width: int, num_ways: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = CpuKernels(library_of(torch.float32)) if by_kernel else TorchKernels()
+    if by_kernel:
+        library_of(torch.float32)
+    else:
+        monkeypatch.setattr(residual, "cpu_kernels", lambda device, dtype: None)
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, num_tokens, width, device="cpu")
     others_1TD = torch.randn(1, num_tokens, width)
     norm = make_norm(num_ways, width, has_bias)
-    norm = Norm(norm.weight_WD.cpu(), None if norm.bias_WD is None else norm.bias_WD.cpu(), kernels)
+    norm = Norm(norm.weight_WD.cpu(), None if norm.bias_WD is None else norm.bias_WD.cpu())
     a_WTD, normed_WTD = residual.add_norm(x_WTD, y_WTD, norm)
     assert normed_WTD is not None
     assert torch.equal(a_WTD, x_WTD + y_WTD)
@@ -66,11 +67,11 @@ def test_on_a_cpu_they_are_the_equations(
 @pytest.mark.parametrize("num_ways", [1, 3])
 def test_on_a_cpu_bfloat16_is_rounded_once(num_ways: int) -> None:
     """The sum of residuals as torch rounds it, and a norm of it and of the float32 sum of the others."""
-    kernels = CpuKernels(library_of(torch.bfloat16))
+    library_of(torch.bfloat16)
     torch.manual_seed(0)
     x_WTD, y_WTD = torch.randn(2, num_ways, 6, 75, device="cpu").bfloat16()
     others_1TD = torch.randn(1, 6, 75).bfloat16()
-    norm = Norm(torch.randn(num_ways, 75).bfloat16(), torch.randn(num_ways, 75).bfloat16(), kernels)
+    norm = Norm(torch.randn(num_ways, 75).bfloat16(), torch.randn(num_ways, 75).bfloat16())
     total_1TD = x_WTD.double().sum(0, keepdim=True) + others_1TD
     for part_1TD, sees in ((None, False), (others_1TD, True)):
         if sees:
@@ -97,7 +98,7 @@ def test_the_kernels_equal_the_plain_operations(
     atol = 2e-5 if dtype == torch.float32 else 0.06
     rtol = 0.0 if DEVICE == "cuda" or dtype == torch.float32 else 2**-7  # the interpreter cuts bfloat16 off
     norm = make_norm(num_ways, D, has_bias)
-    norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype), norm.kernels)
+    norm = Norm(norm.weight_WD.to(dtype), None if norm.bias_WD is None else norm.bias_WD.to(dtype))
     x_WTD, y_WTD = torch.randn(2, num_ways, T, D, device=DEVICE).to(dtype)
     if are_ways_one:
         x_WTD = x_WTD[:1].expand(num_ways, -1, -1)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 
 import torch
+from torch import Tensor
 
 from kraken.engine.kernels.cpu.library import load_library
 from kraken.engine.kernels.torch.kernels import TorchKernels
@@ -16,7 +17,7 @@ CPU_TYPES = (torch.float32, torch.bfloat16)
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> TorchKernels:
     """The fastest kernels for a device and a type: Triton's on CUDA, C on a CPU, where Triton or a C compiler is
     installed; torch's operators otherwise. Compiles the C kernels, which takes about a second."""
-    if device.type == "cuda" and dtype in CUDA_TYPES and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and dtype in CUDA_TYPES and _has_triton():
         from kraken.engine.kernels.cuda.kernels import CudaKernels  # imports Triton
 
         return CudaKernels()
@@ -25,3 +26,13 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> TorchKernels:
 
         return CpuKernels(library)
     return TorchKernels()
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether there are kernels for the device and the type of x: on CUDA, where Triton is installed."""
+    return x.is_cuda and x.dtype in CUDA_TYPES and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -60,7 +60,7 @@ class Network:
             self._conjunction = self.kernels.linear(weights.pop("conjunction.weight")[None], None)
             self._conjunction_bias_D = weights.pop("conjunction.bias", None)
         bias_D = weights.pop("ln_f.bias", None)
-        self._ln_f = Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None], self.kernels)
+        self._ln_f = Norm(weights.pop("ln_f.weight")[None], None if bias_D is None else bias_D[None])
         head_VD = _head_rows(self._wte_VD, part.head_rows(num_ids), num_ids)
         self._head = self.kernels.linear(head_VD[None], None, is_wide=True)
 
@@ -173,12 +173,12 @@ class _Layer:
                 return Fp8Linear(weight, bias, kernels, gelu_before)
             return kernels.linear(weight, bias, activation)
 
-        self.ln_1 = Norm(*take("ln_1"), kernels, is_quantized)
+        self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None
         """`ln_1` of the next layer, computed in one kernel with this layer's last residual addition."""
         self.reads_others = config.architecture == "kraken" and index > 0
         """The layer reads the sum over all ways. The first layer does not, since all ways start from one embedding."""
-        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), kernels, is_quantized)
+        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantized)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         # GELU is in the kernel of `c_fc`, or in the one that quantizes the inputs of `mlp_proj`
         self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")

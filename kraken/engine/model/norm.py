@@ -3,7 +3,6 @@ something else take a `Norm` as their argument. Shape letters as in `kraken/mode
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,23 +14,12 @@ Normed = Tensor | QuantizedTensor
 """The output of a norm, [W, T, D]."""
 
 
-class NormKernels(Protocol):
-    """The kernels that compute a norm together with the residual addition before it; see `TorchKernels`."""
-
-    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: "Norm") -> tuple[Tensor, Normed]: ...
-
-    def add_reduced_norm(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: "Norm", part_1TD: Tensor | None, is_total: bool
-    ) -> tuple[Tensor, Normed]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The gains and biases of the ways' LayerNorms, and the kernels of the model that they belong to."""
+    """The gains and biases of the ways' LayerNorms."""
 
     weight_WD: Tensor
     bias_WD: Tensor | None
-    kernels: NormKernels
     is_quantized: bool = False
     """Kernels that compute it together with something else return a `QuantizedTensor`."""
 

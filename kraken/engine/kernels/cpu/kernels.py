@@ -1,6 +1,5 @@
-"""The C kernels behind the interface of `TorchKernels`: linears, norms, paged attention and sampling on a CPU.
-
-Shape letters as in `kraken/engine/kernels/torch/attention.py`, and: B sequences with few tokens, M blocks of the
+"""The C kernels behind the interface of `TorchKernels`: linears, paged attention and sampling on a CPU.
+ Shape letters as in `kraken/engine/kernels/torch/attention.py`, and: B sequences with few tokens, M blocks of the
 longest of their block tables.
 """
 
@@ -15,8 +14,6 @@ from kraken.engine.kernels.cpu.library import CpuLibrary, zeros_in_huge_pages
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.kernels.torch.linear import Activation, Linear
-from kraken.engine.model.norm import Norm, Normed
-from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_FEW_QUERIES = 2
 """Up to so many tokens of a sequence are attended one by one; for more it pays to rearrange the keys first."""
@@ -75,16 +72,6 @@ class CpuKernels(TorchKernels):
             return out_TNH
 
         return attend
-
-    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
-        return self.library.add_norm(x_WTD, addend_WTD, norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON)
-
-    def add_reduced_norm(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None, is_total: bool
-    ) -> tuple[Tensor, Normed]:
-        return self.library.add_norm(
-            x_WTD, addend_WTD, norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON, part_1TD, True, is_total
-        )
 
     def sample(self, logits_BV: Tensor, inputs: Sequence[SamplingInput], sampled_B: Tensor | None) -> list[int]:
         params = [row.params for row in inputs]

@@ -1,9 +1,8 @@
 """The C kernels of a CPU, compiled for this machine: linears, residual add + norm, attention over paged keys and
-values, and sampling.
-
-torch has neither a product of a few tokens at the speed of memory nor attention over paged keys and values, and needs
-dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded; `CpuKernels`
-calls the library.
+values, sampling.
+ torch has neither a product of a few tokens at the speed of memory nor attention over paged keys and values, and takes
+dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded. `CpuLibrary`
+and `kraken.engine.model.residual` call the result.
 
 In bfloat16 weights are half the bytes, which decoding waits for. Sums are float32, also on processors without
 instructions for bfloat16.
@@ -54,9 +53,9 @@ class CpuLibrary:
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
         self._store.restype = self._attend.restype = None
-        self._add_norm = library.kraken_add_norm
-        self._add_norm.argtypes = [*[pointer] * 7, *[count] * 3, ctypes.c_float, *[flag] * 3]
-        self._add_norm.restype = None
+        self._residual = library.kraken_residual
+        self._residual.argtypes = [*[pointer] * 7, *[count] * 3, ctypes.c_float, *[flag] * 3]
+        self._residual.restype = None
         self._attend_prompt_chunk, self._sample = library.kraken_attend_prompt_chunk, library.kraken_sample
         self._attend_prompt_chunk.argtypes = [
             *[pointer, count, count, pointer, pointer, count, pointer],
@@ -119,30 +118,31 @@ class CpuLibrary:
         if failed:
             raise MemoryError(f"no memory for a linear of {x_WTI.shape[1]} tokens and {x_WTI.shape[2]} inputs")
 
-    def add_norm(
+    def residual(
         self,
         x_WTD: Tensor,
         addend_WTD: Tensor,
-        gain_WD: Tensor,
+        gain_WD: Tensor | None,
         bias_WD: Tensor | None,
         epsilon: float,
         part_1TD: Tensor | None = None,
-        adds_ways: bool = False,
+        sees: bool = False,
         is_total: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """x + addend, and its LayerNorm. With `adds_ways` the LayerNorm is that of `add_reduced_norm`."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual add and norm; see `kraken.engine.model.residual`. Without a gain there is no norm."""
         given = (x_WTD, addend_WTD, part_1TD, gain_WD, bias_WD)
-        contiguous = [None if tensor is None else tensor.contiguous() for tensor in given]
-        out_WTD, normed_WTD = x_WTD.new_empty(x_WTD.shape), x_WTD.new_empty(x_WTD.shape)
-        self._add_norm(
-            *(None if tensor is None else tensor.data_ptr() for tensor in (*contiguous, out_WTD, normed_WTD)),
+        held = [None if tensor is None else tensor.contiguous() for tensor in given]
+        a_WTD = x_WTD.new_empty(x_WTD.shape)
+        normed_WTD = None if gain_WD is None else x_WTD.new_empty(x_WTD.shape)
+        self._residual(
+            *(None if tensor is None else tensor.data_ptr() for tensor in (*held, a_WTD, normed_WTD)),
             *x_WTD.shape,
             epsilon,
-            adds_ways,
+            sees,
             is_total,
             torch.get_num_threads(),
         )
-        return out_WTD, normed_WTD
+        return a_WTD, normed_WTD
 
     def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
         """Write keys and values to their slots. k and v have equal strides; their last dimension is contiguous."""
@@ -285,7 +285,7 @@ def load_library(dtype: torch.dtype) -> CpuLibrary | None:
         return None
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     with tempfile.TemporaryDirectory(prefix="kraken-kernels-") as folder:
-        library = Path(folder) / "kernels.so"
+        library = Path(folder) / "cpu_kernels.so"
         options = ["-O3", tuning, "-fopenmp", "-shared", "-fPIC", *(["-DBFLOAT16"] if dtype == torch.bfloat16 else [])]
         command = [compiler, *options, str(SOURCE), "-o", str(library), "-lm"]
         try:
@@ -307,3 +307,10 @@ def zeros_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a Linux kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=num_values).view(shape)
+
+
+def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuLibrary | None:
+    """The library for tensors of a device and a type; None if there is none."""
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return load_library(dtype)

@@ -15,8 +15,6 @@ from kraken.engine.kernels.quantized_tensor import QuantizedTensor, quantize_row
 from kraken.engine.kernels.torch.attention import PagedAttend, paged_attention
 from kraken.engine.kernels.torch.linear import Activation, Linear, OneDnnLinear, TorchLinear, is_onednn_linear
 from kraken.engine.kernels.torch.sampling import NOT_FINITE, most_likely, sample_rows
-from kraken.engine.model.norm import Norm, Normed
-from kraken.residual_norm import sum_across_ways
 
 
 class TorchKernels:
@@ -45,25 +43,6 @@ class TorchKernels:
         """Attention of one sequence over itself, without a cache. [T, N, H]."""
         q, k, v = (x_TNH.transpose(0, 1) for x_TNH in (q_TNH, k_TNH, v_TNH))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
-
-    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
-        """x + addend, and its norm."""
-        out_WTD = x_WTD + addend_WTD
-        return out_WTD, norm(out_WTD)
-
-    def add_reduced_norm(
-        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None, is_total: bool
-    ) -> tuple[Tensor, Normed]:
-        """See `kraken.engine.model.residual.add_reduced_norm`."""
-        a_WTD = summed_WTD = x_WTD + addend_WTD
-        if is_total:
-            assert part_1TD is not None
-            return a_WTD, norm((a_WTD + (part_1TD - x_WTD)).to(a_WTD.dtype))
-        if len(x_WTD) > 1:
-            summed_WTD = summed_WTD + (sum_across_ways(x_WTD) - x_WTD)
-        if part_1TD is not None:
-            summed_WTD = summed_WTD + part_1TD
-        return a_WTD, norm(summed_WTD.to(a_WTD.dtype))
 
     def quantize(self, x_WTI: Tensor, with_gelu: bool = False) -> QuantizedTensor:
         """x in float8 with a scale per row, or GELU of x (the tanh form)."""
