@@ -45,7 +45,7 @@ def test_a_batch_maps_tokens_to_slots_and_rows() -> None:
     assert len(batch) == 2 and not batch.is_decode
     assert batch.token_ids_T.tolist() == [5, 6, 7, 8] and batch.positions().tolist() == [0, 1, 2, 5]
     assert batch.slot_mapping().tolist() == [4, 5, 0, 9]
-    assert (batch.ends, batch.sequence_lengths, batch.logit_rows()) == ([3, 4], [3, 6], [3])
+    assert (batch.ends, batch.logit_rows()) == ([3, 4], [3])
     assert StepBatch.concatenate([[1], [2]], [4, 0], [[0, 1, 2], [3]], [1, 1], 2).is_decode
 
 

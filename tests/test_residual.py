@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 import torch
 import torch.nn.functional as F
-from test_engine_cpu_kernels import library_of
+from test_cpu_kernels import library_of
 from torch import Tensor
 
 from kraken.engine.kernels.cpu.kernels import CpuKernels

@@ -107,11 +107,6 @@ class StepBatch:
         return all(num == 1 for num in self.num_tokens) and all(num == 1 for num in self.num_logits)
 
     @property
-    def sequence_lengths(self) -> list[int]:
-        """[B]: tokens in the cache after this step."""
-        return [first + num for first, num in zip(self.first_positions, self.num_tokens, strict=True)]
-
-    @property
     def ends(self) -> list[int]:
         """[B]: where each sequence ends in T."""
         return list(accumulate(self.num_tokens))

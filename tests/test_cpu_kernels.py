@@ -84,6 +84,16 @@ def test_a_linear_with_half_a_word_of_inputs_is_torchs() -> None:
     assert isinstance(linear, CpuLinear) and linear(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 33])
+@pytest.mark.parametrize("num_ways", [1, 3])
+def test_onednn_equals_torch(num_tokens: int, num_ways: int) -> None:
+    weight, bias = torch.randn(num_ways, 40, 24), torch.randn(num_ways, 40)
+    x = torch.randn(num_ways, num_tokens, 24)
+    for b in (None, bias):
+        torch.testing.assert_close(OneDnnLinear(weight, b)(x), TorchLinear(weight, b)(x), rtol=0, atol=1e-4)
+    assert isinstance(TorchKernels().linear(weight.double(), None), TorchLinear)
+
+
 @pytest.mark.parametrize("kind", [OneDnnLinear, TorchLinear])
 def test_gelu_after_a_linear_is_the_tanh_form(kind: type[OneDnnLinear] | type[TorchLinear]) -> None:
     weight, bias, x = torch.randn(1, 40, 24), torch.randn(1, 40), torch.randn(1, 7, 24)
