@@ -38,6 +38,7 @@ from kraken.engine.distributed.choose_backend import MessageShapes, capture_grap
 from kraken.engine.distributed.device_group import DeviceGroup, join_group
 from kraken.engine.distributed.partition import Part, random_weights
 from kraken.engine.distributed.peer_all_reduce import Backend
+from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.model.network import Network
 
 PEER_WAYS = ("p2p_store", "copy_engine")
@@ -68,8 +69,8 @@ class Rank:
         def group(mode: str) -> DeviceGroup:
             own, is_blocking = PrefixStore(f"{size}/{mode}", store), mode == "blocking"
             return join_group(
-                own, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S, is_blocking,
-                leaves_room=mode == "overlapped", message_bytes=message_bytes,
+                choose_kernels(self._device, dtype), own, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S,
+                is_blocking, leaves_room=mode == "overlapped", message_bytes=message_bytes,
                 group_type=GroupWithoutAllReduce if mode == "none" else DeviceGroup,
             )  # fmt: skip
 

@@ -187,7 +187,8 @@ def time_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any],
     if args.device == "cuda":
         torch.cuda.set_device(device)
     message_bytes = max(math.prod(shape) for _, shape in cases) * getattr(torch, args.dtype).itemsize
-    group = join_group(store, rank, args.devices, "127.0.0.1", device, 60.0, True, False, message_bytes)
+    kernels = choose_kernels(device, getattr(torch, args.dtype))
+    group = join_group(kernels, store, rank, args.devices, "127.0.0.1", device, 60.0, True, False, message_bytes)
     found = []
     for count, shape in cases:
         x = torch.zeros(shape, dtype=getattr(torch, args.dtype), device=device)

@@ -19,7 +19,7 @@ class GatherOnly(LocalAllReduce):
     """All-reduces as on one rank alone; gathers over the ranks."""
 
     def __init__(self, backend: AllReduce):
-        super().__init__()
+        super().__init__(backend.kernels)
         self._backend = backend
 
     def gather_columns(self, x_RC: Tensor) -> Tensor:

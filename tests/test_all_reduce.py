@@ -38,12 +38,15 @@ from kraken.engine.distributed.peer_all_reduce import (
 )
 from kraken.engine.distributed.peer_memory import PeerMemory
 from kraken.engine.distributed.worker_group import WorkerError
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.norm import Norm
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model.network import Network
-from kraken.engine.model.norm import Norm
 from kraken.engine.model_runner import ModelRunner
 from kraken.model import Kraken
 
 NUM_IDS = 120
+CPU = torch.device("cpu")
 
 
 class PlainKernels:
@@ -147,7 +150,7 @@ def make_runners(model: Kraken, num_ranks: int, is_blocking: bool, backend: Back
     runners = []
     for rank in range(num_ranks):
         part = Part(config, rank, num_ranks)
-        group = DeviceGroup(rank, num_ranks, is_blocking=is_blocking)
+        group = DeviceGroup(choose_kernels(CPU, torch.float32), rank, num_ranks, is_blocking=is_blocking)
         group.use_peers(channels[rank], lambda num_tokens: backend)
         weights = {name: weight.clone() for name, weight in weights_of(model, part).items()}
         runners.append(ModelRunner(Network(part, weights, NUM_IDS, group), num_blocks=16, tokens_per_block=4))
@@ -170,7 +173,11 @@ def test_passes_equal_those_of_one_device(variant: str, is_blocking: bool, backe
         StepBatch.concatenate([ids[27:28]], [21], [blocks], [1], 4),
     ]
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
-    alone = ModelRunner(Network(Part(model.config), weights, NUM_IDS, DeviceGroup()), num_blocks=16, tokens_per_block=4)
+    alone = ModelRunner(
+        Network(Part(model.config), weights, NUM_IDS, DeviceGroup(choose_kernels(CPU, torch.float32))),
+        num_blocks=16,
+        tokens_per_block=4,
+    )
     for num_ranks in (2,) if variant == "kraken_2way" else (2, 4):
         runners = make_runners(model, num_ranks, is_blocking, backend)
         passes_of = [lambda runner=runner: [runner.forward(step).logits_RV for step in steps] for runner in runners]  # type: ignore[misc]
@@ -178,7 +185,7 @@ def test_passes_equal_those_of_one_device(variant: str, is_blocking: bool, backe
         assert all(passes is not None for passes in found)
         assert all(runner.network.group._channel._buffer_index == 0 for runner in runners)  # type: ignore[union-attr]
         for logits_RV, step in zip(found[0], steps, strict=True):
-            assert logits_RV.shape == (sum(chunk.num_logits for chunk in step), NUM_IDS)
+            assert logits_RV.shape == (sum(step.num_logits), NUM_IDS)
             torch.testing.assert_close(logits_RV, alone.forward(step).logits_RV, rtol=0, atol=2e-3)
 
 
@@ -188,7 +195,7 @@ def test_columns_are_gathered_also_where_a_buffer_is_small() -> None:
     for num_rows in (1, 3, 5):  # 3 rows fit into a buffer, 5 do not
 
         def gather(rank: int, num_rows: int = num_rows) -> Tensor:
-            gathered = P2pStore(channels[rank]).gather_columns(x_RRC[rank, :num_rows])
+            gathered = P2pStore(TorchKernels(), channels[rank]).gather_columns(x_RRC[rank, :num_rows])
             channels[rank].end_pass()
             return gathered
 
@@ -200,7 +207,7 @@ def test_columns_are_gathered_also_where_a_buffer_is_small() -> None:
 def test_whoever_waits_is_released() -> None:
     """For a rank that is gone."""
     channels = make_channels(2, buffer_bytes=4096)
-    waits = threading.Thread(target=lambda: P2pStore(channels[0]).all_reduce(torch.ones(1, 8)))
+    waits = threading.Thread(target=lambda: P2pStore(TorchKernels(), channels[0]).all_reduce(torch.ones(1, 8)))
     waits.start()
     channels[1].release()
     waits.join(10)
@@ -346,7 +353,7 @@ class TestChoice:
         shapes = choose_backend.MessageShapes(
             num_ways=1, width=8, max_tokens=4, num_columns=8, dtype=torch.float32, is_kraken=True
         )
-        group, device = DeviceGroup(0, 2), torch.device("cuda", 0)
+        group, device = DeviceGroup(TorchKernels(), 0, 2), torch.device("cuda", 0)
         caplog.set_level("INFO")
         if setting == "p2p":
             with pytest.raises(
@@ -379,7 +386,7 @@ def test_the_next_norm_may_come_with_a_sum() -> None:
     torch.manual_seed(0)
     x_1TD, part_1TD = torch.randn(2, 1, 3, 8)
     norm = Norm(torch.randn(1, 8), None)
-    total_1TD, normed_1TD = LocalAllReduce().all_reduce_add_norm(x_1TD, part_1TD, norm)
+    total_1TD, normed_1TD = LocalAllReduce(TorchKernels()).all_reduce_add_norm(x_1TD, part_1TD, norm)
     assert torch.equal(total_1TD, x_1TD + part_1TD)
     assert normed_1TD is not None
     torch.testing.assert_close(normed_1TD, F.layer_norm(total_1TD, (8,), norm.weight_WD[0]))

@@ -15,7 +15,6 @@ from kraken.engine.batch import ForwardOutput, SamplingInput, StepBatch
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.kernels.torch.kernels import TorchKernels
-from kraken.engine.model import network as network_module
 from kraken.engine.model.network import Network
 from kraken.engine.model_runner import ModelRunner
 
@@ -40,13 +39,12 @@ class Eager:
 
 
 @pytest.mark.parametrize("variant", DIVISIBLE)
-def test_a_prompt_and_a_token_equal_plain_passes(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_and_a_token_equal_plain_passes(variant: str) -> None:
     from kraken.engine.cuda_graphs import CudaGraphRunner
 
-    monkeypatch.setattr(network_module, "choose_kernels", lambda device, dtype: TorchKernels())
     model = make_model(variant).to(DEVICE)
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
-    network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup())
+    network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup(TorchKernels()))
     plain, graphed = (ModelRunner(network, num_blocks=16, tokens_per_block=TOKENS_PER_BLOCK) for _ in range(2))
     graphs: Any = object.__new__(CudaGraphRunner)  # no device to capture on
     graphs._network, graphs._cache, graphs._num_multiprocessors = network, graphed.cache, 132

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kraken.engine.model.norm import Norm
+from kraken.engine.kernels.norm import Norm
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

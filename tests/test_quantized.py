@@ -18,10 +18,10 @@ from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, weights_of
 from kraken.engine.engine import TorchEngine
 from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.norm import Norm
 from kraken.engine.kernels.quantized_tensor import FLOAT8, LARGEST, QuantizedTensor
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.model.network import Network
-from kraken.engine.model.norm import Norm
 from kraken.engine.model.quantized import Fp8Linear, require_quantizable
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import TokenOutput
@@ -145,7 +145,13 @@ def test_products_are_of_what_rows_and_weights_stand_for(num_ways: int, num_toke
 def logprobs(model: Kraken, quantization: Quantization, num_pieces: int) -> Tensor:
     """Of every id after each of some tokens, computed in so many pieces."""
     weights = {name: weight.clone() for name, weight in weights_of(model, Part(model.config)).items()}
-    network = Network(Part(model.config), weights, NUM_IDS, DeviceGroup(), quantization)
+    network = Network(
+        Part(model.config),
+        weights,
+        NUM_IDS,
+        DeviceGroup(choose_kernels(torch.device(DEVICE), model.wte.weight.dtype)),
+        quantization,
+    )
     runner = ModelRunner(network, num_blocks=16, tokens_per_block=4)
     ids = torch.randint(NUM_IDS, (24,), generator=torch.Generator().manual_seed(0)).tolist()
     size = len(ids) // num_pieces

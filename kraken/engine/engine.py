@@ -24,6 +24,7 @@ from kraken.engine.distributed.distributed_runner import load_distributed
 from kraken.engine.distributed.partition import Part
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.distributed.setup import WeightSource, threads_per_rank
+from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
 from kraken.engine.model.quantized import require_quantizable
@@ -138,7 +139,8 @@ class TorchEngine:
         if config.num_devices == 1:
             part = Part(source.config)
             weights = source.weights(part, dtype, device)
-            network = Network(part, weights, info.num_ids, DeviceGroup(), config.quantization)
+            group = DeviceGroup(choose_kernels(device, dtype))
+            network = Network(part, weights, info.num_ids, group, config.quantization)
             num_blocks = _num_blocks(network, config)
             runner = ModelRunner(network, num_blocks, config.tokens_per_block)
             if graph_sizes is not None:

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kraken.engine.model import residual
-from kraken.engine.model.norm import Norm, Normed
+from kraken.engine.kernels.norm import Norm, Normed
+from kraken.engine.kernels.torch.kernels import TorchKernels
 
 
 class Handle(Protocol):
@@ -35,11 +35,12 @@ class AllReduce:
     """A backend. Every rank makes the same calls in the same order.
 
     Args:
+        kernels: of the model.
         is_blocking: wait for each all-reduce where it is started, instead of where it is consumed.
     """
 
-    def __init__(self, is_blocking: bool = False):
-        self.is_blocking = is_blocking
+    def __init__(self, kernels: TorchKernels, is_blocking: bool = False):
+        self.kernels, self.is_blocking = kernels, is_blocking
 
     def start(self, x_WTD: Tensor) -> Handle:
         """Begin to sum x over the ways of all ranks. x must not be modified until the handle has been consumed."""
@@ -57,12 +58,12 @@ class AllReduce:
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None
     ) -> tuple[Tensor, Normed | None, Handle]:
         """x + addend, its norm, and the all-reduce of x + addend in flight."""
-        out_WTD, normed = residual.add_norm(x_WTD, addend_WTD, norm)
+        out_WTD, normed = self.kernels.add_norm(x_WTD, addend_WTD, norm)
         return out_WTD, normed, self.start(out_WTD)
 
     def all_reduce_add_norm(self, x_1TD: Tensor, part_1TD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         """x + the all-reduced part, and the norm of that: bit-equal on all ranks if x is. May overwrite the part."""
-        return residual.add_norm(x_1TD, self.all_reduce(part_1TD[0])[None], norm)
+        return self.kernels.add_norm(x_1TD, self.all_reduce(part_1TD[0])[None], norm)
 
     def _started(self, handle: Handle) -> Handle:
         if self.is_blocking:
@@ -73,18 +74,21 @@ class AllReduce:
 class LocalHandle:
     """The handle of one rank alone, which holds all ways."""
 
+    def __init__(self, kernels: TorchKernels):
+        self._kernels = kernels
+
     def wait(self) -> None:
         pass
 
     def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
-        return residual.add_reduced_norm(x_WTD, addend_WTD, norm)
+        return self._kernels.add_reduced_norm(x_WTD, addend_WTD, norm)
 
 
 class LocalAllReduce(AllReduce):
     """The backend of one rank alone."""
 
     def start(self, x_WTD: Tensor) -> Handle:
-        return LocalHandle()
+        return LocalHandle(self.kernels)
 
     def all_reduce(self, x_RC: Tensor) -> Tensor:
         return x_RC

@@ -149,7 +149,7 @@ class _Ranks:
     """Exchanges values between all ranks over the store."""
 
     def __init__(self, group: DeviceGroup, store: Store):
-        self.rank, self.size, self.store = group.rank, group.size, store
+        self.kernels, self.rank, self.size, self.store = group.kernels, group.rank, group.size, store
 
     def all_gather(self, name: str, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks. Waits for all of them."""
@@ -212,7 +212,7 @@ def _require_all_reduce(
     channel: PeerChannel, ranks: _Ranks, device: torch.device, shapes: MessageShapes, timeout_s: float
 ) -> None:
     """Raises: RuntimeError: signals do not arrive, or parts arrive wrong."""
-    all_reduce = P2pStore(channel)
+    all_reduce = P2pStore(ranks.kernels, channel)
     for message in range(4):  # every buffer twice
         own = torch.full((1, shapes.width), float(ranks.rank + message), dtype=shapes.dtype, device=device)
         total = all_reduce.all_reduce(own)

@@ -15,6 +15,7 @@ from kraken.engine.distributed.all_reduce import AllReduce, LocalAllReduce
 from kraken.engine.distributed.peer_all_reduce import Backend, CopyEngine, P2pStore, PeerChannel
 from kraken.engine.distributed.process_group import ProcessGroupAllReduce
 from kraken.engine.distributed.socket_exchange import connect_all
+from kraken.engine.kernels.torch.kernels import TorchKernels
 
 MAX_NCCL_CTAS = 4
 """Multiprocessors that NCCL may take while attention computes on the others."""
@@ -24,20 +25,22 @@ class DeviceGroup:
     """The ranks of an engine; the default is one rank alone.
 
     Args:
+        kernels: that this rank computes with.
         process_group: the backend that every group of several ranks has; None for one rank, and in tests.
         is_blocking: wait for Kraken's all-reduces where they start, instead of overlapping them with attention.
     """
 
     def __init__(
         self,
+        kernels: TorchKernels,
         rank: int = 0,
         size: int = 1,
         process_group: ProcessGroupAllReduce | None = None,
         is_blocking: bool = False,
     ):
-        self.rank, self.size, self.is_blocking = rank, size, is_blocking
+        self.kernels, self.rank, self.size, self.is_blocking = kernels, rank, size, is_blocking
         self.process_group = process_group
-        self._backends: dict[Backend, AllReduce] = {"nccl": process_group or LocalAllReduce()}
+        self._backends: dict[Backend, AllReduce] = {"nccl": process_group or LocalAllReduce(kernels)}
         self._backend_for: Callable[[int], Backend] = lambda num_tokens: "nccl"
         self._channel: PeerChannel | None = None
 
@@ -49,8 +52,8 @@ class DeviceGroup:
         """
         self._channel, self._backend_for = channel, backend_for
         self._backends |= {
-            "p2p_store": P2pStore(channel, self.is_blocking),
-            "copy_engine": CopyEngine(channel, self.is_blocking),
+            "p2p_store": P2pStore(self.kernels, channel, self.is_blocking),
+            "copy_engine": CopyEngine(self.kernels, channel, self.is_blocking),
         }
 
     def all_reduce_for(self, num_tokens: int) -> AllReduce:
@@ -76,6 +79,7 @@ class DeviceGroup:
 
 
 def join_group(
+    kernels: TorchKernels,
     store: Store,
     rank: int,
     size: int,
@@ -90,6 +94,7 @@ def join_group(
     """Connect with the other ranks; all of them call this at the same time.
 
     Args:
+        kernels: that this rank computes with.
         store: shared by the ranks of this engine alone.
         address: of this host, as the other ranks reach it.
         timeout_s: how long to wait for a rank, now and in every all-reduce.
@@ -105,12 +110,14 @@ def join_group(
         options._timeout = 10 * timeout
         if leaves_room:
             options.config.max_ctas = MAX_NCCL_CTAS
-        nccl = ProcessGroupAllReduce(dist.ProcessGroupNCCL(store, rank, size, options), rank, size, is_blocking)
-        return group_type(rank, size, nccl, is_blocking)
+        nccl = dist.ProcessGroupNCCL(store, rank, size, options)
+        backend = ProcessGroupAllReduce(kernels, nccl, rank, size, is_blocking)
+        return group_type(kernels, rank, size, backend, is_blocking)
     gloo: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     gloo._timeout = timeout
     gloo._threads = 1
     process_group = dist.ProcessGroupGloo(store, rank, size, gloo)
     exchange = connect_all(store, rank, size, address, message_bytes, timeout_s)
-    return group_type(rank, size, ProcessGroupAllReduce(process_group, rank, size, is_blocking, exchange), is_blocking)
+    backend = ProcessGroupAllReduce(kernels, process_group, rank, size, is_blocking, exchange)
+    return group_type(kernels, rank, size, backend, is_blocking)

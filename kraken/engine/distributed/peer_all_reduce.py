@@ -45,7 +45,8 @@ from torch import Tensor
 
 from kraken.engine.distributed.all_reduce import AllReduce, Handle
 from kraken.engine.distributed.peer_memory import PeerMemory
-from kraken.engine.model.norm import Norm, Normed
+from kraken.engine.kernels.norm import Norm, Normed
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ class PeerHandle:
 class P2pStore(AllReduce):
     """The backend `p2p_store`: kernels store parts into the memory of peers."""
 
-    def __init__(self, channel: PeerChannel, is_blocking: bool = False):
-        super().__init__(is_blocking)
+    def __init__(self, kernels: TorchKernels, channel: PeerChannel, is_blocking: bool = False):
+        super().__init__(kernels, is_blocking)
         self._channel = channel
 
     def start(self, x_WTD: Tensor) -> Handle:

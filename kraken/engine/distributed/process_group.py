@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kraken.engine.distributed.all_reduce import AllReduce, Handle
 from kraken.engine.distributed.socket_exchange import Exchange
-from kraken.engine.model import residual
-from kraken.engine.model.norm import Norm, Normed
+from kraken.engine.kernels.norm import Norm, Normed
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.residual_norm import sum_across_ways
 
 MAX_EXCHANGED_BYTES = 64 * 1024
@@ -29,6 +29,7 @@ REDUCE_TAG, GATHER_TAG, WEIGHT_TAG = range(3)
 class ProcessGroupHandle:
     """An exchange or an all-reduce in flight."""
 
+    kernels: TorchKernels
     own: Tensor
     """This rank's part, kept until it has been sent."""
     works: list[Any] = field(default_factory=list)
@@ -45,11 +46,11 @@ class ProcessGroupHandle:
     def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm) -> tuple[Tensor, Normed]:
         self.wait()
         if self.total is not None:
-            return residual.add_reduced_norm(x_WTD, addend_WTD, norm, self.total, is_total=True)
+            return self.kernels.add_reduced_norm(x_WTD, addend_WTD, norm, self.total, is_total=True)
         first, *rest = self.received
         for part in rest:
             first.add_(part)
-        return residual.add_reduced_norm(x_WTD, addend_WTD, norm, first)
+        return self.kernels.add_reduced_norm(x_WTD, addend_WTD, norm, first)
 
 
 class ProcessGroupAllReduce(AllReduce):
@@ -61,9 +62,15 @@ class ProcessGroupAllReduce(AllReduce):
     """
 
     def __init__(
-        self, process_group: Any, rank: int, size: int, is_blocking: bool = False, exchange: Exchange | None = None
+        self,
+        kernels: TorchKernels,
+        process_group: Any,
+        rank: int,
+        size: int,
+        is_blocking: bool = False,
+        exchange: Exchange | None = None,
     ):
-        super().__init__(is_blocking)
+        super().__init__(kernels, is_blocking)
         self._group, self._exchange = process_group, exchange
         self._rank, self._size = rank, size
         self._is_nccl = process_group.name() == "nccl"
@@ -74,7 +81,7 @@ class ProcessGroupAllReduce(AllReduce):
             return self._started(self._start_exchange(own))
         total = own.clone()
         work = self._all_reduce(total, is_async=not self.is_blocking)
-        return self._started(ProcessGroupHandle(own, [work], total=total))
+        return self._started(ProcessGroupHandle(self.kernels, own, [work], total=total))
 
     def all_reduce(self, x_RC: Tensor) -> Tensor:
         x_RC = x_RC.contiguous()
@@ -131,11 +138,11 @@ class ProcessGroupAllReduce(AllReduce):
         others = [rank for rank in range(self._size) if rank != self._rank]
         received = [torch.empty_like(own) for _ in others]
         if self._exchange is not None and own.nbytes <= self._exchange.capacity:
-            return ProcessGroupHandle(own, [self._exchange.start(own, received)], received)
+            return ProcessGroupHandle(self.kernels, own, [self._exchange.start(own, received)], received)
         # gloo sends nothing before the receiver has said that it is ready, so every rank receives first
         works = [self._group.recv([part], rank, REDUCE_TAG) for rank, part in zip(others, received, strict=True)]
         works += [self._group.send([own], rank, REDUCE_TAG) for rank in others]
-        return ProcessGroupHandle(own, works, received)
+        return ProcessGroupHandle(self.kernels, own, works, received)
 
     def _all_reduce(self, x: Tensor, is_async: bool) -> Any:
         """Sum x in place; with NCCL on a stream of its own if `is_async`."""

@@ -16,6 +16,7 @@ from kraken.config import AllReduceSetting, ConfigError, EngineConfig, ModelConf
 from kraken.engine.distributed.choose_backend import MessageShapes, choose_backend
 from kraken.engine.distributed.device_group import DeviceGroup, join_group
 from kraken.engine.distributed.partition import Part, Weights, random_weights, read_weights, weights_of
+from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.model.network import Network
 from kraken.model import Kraken
 
@@ -76,6 +77,7 @@ class RankSetup:
     ) -> DeviceGroup:
         """Connect this rank with the others; all ranks call it at the same time. See `join_group`."""
         return join_group(
+            choose_kernels(device, self.torch_dtype),
             store,
             rank,
             self.size,

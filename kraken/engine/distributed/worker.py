@@ -33,7 +33,8 @@ def run_worker(token: JoinToken, group_type: type[DeviceGroup] = DeviceGroup) ->
         Exception: this rank failed, and has sent rank 0 the reason.
     """
     connection = connect(token)
-    group, runner = DeviceGroup(), None
+    group: DeviceGroup | None = None
+    runner: ModelRunner | None = None
     try:
         setup = RankSetup.from_json(connection.receive_json())
         network, store = _load(connection, token.rank, setup, group_type)
@@ -51,7 +52,8 @@ def run_worker(token: JoinToken, group_type: type[DeviceGroup] = DeviceGroup) ->
     except ConnectionLost:
         if runner is not None:
             runner.drop_graphs()  # otherwise NCCL would wait for them
-        group.abort()  # otherwise this device would wait for that of rank 0
+        if group is not None:
+            group.abort()  # otherwise this device would wait for that of rank 0
         raise
     except Exception as error:
         with contextlib.suppress(OSError):

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 
 import torch
-from torch import Tensor
 
 from kraken.engine.kernels.cpu.library import load_library
 from kraken.engine.kernels.torch.kernels import TorchKernels
@@ -26,11 +25,6 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> TorchKernels:
 
         return CpuKernels(library)
     return TorchKernels()
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether there are kernels for the device and the type of x: on CUDA, where Triton is installed."""
-    return x.is_cuda and x.dtype in CUDA_TYPES and _has_triton()
 
 
 @functools.cache

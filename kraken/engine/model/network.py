@@ -17,12 +17,9 @@ from kraken.config import Quantization
 from kraken.engine.distributed.all_reduce import Handle
 from kraken.engine.distributed.device_group import DeviceGroup
 from kraken.engine.distributed.partition import Part, Weights
-from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.norm import Norm, Normed, select
 from kraken.engine.kernels.torch.attention import PagedAttend
-from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.kernels.torch.linear import Activation, Linear
-from kraken.engine.model import residual
-from kraken.engine.model.norm import Norm, Normed, select
 from kraken.engine.model.quantized import Fp8Linear
 from kraken.model import rotate, rotation_of
 
@@ -49,10 +46,8 @@ class Network:
         self._wte_VD = weights.pop("wte.weight")
         self._wpe_TD = weights.pop("wpe.weight", None)
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
-        self.kernels = choose_kernels(self.device, self.dtype)
-        self._layers = [
-            _Layer(part, weights, index, group, self.kernels, quantization) for index in range(self.config.num_layers)
-        ]
+        self.kernels = group.kernels
+        self._layers = [_Layer(part, weights, index, group, quantization) for index in range(self.config.num_layers)]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
         self._conjunction = self._conjunction_bias_D = None
@@ -151,13 +146,12 @@ class _Layer:
         weights: Weights,
         index: int,
         group: DeviceGroup,
-        kernels: TorchKernels,
         quantization: Quantization,
     ):
         config = part.config
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
-        self._group = group
+        self._group, self._kernels = group, group.kernels
         self._is_tensor_parallel = part.is_tensor_parallel
 
         def take(name: str) -> tuple[Tensor, Tensor | None]:
@@ -170,8 +164,8 @@ class _Layer:
             if part.is_tensor_parallel and part.rank > 0 and name.endswith("c_proj"):
                 bias = None  # rank 0 adds it
             if is_quantized:
-                return Fp8Linear(weight, bias, kernels, gelu_before)
-            return kernels.linear(weight, bias, activation)
+                return Fp8Linear(weight, bias, self._kernels, gelu_before)
+            return self._kernels.linear(weight, bias, activation)
 
         self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None
@@ -215,13 +209,13 @@ class _Layer:
             assert normed is not None
             return _LayerInput(*all_reduce.all_reduce_add_norm(a_WTD, self._mlp(normed), self.next_norm))
         if handle is None:
-            a_WTD, normed = residual.add_norm(x_WTD, attended_WTD, self.ln_2)
+            a_WTD, normed = self._kernels.add_norm(x_WTD, attended_WTD, self.ln_2)
         else:  # the all-reduce was in flight during attention
             a_WTD, normed = handle.add_norm(x_WTD, attended_WTD, self.ln_2)
         assert normed is not None
         if starts_all_reduce:
             return _LayerInput(*all_reduce.add_norm_start(a_WTD, self._mlp(normed), self.next_norm))
-        return _LayerInput(*residual.add_norm(a_WTD, self._mlp(normed), self.next_norm))
+        return _LayerInput(*self._kernels.add_norm(a_WTD, self._mlp(normed), self.next_norm))
 
     def _attention(
         self, normed: Normed, heads: Callable[[Tensor, Tensor, Tensor], Tensor], rows_R: Tensor | None

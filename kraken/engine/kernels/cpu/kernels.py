@@ -11,9 +11,11 @@ from torch import Tensor
 
 from kraken.engine.batch import Integers, SamplingInput, StepBatch
 from kraken.engine.kernels.cpu.library import CpuLibrary, zeros_in_huge_pages
+from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.kernels.torch.linear import Activation, Linear
+from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_FEW_QUERIES = 2
 """Up to so many tokens of a sequence are attended one by one; for more it pays to rearrange the keys first."""
@@ -31,6 +33,18 @@ class CpuKernels(TorchKernels):
         if not self.library.can_compute(weight_WOI.shape[2]):
             return super().linear(weight_WOI, bias_WO, activation, is_wide)
         return CpuLinear(weight_WOI, bias_WO, activation, self.library, is_wide)
+
+    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+        gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
+        return self.library.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
+
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
+    ) -> tuple[Tensor, Normed]:
+        weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
+        a_WTD, normed_WTD = self.library.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
+        assert normed_WTD is not None
+        return a_WTD, normed_WTD
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return zeros_in_huge_pages(shape, dtype)

@@ -1,8 +1,8 @@
 """The C kernels of a CPU, compiled for this machine: linears, residual add + norm, attention over paged keys and
 values, sampling.
  torch has neither a product of a few tokens at the speed of memory nor attention over paged keys and values, and takes
-dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded. `CpuLibrary`
-and `kraken.engine.model.residual` call the result.
+dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded. `CpuKernels`
+calls the result.
 
 In bfloat16 weights are half the bytes, which decoding waits for. Sums are float32, also on processors without
 instructions for bfloat16.
@@ -129,7 +129,7 @@ class CpuLibrary:
         sees: bool = False,
         is_total: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Residual add and norm; see `kraken.engine.model.residual`. Without a gain there is no norm."""
+        """Residual add and norm; see `TorchKernels`. Without a gain there is no norm."""
         given = (x_WTD, addend_WTD, part_1TD, gain_WD, bias_WD)
         held = [None if tensor is None else tensor.contiguous() for tensor in given]
         a_WTD = x_WTD.new_empty(x_WTD.shape)
@@ -307,10 +307,3 @@ def zeros_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a Linux kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype, count=num_values).view(shape)
-
-
-def cpu_kernels(device: torch.device, dtype: torch.dtype) -> CpuLibrary | None:
-    """The library for tensors of a device and a type; None if there is none."""
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return None
-    return load_library(dtype)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from kraken.engine.batch import SamplingInput
+from kraken.engine.kernels.cuda import residual_norm
 from kraken.engine.kernels.cuda.prompt_attention import attend_prompt
 from kraken.engine.kernels.cuda.quantization import quantize
 from kraken.engine.kernels.cuda.sampling import sample_ids
+from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.quantized_tensor import QuantizedTensor
 from kraken.engine.kernels.torch.kernels import TorchKernels, replace_rows
 
@@ -19,6 +21,15 @@ class CudaKernels(TorchKernels):
 
     def causal_attention(self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
         return attend_prompt(q_TNH, k_TNH, v_TNH)
+
+    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+        return residual_norm.add_norm(x_WTD, addend_WTD, norm)
+
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
+    ) -> tuple[Tensor, Normed]:
+        parts = () if part_1TD is None else (part_1TD,)
+        return residual_norm.add_reduced_norm(x_WTD, addend_WTD, norm, parts, is_total)
 
     def quantize(self, x_WTI: Tensor, with_gelu: bool = False) -> QuantizedTensor:
         return quantize(x_WTI, with_gelu)

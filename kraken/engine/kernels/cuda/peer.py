@@ -14,7 +14,7 @@ from torch import Tensor
 from kraken.engine.kernels.cuda import residual_norm
 from kraken.engine.kernels.cuda.residual_norm import empty_normed, norm_arguments, num_warps, store_norm
 from kraken.engine.kernels.cuda.signals import Handshake, Signals, signal, signal_when_done, wait_signal
-from kraken.engine.model.norm import Norm, Normed
+from kraken.engine.kernels.norm import Norm, Normed
 
 MAX_COLUMNS = 4096
 """Most columns that one program publishes."""

@@ -1,7 +1,7 @@
 """The Triton kernels between the linears of a layer: residual addition, LayerNorm, and what they do for an all-reduce.
 
-`kraken/engine/model/residual.py` has the equations of `add_norm` and `add_reduced_norm`, and calls them on CUDA. A
-program computes one token, in float32.
+`kraken/engine/kernels/torch/kernels.py` has the equations of `add_norm` and `add_reduced_norm`. A program computes one
+token, in float32.
 
 With several devices whose memory is shared, `add_norm` also stores the ways' sum into the other ranks' buffers, and
 `add_reduced_norm` reads what the others stored; `signals.py` has the flags that they exchange. A program of
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kraken.engine.kernels.cuda.quantization import store_quantized
 from kraken.engine.kernels.cuda.signals import Handshake, signal_when_done, wait_signal
+from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, empty_quantized
-from kraken.engine.model.norm import Norm, Normed
 from kraken.residual_norm import LAYER_NORM_EPSILON
 
 MAX_WAITING_PROGRAMS = 512

@@ -1,5 +1,11 @@
 """The operations that a model is built from, in torch's operators: they run on every device and in every type.
 
+    add_norm            x' = a + FFN(...),     n = LN1(x')             from one layer to the next
+    add_reduced_norm    a = x + Attn(...),     n = LN2(a + S - x)      in a layer that reads the other ways
+
+S is the sum over all ways of x, those of other ranks included. A layer that does not read the other ways uses
+`add_norm` for both.
+
 `choose_kernels` gives an engine one set of kernels when a model is loaded. `CpuKernels` and `CudaKernels` override what
 they compute faster; the results are the same up to rounding.
 """
@@ -11,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.batch import SamplingInput, StepBatch
+from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.quantized_tensor import QuantizedTensor, quantize_rows
 from kraken.engine.kernels.torch.attention import PagedAttend, paged_attention
 from kraken.engine.kernels.torch.linear import Activation, Linear, OneDnnLinear, TorchLinear, is_onednn_linear
 from kraken.engine.kernels.torch.sampling import NOT_FINITE, most_likely, sample_rows
+from kraken.residual_norm import sum_across_ways
 
 
 class TorchKernels:
@@ -30,6 +38,30 @@ class TorchKernels:
         """
         kind = OneDnnLinear if is_onednn_linear(weight_WOI) else TorchLinear
         return kind(weight_WOI, bias_WO, activation)
+
+    def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
+        """x + addend, and the norm of that if there is a norm."""
+        out_WTD = x_WTD + addend_WTD
+        return out_WTD, None if norm is None else norm(out_WTD)
+
+    def add_reduced_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
+    ) -> tuple[Tensor, Normed]:
+        """a = x + addend, and for each way of this rank the norm of a, the rank's other ways' x, and the part.
+
+        Args:
+            part_1TD: the sum over other ranks' ways; None if this rank has all ways.
+            is_total: the part includes the ways of this rank.
+        """
+        a_WTD = summed_WTD = x_WTD + addend_WTD
+        if is_total:
+            assert part_1TD is not None
+            return a_WTD, norm((a_WTD + (part_1TD - x_WTD)).to(a_WTD.dtype))
+        if len(x_WTD) > 1:
+            summed_WTD = summed_WTD + (sum_across_ways(x_WTD) - x_WTD)
+        if part_1TD is not None:
+            summed_WTD = summed_WTD + part_1TD
+        return a_WTD, norm(summed_WTD.to(a_WTD.dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for the KV cache."""
