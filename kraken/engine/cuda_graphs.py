@@ -1,5 +1,6 @@
 """Forward passes as CUDA graphs: one launch instead of one for each of the hundreds of small kernels of a token.
- `ModelRunner.record` captures a graph for each of a few batch sizes of decoding sequences and for each of a few lengths
+
+`ModelRunner.record` captures a graph for each of a few batch sizes of decoding sequences and for each of a few lengths
 of a whole prompt; a step is padded to the next larger one. Other steps (chunks of prompts, prompts beside decoding
 sequences, prompts whose every position is scored) run without a graph.
 

@@ -1,5 +1,6 @@
 """An engine without a model, which completes a prompt with the prompt itself: for tests of serving and evaluation.
- Its log-probabilities come from a distribution in closed form: after token p, the id p + r (modulo the number of ids)
+
+Its log-probabilities come from a distribution in closed form: after token p, the id p + r (modulo the number of ids)
 has probability 2 ** -(r + 1). The completion is not sampled from it.
 """
 

@@ -1,5 +1,6 @@
 """Linears in float8: half the bytes of weights and inputs, and twice the matrix rate of 16 bits.
- Weights are scaled by output and inputs by token, so that the largest magnitude of each row becomes the largest float8
+
+Weights are scaled by output and inputs by token, so that the largest magnitude of each row becomes the largest float8
 e4m3. A product sums in float32 and applies the scales in its own kernel. On CUDA the kernel that computes an input also
 quantises it: LayerNorm in `kraken/engine/kernels/cuda/residual_norm.py`, GELU in
 `kraken/engine/kernels/cuda/quantization.py`. On a CPU the same numbers come from torch's operators; that saves memory

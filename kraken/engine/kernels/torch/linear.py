@@ -1,5 +1,6 @@
 """Linears computed by torch's operators: the fallback on a CPU, and the only ones on CUDA.
- `TorchKernels.linear` chooses between them. Shape letters as in `kraken/model.py`; I and O are the inputs and outputs
+
+`TorchKernels.linear` chooses between them. Shape letters as in `kraken/model.py`; I and O are the inputs and outputs
 of a linear.
 """
 
