@@ -28,7 +28,7 @@ from kraken.engine.protocol import (
 
 
 class EchoEngine:
-    """Completes a prompt with its own ids in a cycle, whatever the temperature.
+    """Completes a prompt with its own ids in a cycle, at any temperature.
 
     Args:
         info: of the model that it stands for.

@@ -17,7 +17,7 @@ SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """Quantised inputs of W linears.
+    """Quantized inputs of W linears.
 
     Args:
         values_WTI: float8.

@@ -34,7 +34,7 @@ class TorchKernels:
         """W linears side by side. Weights are copied if the kernel needs another order.
 
         Args:
-            is_wide: the outputs may be float32 whatever the weights are, if the kernel sums in float32.
+            is_wide: the outputs may be float32 for weights of any type, if the kernel sums in float32.
         """
         kind = OneDnnLinear if is_onednn_linear(weight_WOI) else TorchLinear
         return kind(weight_WOI, bias_WO, activation)

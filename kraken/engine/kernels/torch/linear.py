@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Any], Tensor]
-"""W linears side by side: [W, T, I] -> [W, T, O]. Quantised linears also take a `QuantizedTensor`."""
+"""W linears side by side: [W, T, I] -> [W, T, O]. Quantized linears also take a `QuantizedTensor`."""
 Activation = Literal["none", "gelu"]
 """What is applied to the outputs; `gelu` is the tanh form."""
 
