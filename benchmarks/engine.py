@@ -32,7 +32,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,10 +40,10 @@ import torch.nn.functional as F
 
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.chunk import Chance, Chunk, Readout
-from kraken.engine.cpu_kernels import cpu_kernels
+from kraken.engine.batch import ForwardOutput, StepBatch
+from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
 from kraken.presets import PRESETS
@@ -68,7 +68,7 @@ class Ours:
             tokenizer_fingerprint="none",
         )
         self.forward_s = 0.0
-        self._kernels = cpu_kernels(model.wte.weight.device, model.wte.weight.dtype)
+        self._kernels = choose_kernels(model.wte.weight.device, model.wte.weight.dtype)
         self._vocab_size = shape.vocab_size
         self._engine = TorchEngine.from_model(model, info, config)
         self._forward = self._engine._runner.forward
@@ -86,8 +86,7 @@ class Ours:
         async def all_of_them() -> None:
             await asyncio.gather(*(collect(self._engine, request) for request in requests))
 
-        if self._kernels is not None:  # of what was measured before, as a process that serves has none
-            self._kernels.release_threads()
+        self._kernels.release_threads()  # of what was measured before, as a process that serves has none
         self.forward_s = 0.0
         started_at = time.perf_counter()
         self._loop.run(all_of_them())
@@ -108,12 +107,12 @@ class Ours:
         prompt = torch.randint(self._vocab_size, (prompt_tokens,)).tolist()
         return Request(id=str(self._num_requests), prompt_ids=tuple(prompt), sampling=sampling)
 
-    def _timed_forward(self, chunks: Sequence[Chunk], chances: Sequence[Chance] = ()) -> Readout:
+    def _timed_forward(self, batch: StepBatch) -> ForwardOutput:
         started_at = time.perf_counter()
-        readout = self._forward(chunks, chances)
-        wait(readout.logits_RV.device)
+        output = self._forward(batch)
+        wait(output.logits_RV.device)
         self.forward_s += time.perf_counter() - started_at
-        return readout
+        return output
 
 
 class Transformers:

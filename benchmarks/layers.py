@@ -1,4 +1,4 @@
-"""What a sum costs a layer: Kraken's first layers on several devices, with every way to add up, against none at all.
+"""What an all-reduce costs a layer: Kraken's first layers on several devices, with every backend, against none.
 
     python -m benchmarks.layers --sizes 1.3B 6.7B --device cuda --dtype bfloat16          # GPUs of one host
     python -m benchmarks.layers --sizes 25M --prompts 128 --rounds 5                      # two CPU processes over gloo
@@ -9,13 +9,13 @@ graph, replayed twice in a row; all ways take turns, and the ranks begin each tu
 whole requests, this has nothing but layers, and takes a minute.
 
 The last line is JSON: rows of size, prompt, microseconds of one layer for each way (medians, of the slowest rank, since
-without sums no rank waits for it), and `exposed`, for each overlapped way its time above none over that of waiting for
-the library's sums above none. The ways:
+without all-reduces no rank waits for it), and `exposed`, for each overlapped way its time above none over that of
+`blocking_nccl` above none. The ways:
 
-    none               no sums, so that the result is WRONG
-    blocking_library   gloo's or NCCL's sums, waited for; on CUDA NCCL leaves no room for others here
-    library            the same in flight while attention computes, NCCL on few multiprocessors
-    direct, copied     sums over peer memory, see `docs/latency.md`
+    none                        no all-reduces, so that the result is WRONG
+    blocking_nccl               NCCL or gloo, waited for; on CUDA NCCL may take every multiprocessor here
+    nccl                        the same in flight while attention computes, NCCL on few multiprocessors
+    p2p_store, copy_engine      over the memory of peers, see `docs/latency.md`
 """
 
 import argparse
@@ -33,20 +33,23 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from benchmarks.ttft import SIZES, shapes
-from kraken.engine.devices.choose_sums import Messages, graph_of, open_peers
-from kraken.engine.devices.collectives import DeviceGroup, Method, join_group
-from kraken.engine.devices.partition import Part, random_weights
-from kraken.engine.network import Network
+from benchmarks.without_all_reduce import GroupWithoutAllReduce
+from kraken.engine.distributed.choose_backend import MessageShapes, capture_graph, open_channel
+from kraken.engine.distributed.device_group import DeviceGroup, join_group
+from kraken.engine.distributed.partition import Part, random_weights
+from kraken.engine.distributed.peer_all_reduce import Backend
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.model.network import Network
 
-PEER_WAYS = ("direct", "copied")
-WAYS: dict[str, tuple[Any, Method]] = {
-    "none": ("none", "library"),
-    "blocking_library": ("blocking", "library"),
-    "library": ("overlapped", "library"),
-    "direct": ("overlapped", "direct"),
-    "copied": ("overlapped", "copied"),
+PEER_WAYS = ("p2p_store", "copy_engine")
+WAYS: dict[str, tuple[str, Backend]] = {
+    "none": ("none", "nccl"),
+    "blocking_nccl": ("blocking", "nccl"),
+    "nccl": ("overlapped", "nccl"),
+    "p2p_store": ("overlapped", "p2p_store"),
+    "copy_engine": ("overlapped", "copy_engine"),
 }
-"""Name -> when a sum is waited for, and how it is computed."""
+"""Name -> mode and backend."""
 TIMEOUT_S = 120.0
 
 
@@ -63,20 +66,22 @@ class Rank:
         self.part = Part(shape, rank, args.devices)
         message_bytes = max(args.prompts) * shape.width * dtype.itemsize
 
-        def group(overlap: Any) -> DeviceGroup:
-            meeting, leaves_room = PrefixStore(f"{size}/{overlap}", store), overlap == "overlapped"
+        def group(mode: str) -> DeviceGroup:
+            own, is_blocking = PrefixStore(f"{size}/{mode}", store), mode == "blocking"
             return join_group(
-                meeting, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S, overlap, leaves_room, message_bytes
-            )
+                choose_kernels(self._device, dtype), own, rank, args.devices, "127.0.0.1", self._device, TIMEOUT_S,
+                is_blocking, leaves_room=mode == "overlapped", message_bytes=message_bytes,
+                group_type=GroupWithoutAllReduce if mode == "none" else DeviceGroup,
+            )  # fmt: skip
 
-        def network(overlap: Any) -> Network:
+        def network(mode: str) -> Network:
             weights = random_weights(self.part, dtype, self._device)
-            return Network(self.part, weights, args.vocabulary, group(overlap), args.quantization)
+            return Network(self.part, weights, args.vocabulary, group(mode), args.quantization)
 
-        self._networks = {overlap: network(overlap) for overlap in dict.fromkeys(when for when, _ in WAYS.values())}
-        self._peers = None
+        self._networks = {mode: network(mode) for mode in dict.fromkeys(mode for mode, _ in WAYS.values())}
+        self._channel = None
         if args.device == "cuda":
-            messages = Messages(
+            messages = MessageShapes(
                 num_ways=len(self.part.ways),
                 width=shape.width,
                 max_tokens=max(args.prompts),
@@ -84,18 +89,18 @@ class Rank:
                 dtype=dtype,
                 is_kraken=True,
             )
-            meeting = PrefixStore(f"{size}/peers", store)
+            own = PrefixStore(f"{size}/peers", store)
             overlapped = self._networks["overlapped"].group
-            self._peers, problem = open_peers(overlapped, meeting, self._device, messages, "auto", TIMEOUT_S)
-            if self._peers is None and rank == 0:
-                print(f"no sums over peer memory: {problem}", flush=True)
+            self._channel, problem = open_channel(overlapped, own, self._device, messages, "auto", TIMEOUT_S)
+            if self._channel is None and rank == 0:
+                print(f"peer memory does not work: {problem}", flush=True)
 
     def microseconds(self, prompt_tokens: int) -> dict[str, float]:
         """Way -> of one layer."""
         dtype = getattr(torch, self._args.dtype)
         x_WTD = torch.randn(len(self.part.ways), prompt_tokens, self.part.config.width, dtype=dtype).to(self._device)
         with torch.inference_mode():
-            runs = {name: self._run(name, x_WTD) for name in WAYS if self._peers is not None or name not in PEER_WAYS}
+            runs = {name: self._run(name, x_WTD) for name in WAYS if self._channel is not None or name not in PEER_WAYS}
             times: dict[str, list[float]] = {name: [] for name in runs}
             for turn in range(self._args.rounds + 1):
                 for name, run in runs.items():
@@ -112,16 +117,16 @@ class Rank:
             network.group.close()
 
     def _run(self, name: str, x_WTD: torch.Tensor) -> Callable[[], None]:
-        overlap, method = WAYS[name]
-        network = self._networks[overlap]
-        if self._peers is not None and overlap == "overlapped":
-            network.group.use_peers(self._peers, lambda num_tokens: method)
+        mode, backend = WAYS[name]
+        network = self._networks[mode]
+        if self._channel is not None and mode == "overlapped":
+            network.group.use_peers(self._channel, lambda num_tokens: backend)
 
         def work() -> None:
             network.first_layers(x_WTD, self._args.layers)
             network.group.end_pass()
 
-        return graph_of(work, self._device, TIMEOUT_S) if self._args.device == "cuda" else work
+        return capture_graph(work, self._device, TIMEOUT_S) if self._args.device == "cuda" else work
 
     def _seconds(self, run: Callable[[], None]) -> float:
         if self._args.device == "cpu":
@@ -129,7 +134,7 @@ class Rank:
             run()
             return time.perf_counter() - started_at
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        run()  # the ranks come to it at different times, and leave it together
+        run()  # aligns the ranks: they start it at different times, and finish it together
         start.record()
         run()
         run()
@@ -175,11 +180,11 @@ def slowest(store: Store, case: str, rank: int, num_ranks: int, ours: dict[str, 
 
 
 def row_of(size: str, width: int, prompt_tokens: int, found: dict[str, float]) -> dict[str, Any]:
-    waiting = found["blocking_library"] - found["none"]
+    waiting = found["blocking_nccl"] - found["none"]
     exposed = {
         name: round((found[name] - found["none"]) / waiting, 3) if waiting > 0 else None
-        for name, (overlap, _) in WAYS.items()
-        if overlap == "overlapped" and name in found
+        for name, (mode, _) in WAYS.items()
+        if mode == "overlapped" and name in found
     }
     times = {name: round(value, 2) for name, value in found.items()}
     return {"size": size, "width": width, "prompt_tokens": prompt_tokens, "us_per_layer": times, "exposed": exposed}

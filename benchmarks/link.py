@@ -3,18 +3,18 @@
     python -m benchmarks.link                              # as root, with iproute2; below ten minutes on two cores
     python -m benchmarks.link --shares 0.35 --rounds 1 --layers 2 --width 256       # does it run?
 
-The namespaces are joined by a pair of virtual Ethernet devices whose rate `tc tbf` limits at both ends, so that a sum
-takes the time that it would take on such a link, and nothing in the engine is simulated. One model is a standard
-Transformer under tensor parallelism, the other a 2-way Kraken of as many layers and equal parameters; weights are
-random. The rates are chosen so that the standard model's sums take given shares of its time to first token (TTFT), of
-one prompt. At every rate all contestants take turns. `docs/latency.md` says more.
+The namespaces are joined by a pair of virtual Ethernet devices whose rate `tc tbf` limits at both ends, so that an
+all-reduce takes the time that it would take on such a link, and nothing in the engine is simulated. One model is a
+standard Transformer under tensor parallelism, the other a 2-way Kraken of as many layers and equal parameters; weights
+are random. The rates are chosen so that the standard model's all-reduces take given shares of its time to first token
+(TTFT), of one prompt. At every rate all contestants take turns. `docs/latency.md` says more.
 
 The last line is JSON:
 
     exposed_communication_max   (overlapped - none) / (blocking - none) of Kraken's TTFTs, the largest over the rates at
-                                which Kraken's attention phase is at least as long as one of its sums
-    speedup_at_35_percent       TTFT of the standard model over that of Kraken, where sums take 35 % of the former;
-                                interpolated between the measured shares
+                                which Kraken's attention phase is at least as long as one of its all-reduces
+    speedup_at_35_percent       TTFT of the standard model over that of Kraken, where all-reduces take 35 % of the
+                                former; interpolated between the measured shares
     speedup_min, speedup_geomean    over all rates
 """
 
@@ -37,17 +37,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.ttft import Contestant, sums_of
+from benchmarks.ttft import Contestant, all_reduces_of
+from benchmarks.without_all_reduce import RendezvousWithoutAllReduce
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.devices.meeting import Meeting
+from kraken.engine.distributed.rendezvous import Rendezvous
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PAPER_SHARE = 0.35
 HOSTS = ("10.213.77.1", "10.213.77.2")
 BURST_BYTES = 128 * 1024
-"""What may pass at once: two segments as TCP hands them down whole, a few per cent of a sum. Less of it has the kernel
-cut them up, on the cores that compute."""
+"""What may pass at once: two segments as TCP hands them down whole, a few per cent of an all-reduce. With less the
+kernel segments them, on the cores that compute."""
 QUEUE_BYTES = 64 * 1024 * 1024
 """Nothing is dropped."""
 MTU_BYTES = 65000
@@ -129,14 +130,14 @@ def open_contestant(name: str, shape: ModelConfig, args: argparse.Namespace, lin
         dtype="float32",
         num_threads=2,
         num_devices=2,
-        overlap=mode or "overlapped",  # type: ignore[arg-type]
+        overlap="blocking" if mode == "blocking" else "overlapped",
         max_batch_size=1,
         max_step_tokens=args.prompt_tokens,
         prefix_reuse=False,
     )
-    meeting = Meeting(2, HOSTS[0])
-    meeting.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
-    return Contestant(name, shape, config, meeting)
+    rendezvous = (RendezvousWithoutAllReduce if mode == "none" else Rendezvous)(2, HOSTS[0])
+    rendezvous.launch(1, {1: ["ip", "netns", "exec", link.spaces[1], "taskset", "-c", str(core)]})
+    return Contestant(name, shape, config, rendezvous)
 
 
 def time_attention(contestant: Contestant) -> list[float]:
@@ -158,9 +159,9 @@ def time_attention(contestant: Contestant) -> list[float]:
 
 
 def sent_bytes(shape: ModelConfig, prompt_tokens: int) -> int:
-    """Bytes that one of two ranks sends in the sums of a prefill's layers."""
-    num_sums, message = sums_of(shape, prompt_tokens)
-    return num_sums * math.prod(message) * 4
+    """Bytes that one of two ranks sends in the all-reduces of a prefill's layers."""
+    count, message = all_reduces_of(shape, prompt_tokens)
+    return count * math.prod(message) * 4
 
 
 def ttfts(contestants: Sequence[Contestant], prompt_tokens: int, num_rounds: int) -> dict[str, list[float]]:
@@ -194,7 +195,7 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
         )
     try:
         none_s = statistics.median(ttfts(contestants, args.prompt_tokens, 3)["standard none"])
-        say(f"standard without sums: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
+        say(f"standard without all-reduces: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
         say(
             f"{'link MB/s':>10} {'share':>6} {'standard':>9} {'Kraken':>9} {'blocking':>9} {'none':>9} {'speed-up':>9} "
             f"{'exposed':>8} {'attention':>10} {'one sum':>8}"
@@ -227,7 +228,8 @@ def measure_point(
     args: argparse.Namespace,
     link: Link,
 ) -> dict[str, Any]:
-    """One rate: that at which sums should take this share of the standard model's TTFT; what they take is measured."""
+    """One rate: that at which all-reduces should take this share of the standard model's TTFT; the share that they take
+    is measured."""
     bytes_per_s = sent_bytes(models["standard"], args.prompt_tokens) / (none_s * share / (1 - share))
     link.limit(bytes_per_s)
     attention_s.clear()
@@ -241,7 +243,7 @@ def measure_point(
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
         "exposed_communication": round(exposed_s / waited_s, 4),
         "attention_ms": round(statistics.median(attention_s) * 1e3, 3),
-        "sum_ms": round(waited_s / max(1, sums_of(models["kraken"], args.prompt_tokens)[0]) * 1e3, 3),
+        "sum_ms": round(waited_s / max(1, all_reduces_of(models["kraken"], args.prompt_tokens)[0]) * 1e3, 3),
         "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
     }
     ms = point["ttft_ms"]
@@ -303,7 +305,7 @@ def main() -> None:
         try:
             status = process.wait()
         finally:
-            process.kill()  # its follower ends with it
+            process.kill()  # its worker ends with it
             process.wait()
     sys.exit(status)
 

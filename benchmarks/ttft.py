@@ -8,22 +8,22 @@
 
 Random weights of the shapes of GPT-2 and GPT-3; Kraken has as many ways as there are devices, the same layers, and a
 width that makes its parameters equal. All contestants of a size take turns (with `--apart` one after the other, each
-with all its rounds); times are medians. On CUDA the standard model and Kraken run with NCCL's sums (`nccl`) and with
-whatever is fastest for each message (`auto`, see `engine.sums`), the parallel model with the latter.
-`docs/latency.md` says what the modes are.
+with all its rounds); times are medians. On CUDA the standard model and Kraken run over NCCL (`nccl`) and with the
+fastest backend of each message (`auto`, see `engine.all_reduce`), the parallel model with the latter. The mode `none`
+leaves out all-reduces, so that its tokens are WRONG; `docs/latency.md` says what the other modes are.
 
 Before the last line, a table. The last line is JSON:
 
-    rows                    one per size, architecture, `sums` and prompt: TTFT of each mode in ms at batch 1; TPOT of
-                            each mode in ms at each batch, after prompts of the first length; the time of NCCL's or
-                            gloo's sums alone; share_of_communication, 1 - none / blocking; exposed communication,
-                            (overlapped - none) / (blocking - none), and exposed_vs_nccl, where blocking is NCCL's;
-                            speed-up of TTFT over the standard model with NCCL's sums, and with the best (on a CPU both
-                            are gloo's); roofline_ratio, TTFT over the longer of floating-point operations at the matrix
-                            rate and weights at the memory's bandwidth, both measured before
-    speedup_geomean         of Kraken over the standard model with NCCL's (gloo's) sums, TTFT, all sizes and prompts
-    speedup_geomean_vs_best     the same over the standard model with the best sums
-    exposed_communication_max   of Kraken with the best sums
+    rows                    one per size, architecture, `all_reduce` and prompt: TTFT of each mode in ms at batch 1;
+                            TPOT of each mode in ms at each batch, after prompts of the first length; the time of NCCL's
+                            or gloo's all-reduces alone; share_of_communication, 1 - none / blocking; exposed
+                            communication, (overlapped - none) / (blocking - none), and exposed_vs_nccl, where blocking
+                            is NCCL's; speed-up of TTFT over the standard model with NCCL, and with the best backend (on
+                            a CPU both are gloo); roofline_ratio, TTFT over the longer of floating-point operations at
+                            the matrix rate and weights at the memory's bandwidth, both measured before
+    speedup_geomean         of Kraken over the standard model over NCCL (gloo), TTFT, all sizes and prompts
+    speedup_geomean_vs_best     the same over the standard model with the best backends
+    exposed_communication_max   of Kraken with the best backends
     exposed_vs_nccl_max     likewise
 """
 
@@ -47,14 +47,17 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from benchmarks.engine import bandwidth, best_seconds, matrix_rate
+from benchmarks.without_all_reduce import RendezvousWithoutAllReduce
 from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
-from kraken.engine.devices.collectives import join_group
-from kraken.engine.devices.meeting import Meeting
+from kraken.engine.distributed.device_group import join_group
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.quantized_tensor import FLOAT8
+from kraken.engine.model.quantized import Fp8Linear
+from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.engine.quantized import FLOAT8, Fp8Linear, quantise
-from kraken.engine.runner import Runner
-from kraken.engine.torch_engine import TorchEngine
 
 SIZES = {
     "tiny": (2, 128, 64),
@@ -72,13 +75,13 @@ MODES = {
     "parallel": ("blocking", "none"),
     "kraken": ("overlapped", "blocking", "none"),
 }
-BEST_SUMS, PLAIN_SUMS = "auto", "nccl"
+BEST, PLAIN = "auto", "nccl"
 Name = tuple[str, str, str]
-"""Architecture, `engine.sums`, mode."""
+"""Architecture, `engine.all_reduce`, mode."""
 BLOCK = 16
 """Tokens of a block of the cache."""
-NUM_SUMS_ALONE = 5
-"""How often a prompt's sums are timed by themselves."""
+NUM_ROUNDS_ALONE = 5
+"""How often a prompt's all-reduces are timed by themselves."""
 
 
 class Contestant:
@@ -88,7 +91,7 @@ class Contestant:
         meeting: to which its other ranks are invited; None starts them on this host.
     """
 
-    def __init__(self, name: str, shape: ModelConfig, config: EngineConfig, meeting: Meeting | None = None):
+    def __init__(self, name: str, shape: ModelConfig, config: EngineConfig, rendezvous: Rendezvous | None = None):
         self.name, self.shape = name, shape
         info = EngineInfo(
             name="torch",
@@ -97,12 +100,12 @@ class Contestant:
             eot_id=0,
             tokenizer_fingerprint="none",
         )
-        self._engine = TorchEngine.from_shape(shape, info, config, meeting)
+        self._engine = TorchEngine.from_shape(shape, info, config, rendezvous)
         self._loop = asyncio.Runner()
         self._num_requests = 0
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> ModelRunner:
         """What computes in this process."""
         return self._engine._runner
 
@@ -169,47 +172,48 @@ def shapes(size: str, num_devices: int, context: int, vocabulary: int) -> dict[s
     return {"standard": standard, "parallel": dataclasses.replace(standard, architecture="parallel"), "kraken": kraken}
 
 
-def sums_of(shape: ModelConfig, prompt_tokens: int) -> tuple[int, tuple[int, int, int]]:
-    """How many sums over all tokens a prefill needs, and the shape of each; the last layer's are of one token."""
+def all_reduces_of(shape: ModelConfig, prompt_tokens: int) -> tuple[int, tuple[int, int, int]]:
+    """Number and shape of a prefill's all-reduces over all tokens; those of the last layer have one token."""
     layers = shape.num_layers - 1
     count = {"kraken": layers - 1, "standard": 2 * layers, "parallel": layers}[shape.architecture]
     return count, (1, prompt_tokens, shape.width)
 
 
-def sum_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], answers: Any) -> None:
-    """One rank that does nothing but sums; rank 0 answers with the median seconds of each case."""
+def time_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], answers: Any) -> None:
+    """One rank that does nothing but all-reduce; rank 0 answers with the median seconds of each case."""
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=60), wait_for_workers=False)
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device("cpu")
     if args.device == "cuda":
         torch.cuda.set_device(device)
     message_bytes = max(math.prod(shape) for _, shape in cases) * getattr(torch, args.dtype).itemsize
-    group = join_group(store, rank, args.devices, "127.0.0.1", device, 60.0, "blocking", False, message_bytes)
+    kernels = choose_kernels(device, getattr(torch, args.dtype))
+    group = join_group(kernels, store, rank, args.devices, "127.0.0.1", device, 60.0, True, False, message_bytes)
     found = []
     for count, shape in cases:
         x = torch.zeros(shape, dtype=getattr(torch, args.dtype), device=device)
         times = []
-        for _ in range(NUM_SUMS_ALONE + 1):
+        for _ in range(NUM_ROUNDS_ALONE + 1):
             started_at = time.perf_counter()
             for _ in range(count):
-                group.sum(x)
+                group.all_reduce_for(shape[1]).all_reduce(x[0])
             if args.device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started_at)
         found.append(statistics.median(times[1:]))
-    group.sum(torch.zeros(1, device=device))  # nobody leaves while another still waits
+    group.all_reduce_for(1).all_reduce(torch.zeros(1, 1, device=device))  # nobody leaves while another still waits
     if rank == 0:
         answers.put(found)
 
 
-def sums_alone(args: argparse.Namespace, cases: list[Any]) -> list[float]:
-    """Seconds of each case's sums without anything computed."""
+def all_reduces_alone(args: argparse.Namespace, cases: list[Any]) -> list[float]:
+    """Seconds of each case's all-reduces without anything computed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    ranks = [context.Process(target=sum_alone, args=(r, port, args, cases, answers)) for r in range(args.devices)]
+    ranks = [context.Process(target=time_alone, args=(r, port, args, cases, answers)) for r in range(args.devices)]
     for rank in ranks:
         rank.start()
     try:
@@ -248,22 +252,23 @@ def rates_of(args: argparse.Namespace) -> tuple[float, float]:
 def quantised_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second of a large product in float8."""
     size = 8192 if device.type == "cuda" else 1024
-    rows = quantise(torch.randn(1, size, size, device=device).to(dtype))
-    linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None)
+    kernels = choose_kernels(device, dtype)
+    rows = kernels.quantize(torch.randn(1, size, size, device=device).to(dtype))
+    linear = Fp8Linear(torch.randn(1, size, size, device=device).to(dtype), None, kernels)
     return 2 * size**3 / best_seconds(lambda: linear(rows), device, 4)
 
 
 def names_of(args: argparse.Namespace) -> list[Name]:
-    """All contestants of a size. Without sums it does not matter whose they would be."""
-    every = {"standard": (PLAIN_SUMS, BEST_SUMS), "kraken": (PLAIN_SUMS, BEST_SUMS)} if args.device == "cuda" else {}
+    """All contestants of a size. Without all-reduces their backend does not matter."""
+    every = {"standard": (PLAIN, BEST), "kraken": (PLAIN, BEST)} if args.device == "cuda" else {}
     return [
-        (architecture, sums, mode)
+        (architecture, all_reduce, mode)
         for architecture in args.architectures
-        for sums in every.get(architecture, (BEST_SUMS,))
+        for all_reduce in every.get(architecture, (BEST,))
         for mode in MODES[architecture]
-        if mode != "none" or sums == BEST_SUMS
-        # in brief, Kraken waits for NCCL's sums only, and overlaps the best ones only
-        if not args.brief or architecture != "kraken" or mode == "none" or (mode == "blocking") == (sums == PLAIN_SUMS)
+        if mode != "none" or all_reduce == BEST
+        # in brief, Kraken waits for NCCL only, and overlaps the best backend only
+        if not args.brief or architecture != "kraken" or mode == "none" or (mode == "blocking") == (all_reduce == PLAIN)
     ]
 
 
@@ -277,15 +282,15 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
     # what decodes together, and every prompt
     tokens_kept = max(max(args.batches) * (args.prompts[0] + args.new_tokens + BLOCK), max(args.prompts) + 2 * BLOCK)
 
-    def open_one(architecture: str, sums: Any, mode: Any, meeting: Meeting) -> Contestant:
+    def open_one(architecture: str, all_reduce: Any, mode: Any, rendezvous: Rendezvous) -> Contestant:
         config = EngineConfig(
             device=args.device,
             dtype=args.dtype,
             quantization=args.quantization,
             num_threads=args.threads,
             num_devices=args.devices,
-            overlap=mode,
-            sums=sums,
+            overlap="blocking" if mode == "blocking" else "overlapped",
+            all_reduce=all_reduce,
             max_batch_size=max(args.batches),
             max_step_tokens=max(*args.prompts, *args.batches),
             kv_cache_tokens=tokens_kept + args.new_tokens,
@@ -293,13 +298,13 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             prefix_reuse=False,
             cuda_graph_sizes=tuple(sorted({*args.prompts, *args.batches})) if args.device == "cuda" else (),
         )
-        return Contestant(architecture, models[architecture], config, meeting)
+        return Contestant(architecture, models[architecture], config, rendezvous)
 
     def take_turns(group: Sequence[Name]) -> None:
         contestants: list[Contestant] = []
         try:
             for name in group:
-                contestants.append(open_one(*name, meetings.pop(name)))
+                contestants.append(open_one(*name, open_rendezvous.pop(name)))
             for prompt_tokens in args.prompts:
                 for turn in range(args.rounds + 1):
                     for name, contestant in zip(group, contestants, strict=True):
@@ -316,54 +321,58 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             for contestant in contestants:
                 contestant.close()
 
-    meetings = {name: Meeting(args.devices) for name in names}
-    for meeting in meetings.values():  # all processes begin now, since that takes longer than anything else
-        meeting.launch(max(1, args.threads // args.devices))
+    open_rendezvous = {
+        name: (RendezvousWithoutAllReduce if name[2] == "none" else Rendezvous)(args.devices) for name in names
+    }
+    for rendezvous in open_rendezvous.values():  # all processes start now: starting takes longest
+        rendezvous.launch(max(1, args.threads // args.devices))
     for group in [[name] for name in names] if args.apart else [names]:
         take_turns(group)
     cases = [(architecture, prompt) for architecture in args.architectures for prompt in args.prompts]
-    alone = dict(zip(cases, sums_alone(args, [sums_of(models[a], p) for a, p in cases]), strict=True))
+    alone = dict(zip(cases, all_reduces_alone(args, [all_reduces_of(models[a], p) for a, p in cases]), strict=True))
     rows = []
     for prompt_tokens in args.prompts:
         of_prompt = []
-        for architecture, sums in dict.fromkeys(name[:2] for name in names):
-            found = {name[2]: name for name in names if name[:2] == (architecture, sums)}
-            found.setdefault("none", (architecture, BEST_SUMS, "none"))
-            found.setdefault("blocking", (architecture, PLAIN_SUMS, "blocking"))
+        for architecture, all_reduce in dict.fromkeys(name[:2] for name in names):
+            found = {name[2]: name for name in names if name[:2] == (architecture, all_reduce)}
+            found.setdefault("none", (architecture, BEST, "none"))
+            found.setdefault("blocking", (architecture, PLAIN, "blocking"))
             ttft_ms = {mode: statistics.median(ttft_s[name, prompt_tokens]) * 1e3 for mode, name in found.items()}
             tpot_ms = {
                 mode: {str(batch): round(statistics.median(tpot_s[name, batch]) * 1e3, 3) for batch in args.batches}
                 for mode, name in found.items()
             }
-            row = row_of(size, models[architecture], sums, prompt_tokens, ttft_ms, alone[architecture, prompt_tokens])
+            row = row_of(
+                size, models[architecture], all_reduce, prompt_tokens, ttft_ms, alone[architecture, prompt_tokens]
+            )
             roofline_ms = roofline_seconds(models[architecture], prompt_tokens, args.devices, rates) * 1e3
             of_prompt.append(row | {"tpot_ms": tpot_ms, "roofline_ratio": round(best(ttft_ms) / roofline_ms, 4)})
-        bases = {row["sums"]: best(row["ttft_ms"]) for row in of_prompt if row["architecture"] == "standard"}
-        waits = {row["sums"]: row["ttft_ms"]["blocking"] for row in of_prompt if row["architecture"] == "kraken"}
+        bases = {row["all_reduce"]: best(row["ttft_ms"]) for row in of_prompt if row["architecture"] == "standard"}
+        waits = {row["all_reduce"]: row["ttft_ms"]["blocking"] for row in of_prompt if row["architecture"] == "kraken"}
         for row in of_prompt:
-            row["speedup"] = ratio(bases.get(PLAIN_SUMS, bases.get(BEST_SUMS)), row)
-            row["speedup_vs_best"] = ratio(bases.get(BEST_SUMS), row)
-            row["exposed_vs_nccl"] = exposed(row["ttft_ms"], waits.get(PLAIN_SUMS))
+            row["speedup"] = ratio(bases.get(PLAIN, bases.get(BEST)), row)
+            row["speedup_vs_best"] = ratio(bases.get(BEST), row)
+            row["exposed_vs_nccl"] = exposed(row["ttft_ms"], waits.get(PLAIN))
             say(row)
         rows += of_prompt
     return rows
 
 
 def row_of(
-    size: str, shape: ModelConfig, sums: str, prompt_tokens: int, ttft_ms: dict[str, float], alone_s: float
+    size: str, shape: ModelConfig, all_reduce: str, prompt_tokens: int, ttft_ms: dict[str, float], alone_s: float
 ) -> dict[str, Any]:
     """One architecture at one prompt length."""
     ttft_ms = {mode: round(value, 3) for mode, value in ttft_ms.items()}
     return {
         "size": size,
         "architecture": shape.architecture,
-        "sums": sums,
+        "all_reduce": all_reduce,
         "parameters": plan.num_parameters(shape),
         "width": shape.width,
         "head_size": shape.head_size,
         "prompt_tokens": prompt_tokens,
         "ttft_ms": ttft_ms,
-        "sums_alone_ms": round(alone_s * 1e3, 3),
+        "all_reduces_alone_ms": round(alone_s * 1e3, 3),
         "share_of_communication": round(1.0 - ttft_ms["none"] / ttft_ms["blocking"], 4),
         "exposed_communication": exposed(ttft_ms, ttft_ms["blocking"]),
     }
@@ -392,8 +401,9 @@ def say(row: dict[str, Any]) -> None:
         for mode, value in row["ttft_ms"].items()
     )
     print(
-        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['sums']:5} {row['parameters']:15,}  "
-        f"sums alone {row['sums_alone_ms']:8.1f}  share {row['share_of_communication']:.2f}  "
+        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['all_reduce']:5} "
+        f"{row['parameters']:15,}  "
+        f"all-reduces alone {row['all_reduces_alone_ms']:8.1f}  share {row['share_of_communication']:.2f}  "
         f"exposed {row['exposed_communication']} ({row['exposed_vs_nccl']} of NCCL's)  speed-up {row['speedup']} "
         f"({row['speedup_vs_best']} over the best)  roofline {row['roofline_ratio']}  TTFT/TPOT {modes}",
         flush=True,
@@ -404,7 +414,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Bars per size and prompt, and their geometric mean where everybody has one, as in the paper's figure of TTFT."""
     from matplotlib.figure import Figure  # not pyplot, whose state is global
 
-    best_rows = [row for row in rows if row["sums"] == BEST_SUMS]
+    best_rows = [row for row in rows if row["all_reduce"] == BEST]
     speedups = {
         name: {(row["size"], row["prompt_tokens"]): row["speedup"] for row in best_rows if row["architecture"] == name}
         for name in ("parallel", "kraken")
@@ -459,9 +469,9 @@ def main() -> None:
     if args.new_tokens < 2:
         parser.error("--new-tokens must be 2 or more, since the first belongs to the prompt")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("kraken.engine").setLevel(logging.INFO)  # says how the devices add up
+    logging.getLogger("kraken.engine").setLevel(logging.INFO)  # says which backends are chosen
     rows = [row for size in args.sizes for row in measure(args, size)]
-    kraken = [row for row in rows if row["architecture"] == "kraken" and row["sums"] == BEST_SUMS]
+    kraken = [row for row in rows if row["architecture"] == "kraken" and row["all_reduce"] == BEST]
     speedups, speedups_vs_best = (
         [row[key] for row in kraken if row[key] is not None] for key in ("speedup", "speedup_vs_best")
     )

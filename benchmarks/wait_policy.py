@@ -36,8 +36,8 @@ def times_ms(repeats: int) -> dict[str, float]:
     import torch
 
     from kraken.config import EngineConfig
+    from kraken.engine.engine import TorchEngine
     from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-    from kraken.engine.torch_engine import TorchEngine
     from kraken.evaluate import collect
     from kraken.model import Kraken
     from kraken.presets import quickstart

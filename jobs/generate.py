@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _generate(options: argparse.Namespace) -> None:
-    from kraken.engine.torch_engine import TorchEngine
+    from kraken.engine.engine import TorchEngine
     from kraken.storage import local_artefact
     from kraken.tokenizer import Tokenizer
 
@@ -163,8 +163,8 @@ class Session:
         Raises:
             RequestError: the text does not fit the context, or a sampling option is out of range.
         """
+        from kraken.engine.detokenizer import TextOutput, generate_text
         from kraken.engine.prompt import encode_for_completion, encode_prompt
-        from kraken.engine.text import TextOutput, generate_text
 
         max_tokens, context_length = self._options.max_tokens or 1, self._engine.info.context_length
         ids = [*self._ids, *encode_for_completion(self._tokenizer, prompt, max_tokens, context_length)]

@@ -16,7 +16,7 @@ import dacite
 T = TypeVar("T")
 
 EngineKind = Literal["auto", "torch", "tensorrt_llm"]
-Sums = Literal["auto", "nccl", "peers"]
+AllReduceSetting = Literal["auto", "nccl", "p2p"]
 Quantization = Literal["none", "fp8"]
 
 VOCAB_MULTIPLE = 64
@@ -365,8 +365,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of weights and cache. `auto`: bfloat16 on CUDA, float32 on a CPU, where bfloat16 decodes about twice as fast
     but changes log-probabilities in the third digit, so that deployment needs an `evaluate.parity_tolerance` of about
-    0.1. On a CPU the linears' weights are held twice, for decoding and for prompts (in float32 0.5 GB more for 124M
-    parameters, in bfloat16 half of that)."""
+    0.1."""
     quantization: Quantization = "none"
     """`fp8`: the layers' linears with weights and inputs in float8, scaled by output and by token: half the memory for
     weights and up to twice the speed, on a GPU of compute capability 8.9 or newer; log-probabilities change in the
@@ -376,39 +375,38 @@ class EngineConfig:
     """CPU threads of a forward pass, divided among the devices; 0 takes every core this process may use."""
     num_devices: int = 1
     """Devices that share the model, a process each, which the engine starts: Kraken's ways are divided among them, and
-    so are the heads and FFN columns of the baselines. Over TCP and gloo on a CPU; on CUDA see `sums`."""
-    overlap: Literal["overlapped", "blocking", "none"] = "overlapped"
-    """Kraken's sums over several devices: in flight while attention computes, or waited for at once. `none` leaves out
-    every sum, so that the tokens are WRONG: it is what benchmarks compare with."""
-    sums: Sums = "auto"
-    """How several CUDA devices add up: `nccl`; `peers`, where each reads the others' memory in the kernel that needs
-    the sum, on one host whose GPUs reach each other over NVLink; `auto` measures both when the engine starts and takes
-    the faster for each number of tokens, or NCCL where the other does not work."""
+    so are the heads and FFN columns of the baselines. Over TCP and gloo on a CPU; on CUDA see `all_reduce`."""
+    overlap: Literal["overlapped", "blocking"] = "overlapped"
+    """Kraken's all-reduces over several devices: in flight while attention computes, or waited for where they start."""
+    all_reduce: AllReduceSetting = "auto"
+    """All-reduce over several CUDA devices: `nccl`; `p2p`, by writing into the memory of the other devices, on one host
+    whose GPUs reach each other over NVLink; `auto` times both when the engine starts and takes the faster for each
+    number of tokens, or NCCL where the other does not work."""
     collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
-    """A device that has waited so long for the others gives up, and the engine is unhealthy."""
+    """Time that a device waits for the others before the engine fails and is unhealthy."""
     max_batch_size: int = 16
     """Requests decoded together."""
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
-    """Tokens of one step: one of each request that decodes, the rest for prompts. More of them speeds prompts up and
-    makes those that decode wait longer for their next token."""
+    """Most tokens of one step: one of each decoding request, the rest for prompts. A larger value speeds up prompts and
+    delays the next token of decoding requests."""
     kv_cache_tokens: int = 0
-    """Tokens that the cache has room for, at least one context; 0 takes `max_batch_size` contexts, on CUDA at most what
-    nine tenths of the free memory hold. Where they run out, the newest requests wait and are computed again.
-    TensorRT-LLM takes those nine tenths with 0, and with a number at most as many tokens."""
+    """Capacity of the KV cache in tokens, at least one context. 0 takes `max_batch_size` contexts, on CUDA at most what
+    fits into nine tenths of the free memory. When the cache is full, the newest requests are preempted and recomputed
+    later. TensorRT-LLM takes those nine tenths with 0, and with a number at most as many tokens."""
     tokens_per_block: int = 16
-    """Tokens of the cache that are handed out and reused together."""
+    """Tokens of a block, the unit in which the KV cache is allocated and reused."""
     prefix_reuse: bool = True
-    """Whether prompts that begin alike share what is computed of the beginning. The time of an answer then tells
-    whether someone else's prompt began so."""
+    """Whether prompts with an equal prefix share the prefix's cache blocks. The time to the first token then reveals
+    whether another user's prompt began with the same prefix."""
     cuda_graphs: bool = True
-    """On CUDA, record the steps that decode or begin one prompt as graphs when the engine starts, on every device: some
-    seconds then, and a fraction of the time per token."""
+    """On CUDA, capture decoding steps and whole prompts as graphs when the engine starts. That takes some seconds, and
+    reduces the time per token to a fraction."""
     cuda_graph_sizes: tuple[int, ...] = ()
-    """Numbers of tokens to record graphs for: of prompts, and as batches where they are not above `max_batch_size`. A
-    step takes the next larger one, and where there is none runs without a graph. Empty: four to each power of two.
-    TensorRT-LLM records batches alone, and with an empty tuple chooses their sizes itself."""
+    """Prompt lengths for which graphs are captured, and batch sizes as far as they do not exceed `max_batch_size`. A
+    step uses the next larger graph, or none if there is none. Empty: four sizes to each power of two. TensorRT-LLM
+    captures batches only, and chooses their sizes itself when the tuple is empty."""
     max_queued_requests: int = 256
-    """Requests that may wait for a place in the batch; one more is refused."""
+    """Requests that may wait for a place in the batch; further ones are refused."""
 
     def __post_init__(self) -> None:
         _require_positive("engine", self, "max_batch_size", "max_queued_requests", "startup_timeout_s")
@@ -437,12 +435,12 @@ class EngineConfig:
             f"engine.quantization={self.quantization} computes in bfloat16, but engine.dtype=float32; leave one out",
         )
         _require(
-            self.sums == "auto" or self.device != "cpu",
-            f"engine.sums={self.sums} is for CUDA, but engine.device=cpu; leave one of the two out",
+            self.all_reduce == "auto" or self.device != "cpu",
+            f"engine.all_reduce={self.all_reduce} is for CUDA, but engine.device=cpu; leave one of the two out",
         )
         _require(
-            self.sums == "auto" or self.num_devices > 1,
-            f"engine.sums={self.sums} has no effect with engine.num_devices=1; leave it out",
+            self.all_reduce == "auto" or self.num_devices > 1,
+            f"engine.all_reduce={self.all_reduce} has no effect with engine.num_devices=1; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
 
@@ -457,8 +455,7 @@ class EngineConfig:
             "quantization": (self.quantization != "none", "it has no effect"),
             "num_threads": (self.num_threads != 0, "it has no effect"),
             "num_devices": (self.num_devices != 1, "it has no effect, since TensorRT-LLM takes one GPU for each way"),
-            "overlap": (self.overlap == "none", "it leaves out sums that TensorRT-LLM always makes"),
-            "sums": (self.sums != "auto", "it has no effect"),
+            "all_reduce": (self.all_reduce != "auto", "it has no effect"),
             "collective_timeout_s": (
                 self.collective_timeout_s != DEFAULT_COLLECTIVE_TIMEOUT_S,
                 "it has no effect, since no rank of TensorRT-LLM gives up",

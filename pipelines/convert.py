@@ -17,7 +17,7 @@ def section(config: RunConfig) -> dict[str, Any]:
 
 def work(work: Work) -> Outcome:
     from kraken.convert import write_exchange
-    from kraken.engine.choose import TENSORRT_LLM_FOLDER
+    from kraken.engine.placement import TENSORRT_LLM_FOLDER
 
     checkpoint = final_checkpoint(work)
     trtllm_folder = work.folder / TENSORRT_LLM_FOLDER

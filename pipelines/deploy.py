@@ -191,11 +191,6 @@ def require_possible(config: RunConfig) -> None:
     require_own_name(config.serve, owner_of(config))
     cluster.call_on_head(require_free_port, config.serve)
     require_room(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    if config.engine.overlap == "none":
-        raise ConfigError(
-            "engine.overlap=none leaves out the sums between devices, so that every answer is wrong: it is for "
-            "benchmarks only; choose overlapped or blocking"
-        )
     if config.engine.kind == "tensorrt_llm":
         num_ways = config.model.num_ways
         choose("tensorrt_llm", num_ways, config.convert.tensorrt_llm, find_serving_machine(num_ways))

@@ -27,7 +27,7 @@ _ENGINE_RESULT = frozenset(
         "engine.quantization",
         "engine.num_devices",
         "engine.overlap",
-        "engine.sums",
+        "engine.all_reduce",
         "engine.tokens_per_block",
         "engine.prefix_reuse",
         "engine.cuda_graphs",

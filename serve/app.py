@@ -24,16 +24,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ConfigError, EngineConfig, EngineKind, ServeConfig, from_dict
 from kraken.engine.choose import (
-    REPLICA_ENVIRONMENT,
     Choice,
     Machine,
-    Placement,
     choose_for,
     find_machine,
     num_ways_of,
     open_engine,
 )
 from kraken.engine.echo import EchoEngine
+from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
 from kraken.engine.protocol import Engine, EngineInfo
 from kraken.manifest import MANIFEST_NAME
 from kraken.storage import is_remote, local_artefact

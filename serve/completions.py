@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import cast
 
+from kraken.engine.detokenizer import Detokenizer, generate_text
 from kraken.engine.prompt import encode_for_completion
 from kraken.engine.protocol import (
     Engine,
@@ -24,7 +25,6 @@ from kraken.engine.protocol import (
     TokenLogprobs,
     check_request,
 )
-from kraken.engine.text import Detokenizer, generate_text
 from kraken.tokenizer import Tokenizer
 from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, StreamOptions, Usage
 

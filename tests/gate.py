@@ -4,8 +4,8 @@ import asyncio
 import threading
 from typing import Any
 
-from kraken.engine.chunk import Readout
-from kraken.engine.torch_engine import TorchEngine
+from kraken.engine.batch import ForwardOutput, StepBatch
+from kraken.engine.engine import TorchEngine
 
 
 class Gate:
@@ -18,11 +18,11 @@ class Gate:
         self._forward = self._runner.forward
         self._runner.forward = self._held
 
-    def _held(self, chunks: Any, chances: Any = ()) -> Readout:
+    def _held(self, batch: StepBatch) -> ForwardOutput:
         self.num_begun += 1
         assert self._may_go_on.acquire(timeout=30), "a step was not let through"
-        readout: Readout = self._forward(chunks, chances)
-        return readout
+        output: ForwardOutput = self._forward(batch)
+        return output
 
     def go_on(self, num_steps: int = 1) -> None:
         self._may_go_on.release(num_steps)

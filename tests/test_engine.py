@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ from kraken.config import ConfigError, EngineConfig
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_exchange
 from kraken.data.loader import split_windows
 from kraken.data.shards import TokenShards
-from kraken.engine.chunk import Chunk, Readout
+from kraken.engine.batch import ForwardOutput, StepBatch
+from kraken.engine.engine import TorchEngine
+from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -33,10 +34,6 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.runner import Runner
-from kraken.engine.sampling import Draw, sample, uniform
-from kraken.engine.sampling import _truncate as truncated
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
 from kraken.model import Kraken, next_token_loss
@@ -269,116 +266,6 @@ class TestEquality:
         assert metrics["bits_per_byte"].value == pytest.approx(total / math.log(2) / len(text), rel=1e-5)
 
 
-class TestSampling:
-    def test_greedy_is_the_most_likely_token(self) -> None:
-        logits = torch.tensor([[0.0, 3.0, 1.0]])
-        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)]) == [1]
-
-    def test_frequencies_follow_the_distribution(self) -> None:
-        logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-        drawn = Counter(sample(logits.expand(4000, 4), [Draw(SamplingParams(), 7, t) for t in range(4000)]))
-        for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
-            assert drawn[token] / 4000 == pytest.approx(probability, abs=0.03)
-
-    @pytest.mark.parametrize(
-        ("params", "allowed"),
-        [
-            ({"top_k": 1}, {0}),
-            ({"top_k": 2}, {0, 1}),
-            ({"top_p": 0.5}, {0}),
-            ({"top_p": 0.6}, {0, 1}),
-            ({"top_p": 1e-9}, {0}),
-            ({"min_p": 0.29}, {0, 1, 2}),
-            ({"min_p": 0.5}, {0, 1}),
-            ({"min_p": 0.1, "top_k": 3}, {0, 1, 2}),
-        ],
-    )
-    def test_truncation_keeps_the_smallest_sufficient_set(self, params: dict[str, Any], allowed: set[int]) -> None:
-        logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-        draws = [Draw(SamplingParams(**params), 3, t) for t in range(500)]
-        assert set(sample(logits.expand(500, 4), draws)) == allowed
-
-    def test_temperature_sharpens(self) -> None:
-        logits = torch.log(torch.tensor([0.6, 0.4])).expand(2000, 2)
-        cold = Counter(sample(logits, [Draw(SamplingParams(temperature=0.25), 3, t) for t in range(2000)]))
-        assert cold[0] / 2000 == pytest.approx(0.6**4 / (0.6**4 + 0.4**4), abs=0.03)
-
-    def test_each_row_has_its_own_parameters(self) -> None:
-        logits = torch.zeros(3, 50)
-        logits[:, 7] = 0.1
-        greedy, one, other = (
-            Draw(SamplingParams(temperature=t), seed, 0) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2))
-        )
-        together = sample(logits, [greedy, one, other])
-        assert together == [sample(logits[:1], [draw])[0] for draw in (greedy, one, other)]
-        assert together[0] == 7
-
-    def test_randomness_depends_on_seed_and_index_only(self) -> None:
-        assert uniform(1, 2) == uniform(1, 2)
-        assert len({uniform(s, t) for s in (0, 1, -1, 2**63 - 1) for t in range(50)}) == 200
-
-    def test_truncation_of_a_large_vocabulary_equals_its_definition(self) -> None:
-        """Flat and peaked rows, with equal logits, each against sorting everything."""
-        generator = torch.Generator().manual_seed(1)
-        logits = torch.randn(6, 2000, generator=generator) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
-        logits = (logits * 16).round() / 16  # ties
-        for params in ({"top_p": 0.9}, {"top_k": 700, "top_p": 0.99}, {"min_p": 0.01}, {"top_k": 40}):
-            sampling = SamplingParams(**params)
-            kept = truncated(logits, [sampling] * 6).isfinite()
-            for row in range(6):
-                probabilities = torch.softmax(logits[row].double(), -1)
-                order = logits[row].sort(descending=True, stable=True).indices
-                expected = torch.zeros(2000, dtype=torch.bool)
-                mass = 0.0
-                for rank, token in enumerate(order.tolist()):
-                    probability = float(probabilities[token])
-                    if mass >= sampling.top_p or probability < sampling.min_p * float(probabilities.max()):
-                        break
-                    if sampling.top_k and rank >= sampling.top_k:
-                        break
-                    expected[token] = True
-                    mass += probability
-                assert torch.equal(kept[row], expected), (params, row)
-
-    def test_drawing_from_candidates_equals_drawing_from_everything_that_is_kept(self) -> None:
-        """Rows in one batch whose cut the candidates decide, or do not: flat ones, and equal logits at the cut."""
-        generator = torch.Generator().manual_seed(4)
-        logits = torch.randn(60, 2000, generator=generator) * torch.tensor([0.1, 1.0, 4.0]).repeat(20)[:, None]
-        logits[30:] = (logits[30:] * 4).round() / 4  # ties
-        kinds = [{"top_p": 0.9}, {"top_k": 30}, {"min_p": 0.05}, {"top_k": 600, "top_p": 0.95}, {}]
-        draws = [Draw(SamplingParams(**kinds[row % 5]), row, 3) for row in range(60)]
-        together = sample(logits, draws)
-        for row, draw in enumerate(draws):
-            kept = truncated(logits[row : row + 1], [draw.params])
-            assert together[row] == sample(kept, [Draw(SamplingParams(), row, 3)])[0]
-            assert together[row] == sample(logits[row : row + 1], [draw])[0]
-
-    def test_draws_follow_a_distribution_of_many_groups(self) -> None:
-        """The token is the one at which the cumulative distribution passes the uniform number."""
-        logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(2)).expand(200, 1000)
-        cumulative = torch.softmax(logits[0].double(), -1).cumsum(0)
-        drawn = sample(logits, [Draw(SamplingParams(), 5, t) for t in range(200)])
-        for index, token in enumerate(drawn):
-            expected = int(torch.searchsorted(cumulative, torch.tensor(uniform(5, index)).double(), right=True))
-            assert token is not None and abs(token - expected) <= 1  # the sums are of float32 here
-
-    def test_the_repetition_penalty_acts_on_what_came_before(self) -> None:
-        logits = torch.tensor([[2.0, 1.5, -1.0, -1.2]])
-        penalised = SamplingParams(temperature=0.0, repetition_penalty=2.0)
-        assert sample(logits, [Draw(penalised, 0, 0, {0})]) == [1]
-        assert sample(logits[:, 2:], [Draw(penalised, 0, 0, {0})]) == [1]  # -1 becomes -2
-        assert sample(logits, [Draw(penalised, 0, 0)]) == [0]
-
-    def test_stop_ids_wait_for_min_tokens(self) -> None:
-        logits = torch.tensor([[3.0, 2.0, 1.0]])
-        params = SamplingParams(temperature=0.0, min_tokens=2, stop_ids=(0,))
-        assert [sample(logits, [Draw(params, 0, index)])[0] for index in range(3)] == [1, 1, 0]
-
-    def test_a_row_that_is_no_number_is_named_and_the_others_drawn(self) -> None:
-        logits = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [math.inf, 0.0]])
-        assert sample(logits, [Draw(SamplingParams(temperature=0.0), 0, 0)] * 3) == [1, None, None]
-
-
 class TestRequests:
     def test_a_seed_repeats_and_no_seed_varies(self, artefacts: Artefacts) -> None:
         (prompt,) = prompts_of(artefacts.data, 4)
@@ -496,7 +383,7 @@ class TestLifetime:
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> None:
-            def broken(*args: object) -> Readout:
+            def broken(*args: object) -> ForwardOutput:
                 raise torch.OutOfMemoryError("no memory left")
 
             monkeypatch.setattr(engine._runner, "forward", broken)
@@ -513,7 +400,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """But a first token at once, and none is lost with the engine."""
-        monkeypatch.setattr(Runner, "is_asynchronous", True)
+        monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
         (prompt,) = prompts_of(artefacts.data, 4)
 
         async def use(engine: TorchEngine) -> tuple[list[int], list[int]]:
@@ -539,7 +426,7 @@ class TestLifetime:
                 await task
             return expected, found
 
-        def fail(chunks: list[Chunk], chances: Any = ()) -> Readout:
+        def fail(batch: StepBatch) -> ForwardOutput:
             raise torch.OutOfMemoryError("no memory left")
 
         expected, found = with_engine(artefacts.exchange, use)
@@ -581,13 +468,12 @@ class TestLifetime:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
-                readout = forward(chunks, chances)
-                rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
-                for row, chunk in enumerate(rows):
-                    if chunk.start == 8:  # the second token of the longest prompt
-                        readout.logits_RV[row] = math.nan
-                return readout
+            def poisoned(batch: StepBatch) -> ForwardOutput:
+                output = forward(batch)
+                for row, position in enumerate(batch.positions()[batch.logit_rows()]):
+                    if position == 8:  # the second token of the longest prompt
+                        output.logits_RV[row] = math.nan
+                return output
 
             expected = [await tokens_of(engine, make_request("e", prompt)) for prompt in prompts[:2]]
             with monkeypatch.context() as patch:
@@ -605,17 +491,17 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch, is_asynchronous: bool
     ) -> None:
         """Three share a prefix of two blocks; the one whose forward pass fails computed it for all of them."""
-        monkeypatch.setattr(Runner, "is_asynchronous", is_asynchronous)
+        monkeypatch.setattr(ModelRunner, "is_asynchronous", is_asynchronous)
         (shared,) = prompts_of(artefacts.data, 16)
 
         async def use(engine: TorchEngine) -> None:
             forward, prompts = engine._runner.forward, [[*shared, 7], [*shared, 8], [*shared, 9]]
             expected = with_model_tokens(artefacts, prompts)
 
-            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
-                if any(chunk.token_ids[-1] == 7 for chunk in chunks):
+            def broken(batch: StepBatch) -> ForwardOutput:
+                if any(batch.token_ids_T[end - 1] == 7 for end in batch.ends):
                     raise RuntimeError("no such kernel")
-                return forward(chunks, chances)
+                return forward(batch)
 
             monkeypatch.setattr(engine._runner, "forward", broken)
             gate = Gate(engine)
@@ -637,7 +523,7 @@ class TestLifetime:
         self, artefacts: Artefacts, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         async def use(engine: TorchEngine) -> None:
-            def broken(chunks: list[Chunk], chances: Any = ()) -> Readout:
+            def broken(batch: StepBatch) -> ForwardOutput:
                 raise RuntimeError("nothing works")
 
             monkeypatch.setattr(engine._runner, "forward", broken)

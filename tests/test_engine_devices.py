@@ -21,13 +21,12 @@ from test_engine_batching import CONTEXT, KRAKEN, NUM_IDS, VARIANTS, T, assert_e
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine.choose import Choice, open_engine
-from kraken.engine.chunk import Chunk, Readout
-from kraken.engine.devices.control import SPIN_S, Connection, ConnectionLost, Kind, pack_step, unpack_step
-from kraken.engine.devices.meeting import Meeting
-from kraken.engine.devices.partition import Part, read_weights, shapes_of, weights_of
+from kraken.engine.batch import ForwardOutput, StepBatch
+from kraken.engine.distributed.control_channel import SPIN_S, Connection, ConnectionLost, Kind
+from kraken.engine.distributed.partition import Part, read_weights, shapes_of, weights_of
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken, whole_shapes
 
@@ -57,7 +56,7 @@ def make_model(variant: str) -> Kraken:
 
 
 def processes_of(engine: TorchEngine) -> list["subprocess.Popen[bytes]"]:
-    return list(engine._runner._followers._processes.values())  # type: ignore[attr-defined]
+    return list(engine._runner._workers._processes.values())  # type: ignore[attr-defined]
 
 
 async def until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -174,12 +173,6 @@ class TestPartition:
             Part(ModelConfig(num_layers=1, width=24, context_length=8, vocab_size=128, **VARIANTS["standard"]), 0, 2)
 
 
-def test_a_step_is_told_as_it_is() -> None:
-    chunks = [Chunk([5, 6, 7], 0, [2, 9], 0), Chunk([8], 41, [1], 1), Chunk([], 0, [], 0)]
-    found = unpack_step(pack_step(chunks))
-    assert [dataclasses.replace(c, token_ids=list(c.token_ids), blocks=list(c.blocks)) for c in found] == chunks
-
-
 @pytest.mark.parametrize("delay_s", [0.0, SPIN_S / 2, 5 * SPIN_S])
 def test_who_spins_hears_the_same(delay_s: float) -> None:
     server = socket.create_server(("127.0.0.1", 0))
@@ -195,11 +188,6 @@ def test_who_spins_hears_the_same(delay_s: float) -> None:
         listener.receive(spins=True)
     listener.close()
     server.close()
-
-
-def test_the_mode_without_sums_is_for_benchmarks_only() -> None:
-    with pytest.raises(ConfigError, match=r"engine.overlap=none .* wrong"):
-        open_engine(Choice("torch", ""), Path("nowhere"), EngineConfig(overlap="none"))
 
 
 class TestFailure:
@@ -238,13 +226,15 @@ class TestFailure:
         """Its own words reach whoever waits for an answer."""
 
         async def use(engine: TorchEngine) -> None:
-            followers = engine._runner._followers  # type: ignore[attr-defined]
-            tell = followers.tell
+            workers = engine._runner._workers  # type: ignore[attr-defined]
+            send = workers.send
             # an id that only the other rank is told: its embedding has no such row
-            followers.tell = lambda kind, payload=b"": tell(kind, pack_step([Chunk([2**20], 0, [0], 1)]))
+            workers.send = lambda kind, payload=b"": send(
+                kind, StepBatch.concatenate([[2**20]], [0], [[0]], [1], 4).to_bytes()
+            )
             with pytest.raises(EngineError, match=r"rank 1 failed: IndexError"):
                 await collect(engine, a_request("r"))
-            followers.tell = tell
+            workers.send = send
 
         self.run(use, num_devices=2)
 
@@ -255,13 +245,12 @@ class TestFailure:
             forward = engine._runner.forward
 
             @torch.inference_mode()
-            def poisoned(chunks: list[Chunk], chances: Any = ()) -> Readout:
-                readout = forward(chunks, chances)
-                rows = [chunk for chunk in chunks for _ in range(chunk.num_logits)]
-                for row, chunk in enumerate(rows):
-                    if chunk.token_ids[-1] == 7:
-                        readout.logits_RV[row] = torch.nan
-                return readout
+            def poisoned(batch: StepBatch) -> ForwardOutput:
+                output = forward(batch)
+                for row, token_id in enumerate(batch.token_ids_T[batch.logit_rows()]):
+                    if token_id == 7:
+                        output.logits_RV[row] = torch.nan
+                return output
 
             engine._runner.forward = poisoned  # type: ignore[method-assign]
             bad = Request(id="bad", prompt_ids=(1, 7), sampling=SamplingParams(max_tokens=3))
@@ -300,23 +289,23 @@ class TestFailure:
 
     def test_a_rank_that_does_not_come_is_named(self) -> None:
         config = EngineConfig(device="cpu", num_devices=2, startup_timeout_s=1.0)
-        with pytest.raises(EngineError, match=r"ranks \[1\] did not come to 127.0.0.1"):
-            TorchEngine.from_model(make_model("kraken_2way"), INFO, config, Meeting(2))
+        with pytest.raises(EngineError, match=r"ranks \[1\] did not connect to 127.0.0.1"):
+            TorchEngine.from_model(make_model("kraken_2way"), INFO, config, Rendezvous(2))
 
     def test_ranks_that_exist_already_are_invited(self) -> None:
         """As Ray's actors are: somebody else starts the process, which has nothing but its invitation."""
         model, made = make_model("standard"), requests(4)
         expected = run(model, together(made))
-        meeting = Meeting(2)
+        rendezvous = Rendezvous(2)
         code = (
-            "import sys; from kraken.engine.devices.ranks import follow, Invitation; "
-            "follow(Invitation.from_json(sys.argv[1]))"
+            "import sys; from kraken.engine.distributed.worker import run_worker, JoinToken; "
+            "run_worker(JoinToken.from_json(sys.argv[1]))"
         )
-        guest = subprocess.Popen([sys.executable, "-c", code, meeting.invitation(1).to_json()])
+        guest = subprocess.Popen([sys.executable, "-c", code, rendezvous.join_token(1).to_json()])
         config = EngineConfig(device="cpu", num_devices=2, num_threads=2, dtype="float32")
 
         async def main() -> list[list[Output]]:
-            engine = TorchEngine.from_model(model, INFO, config, meeting)
+            engine = TorchEngine.from_model(model, INFO, config, rendezvous)
             try:
                 return await together(made)(engine)
             finally:

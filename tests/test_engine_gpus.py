@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 
 from kraken.config import EngineConfig, ModelConfig
 from kraken.convert import WEIGHTS_NAME, to_exchange
-from kraken.engine.devices import choose_sums
-from kraken.engine.devices.meeting import Meeting, RanksError
-from kraken.engine.devices.ranks import Source
-from kraken.engine.linear import PlainLinear
+from kraken.engine.distributed import choose_backend as choose_backend
+from kraken.engine.distributed.rendezvous import Rendezvous
+from kraken.engine.distributed.setup import WeightSource
+from kraken.engine.distributed.worker_group import WorkerError
+from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.torch.linear import TorchLinear
 from kraken.engine.protocol import EngineError, EngineInfo, Output, PromptOutput, Request, SamplingParams, TokenOutput
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.model import Kraken
 
@@ -41,16 +42,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "parallel": BASELINE | {"architecture": "parallel", "bias": True},
 }
 HAS_TWO = torch.cuda.device_count() > 1
-SUMS = ["peers", "copied", *(["nccl", "auto"] if HAS_TWO else [])]
-COPIED = (
-    "from kraken.engine.devices import choose_sums, ranks\n"
-    "choose_sums._candidates = lambda *_: ['copied']\n"
-    "ranks.main()"
+BACKENDS = ["p2p", "copy_engine", *(["nccl", "auto"] if HAS_TWO else [])]
+COPY_ENGINE = (
+    "from kraken.engine.distributed import choose_backend, worker\n"
+    "choose_backend._candidates = lambda *_: ['copy_engine']\n"
+    "worker.main()"
 )
-"""A follower that takes the method that is seldom the faster one for small messages."""
+"""A worker with the backend that is seldom the fastest for small messages."""
 
 
-def make_source(variant: str, folder: Path) -> Source:
+def make_source(variant: str, folder: Path) -> WeightSource:
     """Random weights, large enough that logits differ and biases matter."""
     torch.manual_seed(1)
     shape = {"num_layers": 3, "width": 24, "context_length": CONTEXT, "vocab_size": 128} | VARIANTS[variant]
@@ -60,11 +61,11 @@ def make_source(variant: str, folder: Path) -> Source:
         for parameter in model.parameters():
             parameter.mul_(5.0) if parameter.dim() > 1 and parameter.std() > 0 else parameter.normal_(1.0, 0.2)
     save_file(to_exchange(model), folder / WEIGHTS_NAME)
-    return Source(config=model.config, folder=folder)
+    return WeightSource(config=model.config, folder=folder)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WeightSource:
     return make_source(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -92,22 +93,22 @@ def requests(count: int) -> list[Request]:
     return made
 
 
-def run(source: Source, made: list[Request], sums: str = "auto", **config: Any) -> list[list[Output]]:
+def run(source: WeightSource, made: list[Request], backend: str = "auto", **config: Any) -> list[list[Output]]:
     """All requests at once, then the first of them alone."""
     settings = {"device": "cuda", "dtype": "float32", "tokens_per_block": 4, "max_batch_size": 4, "max_step_tokens": 24}
     num_devices = config.get("num_devices", 1)
-    wanted: Any = "peers" if sums == "copied" else sums
+    setting: Any = "p2p" if backend == "copy_engine" else backend
 
     async def main() -> list[list[Output]]:
-        engine_config = EngineConfig(**(settings | config), sums=wanted)
-        meeting = None
+        engine_config = EngineConfig(**(settings | config), all_reduce=setting)
+        rendezvous = None
         if num_devices > 1:  # invited, so that they may share a GPU
-            meeting = Meeting(num_devices)
-            prefix = [sys.executable, "-c", COPIED] if sums == "copied" else []
-            meeting.launch(1, dict.fromkeys(range(1, num_devices), prefix))
+            rendezvous = Rendezvous(num_devices)
+            prefix = [sys.executable, "-c", COPY_ENGINE] if backend == "copy_engine" else []
+            rendezvous.launch(1, dict.fromkeys(range(1, num_devices), prefix))
         device = torch.device("cuda")
         dtype = getattr(torch, engine_config.dtype)
-        engine = TorchEngine._open(source, INFO, engine_config, device, dtype, meeting)
+        engine = TorchEngine._open(source, INFO, engine_config, device, dtype, rendezvous)
         try:
             results = await asyncio.gather(*(collect(engine, request) for request in made))
             results.append(await collect(engine, dataclasses.replace(made[0], id="alone")))
@@ -120,7 +121,7 @@ def run(source: Source, made: list[Request], sums: str = "auto", **config: Any) 
 
 
 @pytest.fixture(scope="module")
-def alone(source: Source) -> list[list[Output]]:
+def alone(source: WeightSource) -> list[list[Output]]:
     return run(source, requests(8), cuda_graphs=False)
 
 
@@ -142,71 +143,71 @@ def assert_equal(found: list[list[Output]], expected: list[list[Output]]) -> Non
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("overlap", ["overlapped", "blocking"])
-@pytest.mark.parametrize("sums", SUMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_ranks_equal_one(
-    source: Source,
+    source: WeightSource,
     alone: list[list[Output]],
-    sums: str,
+    backend: str,
     overlap: str,
     cuda_graphs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if overlap == "blocking" and source.config.architecture != "kraken":
         pytest.skip("the baselines wait in either mode")
-    if sums == "copied":
+    if backend == "copy_engine":
         if source.config.architecture != "kraken" or overlap == "blocking":
-            pytest.skip("only sums in flight during attention are copied")
-        monkeypatch.setattr(choose_sums, "_candidates", lambda *_: ["copied"])
-    found = run(source, requests(8), sums, num_devices=2, overlap=overlap, cuda_graphs=cuda_graphs)
+            pytest.skip("only all-reduces in flight during attention are copied")
+        monkeypatch.setattr(choose_backend, "_candidates", lambda *_: ["copy_engine"])
+    found = run(source, requests(8), backend, num_devices=2, overlap=overlap, cuda_graphs=cuda_graphs)
     assert_equal(found, alone)
 
 
-def test_four_ranks_equal_one(source: Source, alone: list[list[Output]]) -> None:
+def test_four_ranks_equal_one(source: WeightSource, alone: list[list[Output]]) -> None:
     if source.config.num_ways == 2:
         pytest.skip("two ways")
-    assert_equal(run(source, requests(8), "peers", num_devices=4), alone)
+    assert_equal(run(source, requests(8), "p2p", num_devices=4), alone)
 
 
 class TestFailure:
     """Of one rank of two, which the other would wait for on its device."""
 
     CONFIG = EngineConfig(
-        device="cuda", dtype="float32", num_devices=2, sums="peers", max_batch_size=4, max_step_tokens=24
+        device="cuda", dtype="float32", num_devices=2, all_reduce="p2p", max_batch_size=4, max_step_tokens=24
     )
 
-    def open(self, folder: Path, meeting: Meeting, **config: Any) -> TorchEngine:
+    def open(self, folder: Path, rendezvous: Rendezvous, **config: Any) -> TorchEngine:
         source = make_source("kraken_2way", folder)
         engine_config = dataclasses.replace(self.CONFIG, **config)
-        return TorchEngine._open(source, INFO, engine_config, torch.device("cuda"), torch.float32, meeting)
+        return TorchEngine._open(source, INFO, engine_config, torch.device("cuda"), torch.float32, rendezvous)
 
     @pytest.mark.skipif(HAS_TWO, reason="for one GPU")
     def test_nccl_refuses_ranks_that_share_a_gpu(self, tmp_path: Path) -> None:
-        meeting = Meeting(2)
-        meeting.launch(1)
-        with pytest.raises(RanksError):
-            self.open(tmp_path, meeting, sums="auto", startup_timeout_s=120.0)
+        rendezvous = Rendezvous(2)
+        rendezvous.launch(1)
+        with pytest.raises(WorkerError):
+            self.open(tmp_path, rendezvous, all_reduce="auto", startup_timeout_s=120.0)
 
-    def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
+    def test_a_rank_that_fails_to_capture_graphs_is_named(self, tmp_path: Path) -> None:
         failing = (
-            "from kraken.engine import runner\n"
-            "from kraken.engine.devices import ranks\n"
-            "def record(self, sizes): raise ValueError('no graph today')\n"
-            "runner.Runner.record = record; ranks.main()"
+            "from kraken.engine import model_runner as runner\n"
+            "from kraken.engine.distributed import worker\n"
+            "def capture_graphs(self, sizes): raise ValueError('no graph today')\n"
+            "runner.ModelRunner.capture_graphs = capture_graphs; worker.main()"
         )
-        meeting = Meeting(2)
-        meeting.launch(1, {1: [sys.executable, "-c", failing]})
-        with pytest.raises(RanksError, match=r"rank 1 failed: ValueError: no graph today"):
-            self.open(tmp_path, meeting)
+        rendezvous = Rendezvous(2)
+        rendezvous.launch(1, {1: [sys.executable, "-c", failing]})
+        with pytest.raises(WorkerError, match=r"rank 1 failed: ValueError: no graph today"):
+            self.open(tmp_path, rendezvous)
         torch.cuda.synchronize()  # nothing waits any more
 
     def test_a_killed_rank_is_told(self, tmp_path: Path) -> None:
-        meeting = Meeting(2)
-        meeting.launch(1)
+        rendezvous = Rendezvous(2)
+        rendezvous.launch(1)
 
         async def main() -> None:
-            engine = self.open(tmp_path, meeting)
+            engine = self.open(tmp_path, rendezvous)
             try:
-                meeting._processes[1].kill()
+                rendezvous._processes[1].kill()
                 sampling = SamplingParams(max_tokens=30, temperature=0.0)
                 with pytest.raises(EngineError, match="rank 1 was ended by SIGKILL"):
                     await collect(engine, Request(id="r", prompt_ids=(1, 2, 3), sampling=sampling))
@@ -218,15 +219,15 @@ class TestFailure:
         torch.cuda.synchronize()
 
     def test_a_stuck_rank_is_waited_for_no_longer_than_asked(self, tmp_path: Path) -> None:
-        meeting = Meeting(2)
-        meeting.launch(1)
+        rendezvous = Rendezvous(2)
+        rendezvous.launch(1)
 
         async def main() -> None:
-            engine = self.open(tmp_path, meeting, collective_timeout_s=20.0)
+            engine = self.open(tmp_path, rendezvous, collective_timeout_s=20.0)
             try:
-                os.kill(meeting._processes[1].pid, signal.SIGSTOP)
+                os.kill(rendezvous._processes[1].pid, signal.SIGSTOP)
                 sampling = SamplingParams(max_tokens=3, temperature=0.0)
-                with pytest.raises(EngineError, match="a step outlasted engine.collective_timeout_s"):
+                with pytest.raises(EngineError, match="a step took longer than engine.collective_timeout_s"):
                     await collect(engine, Request(id="r", prompt_ids=(1, 2, 3), sampling=sampling))
             finally:
                 await engine.close()
@@ -235,7 +236,7 @@ class TestFailure:
         torch.cuda.synchronize()
 
 
-def test_graphs_of_one_gpu_equal_it_without(source: Source, alone: list[list[Output]]) -> None:
+def test_graphs_of_one_gpu_equal_it_without(source: WeightSource, alone: list[list[Output]]) -> None:
     assert_equal(run(source, requests(8), cuda_graphs=True), alone)
 
 
@@ -259,7 +260,7 @@ def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
     weight_1OI, bias_1O = torch.randn(1, 96, 64, device="cuda"), torch.randn(1, 96, device="cuda")
     x_1TI = torch.randn(1, 7, 64, device="cuda")
     for bias in (None, bias_1O):
-        linear = PlainLinear(weight_1OI.bfloat16(), None if bias is None else bias.bfloat16(), "gelu")
+        linear = TorchLinear(weight_1OI.bfloat16(), None if bias is None else bias.bfloat16(), "gelu")
         y_TO = x_1TI.bfloat16()[0].double() @ weight_1OI[0].bfloat16().double().t()
         y_TO = y_TO if bias is None else y_TO + bias[0].bfloat16().double()
         expected_TO = F.gelu(y_TO, approximate="tanh")
@@ -267,8 +268,8 @@ def test_gelu_in_the_products_kernel_is_the_tanh_form() -> None:
 
 
 @pytest.mark.skipif(not HAS_TWO, reason="for several GPUs")
-def test_one_engine_after_the_other_over_nccl(source: Source, alone: list[list[Output]]) -> None:
-    """Graphs hold sums, and whoever closes an engine gives them back first; else the second one waits for ever."""
+def test_one_engine_after_the_other_over_nccl(source: WeightSource, alone: list[list[Output]]) -> None:
+    """Closing an engine frees its graphs before its process group; otherwise NCCL waits for them for ever."""
     for _ in range(2):
         assert_equal(run(source, requests(8), "nccl", num_devices=2, cuda_graph_sizes=(1, 4, 16)), alone)
 

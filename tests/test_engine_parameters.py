@@ -11,7 +11,10 @@ import tiny
 import torch
 
 from kraken.config import EngineConfig
-from kraken.engine import sampling
+from kraken.engine.batch import ForwardOutput, SamplingInput
+from kraken.engine.engine import TorchEngine
+from kraken.engine.kernels.choose import choose_kernels
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.protocol import (
     MAX_STOP_STRINGS,
     ContextLengthExceeded,
@@ -23,8 +26,7 @@ from kraken.engine.protocol import (
     check_request,
     check_stop_strings,
 )
-from kraken.engine.sampling import Draw, sample
-from kraken.engine.torch_engine import TorchEngine
+from kraken.engine.sampler import Sampler
 from kraken.model import Kraken
 
 NUM_IDS = 301
@@ -60,16 +62,15 @@ def means_greedy(fields: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("has_kernels", [True, False])
-def test_extreme_parameters_sample_what_they_mean(has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not has_kernels:
-        monkeypatch.setattr(sampling, "cpu_kernels", lambda *_: None)
+@pytest.mark.parametrize("kernels", [choose_kernels(torch.device("cpu"), torch.float32), TorchKernels()])
+def test_extreme_parameters_sample_what_they_mean(kernels: TorchKernels) -> None:
     cases = extreme_params()
     logits_V = torch.randn(NUM_IDS, generator=torch.Generator().manual_seed(1)) * 8.0
-    draws = [
-        Draw(SamplingParams(**fields), seed=fields["seed"], token_index=3, seen_ids=(5, 9, 200)) for fields in cases
+    inputs = [
+        SamplingInput(SamplingParams(**fields), seed=fields["seed"], token_index=3, seen_ids=(5, 9, 200))
+        for fields in cases
     ]
-    chosen = sample(logits_V.repeat(len(cases), 1), draws)
+    chosen = Sampler(kernels).sample(ForwardOutput(logits_V.repeat(len(cases), 1)), inputs)
     for fields, token_id in zip(cases, chosen, strict=True):
         assert token_id is not None and 0 <= token_id < NUM_IDS, fields
         if means_greedy(fields) and fields["repetition_penalty"] == 1.0:

@@ -32,7 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_threads": 3,
     "num_devices": 2,
     "overlap": "blocking",
-    "sums": "nccl",
+    "all_reduce": "nccl",
     "collective_timeout_s": 1.0,
     "max_batch_size": 3,
     "max_step_tokens": 100,
@@ -66,14 +66,13 @@ TENSORRT_REFUSED = {
     "quantization": "fp8",
     "num_threads": 3,
     "num_devices": 2,
-    "overlap": "none",
     "collective_timeout_s": 1.0,
     "max_step_tokens": 100,
     "tokens_per_block": 24,
     "cuda_graph_sizes": (2, 17),
 }
 """Field -> a value that is refused."""
-NOT_POSSIBLE_ALONE = {"sums": {"num_devices": 2}}
+NOT_POSSIBLE_ALONE = {"all_reduce": {"num_devices": 2}}
 """Field -> settings without which no engine takes it, and which TensorRT-LLM refuses."""
 
 ECHO_HONOURED = {"kind", "max_batch_size", "max_queued_requests"}

@@ -34,8 +34,8 @@ from kraken.convert import (
     write_folder,
 )
 from kraken.data.embedded import EmbeddedCorpus
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import Request, SamplingParams, TokenOutput
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.huggingface.tokenizer import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME, oniguruma, write_fast_tokenizer
 from kraken.manifest import ArtefactError, finish_artefact

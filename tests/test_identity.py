@@ -25,7 +25,7 @@ OTHER: dict[str, Any] = {
     "engine.dtype": "float32",
     "engine.quantization": "fp8",
     "engine.overlap": "blocking",
-    "engine.sums": "nccl",
+    "engine.all_reduce": "nccl",
     "engine.cuda_graph_sizes": (8,),
     "engine.max_batch_size": 8,
 }
@@ -73,7 +73,7 @@ def test_a_fingerprint_follows_exactly_what_determines_the_result(kind: str) -> 
         changed = OTHER.get(name, not value if isinstance(value, bool) else None)
         if changed is None:
             changed = "other" if isinstance(value, str) else (value or 1) * 2
-        if name == "engine.sums":
+        if name == "engine.all_reduce":
             continue  # only with several devices
         other = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **{field: changed})}

@@ -28,8 +28,8 @@ from kraken.checkpoint.reader import load_model
 from kraken.config import EngineConfig, RunConfig, ServeConfig
 from kraken.convert import CONFIG_NAME, read_model_config, write_exchange
 from kraken.data.shards import TokenShards
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import PromptOutput, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect, parity, perplexity
 from kraken.loss import chunk_gradient, chunked_cross_entropy
 from kraken.manifest import ArtefactError, finish_artefact
@@ -228,7 +228,7 @@ def test_the_gate_notices_a_softmax_over_the_padding_ids(
         whole = Kraken.loss
         monkeypatch.setattr(Kraken, "loss", lambda self, ids, targets, num_ids=None: whole(self, ids, targets))
     else:
-        import kraken.engine.torch_engine as engine_module
+        import kraken.engine.core as engine_module
 
         scored = engine_module.token_logprobs
 

@@ -372,7 +372,6 @@ def test_what_deploy_would_refuse_is_said_before_any_work(
     refused("serve.num_replicas=1 with serve.gpus_per_replica=1 need more", serve={"gpus_per_replica": 1.0})
     refused("engine.device=cuda needs a GPU", engine={"device": "cuda"})
     refused("engine.kind=tensorrt_llm is not possible here", engine={"kind": "tensorrt_llm"})
-    refused("engine.overlap=none", engine={"num_devices": 2, "overlap": "none"})
     monkeypatch.setenv("KRAKEN_API_KEY", " ")
     refused("KRAKEN_API_KEY is set but empty")
 

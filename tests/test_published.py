@@ -22,8 +22,8 @@ from benchmarks.loop import LoopKraken
 from jobs.convert import main
 from kraken.config import ConfigError, EngineConfig, ModelConfig, to_dict
 from kraken.convert import CONFIG_NAME, WEIGHTS_NAME, read_exchange, to_exchange, write_folder
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import PromptOutput, Request, SamplingParams
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, finish_artefact
 from kraken.model import Kraken

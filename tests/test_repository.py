@@ -47,6 +47,23 @@ def test_imports_go_one_way(folder: str) -> None:
                 assert top in LAYERS[folder], f"{path.relative_to(ROOT)} imports {module}"
 
 
+def test_the_engine_has_no_import_circles() -> None:
+    """All imports count, also those inside functions and for annotations."""
+    folders = ("kraken/engine", "kraken/trtllm")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    imports: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):  # each imported name may be a module
+                named = {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+                imports[name] |= named & modules.keys()
+    assert sum(map(len, imports.values())) > 50
+    while ends := {name for name, others in imports.items() if not others & imports.keys()}:
+        imports = {name: others & imports.keys() for name, others in imports.items() if name not in ends}
+    assert not imports, f"circles, or modules that lead to one: {imports}"
+
+
 def test_serving_never_imports_training() -> None:
     for path in (ROOT / "serve").rglob("*.py"):
         for module in imported_modules(path):
@@ -81,7 +98,7 @@ def test_only_cluster_calls_ray_init() -> None:
 
 def test_training_loads_no_ray_and_no_mlflow() -> None:
     heavy = "{'ray', 'mlflow', 'fastapi'}"
-    code = f"import sys, kraken.training.train, kraken.engine.torch_engine; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, kraken.training.train, kraken.engine.engine; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

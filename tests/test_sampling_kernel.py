@@ -1,4 +1,4 @@
-"""The Triton kernel that draws the next token against torch; without CUDA by Triton's interpreter, where that is
+"""The Triton kernel that inputs the next token against torch; without CUDA by Triton's interpreter, where that is
 installed."""
 
 import importlib.util
@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from kraken.engine.batch import ForwardOutput, SamplingInput, uniform
+from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.protocol import SamplingParams
-from kraken.engine.sampling import Draw, chance_of, sample, uniform
+from kraken.engine.sampler import Sampler
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -18,16 +20,16 @@ GREEDY = (0.0, 0.0)
 
 @pytest.fixture(autouse=True)
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.engine import sampling_kernel
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
     monkeypatch.setattr(sampling_kernel, "TILE", 512)
 
 
-def next_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> list[int]:
-    from kraken.engine import sampling_kernel
+def sample_ids(logits_BV: torch.Tensor, pairs: list[tuple[float, float]]) -> list[int]:
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
 
-    chances_B2 = torch.tensor(chances, dtype=torch.float64, device=logits_BV.device)
-    found: list[int] = sampling_kernel.next_ids(logits_BV, chances_B2).tolist()
+    temperature_uniform_B2 = torch.tensor(pairs, dtype=torch.float64, device=logits_BV.device)
+    found: list[int] = sampling_kernel.sample_ids(logits_BV, temperature_uniform_B2).tolist()
     return found
 
 
@@ -35,9 +37,9 @@ def next_ids(logits_BV: torch.Tensor, chances: list[tuple[float, float]]) -> lis
 def test_the_most_likely_ids_equal_those_of_torch(num_ids: int) -> None:
     torch.manual_seed(0)
     logits_BV = torch.randint(-9, 5, (40, num_ids + 3), device=DEVICE).float()[:, :num_ids]  # many are equal
-    found = next_ids(logits_BV, [GREEDY] * 40)
+    found = sample_ids(logits_BV, [GREEDY] * 40)
     assert found == logits_BV.cpu().max(dim=-1).indices.tolist()
-    assert found == next_ids(logits_BV.t().contiguous().t(), [GREEDY] * 40)
+    assert found == sample_ids(logits_BV.t().contiguous().t(), [GREEDY] * 40)
 
 
 def test_rows_that_are_no_numbers_have_none() -> None:
@@ -45,13 +47,13 @@ def test_rows_that_are_no_numbers_have_none() -> None:
     logits_BV = torch.zeros(6, 700, device=DEVICE)
     logits_BV[0, 699], logits_BV[1, 3], logits_BV[2] = nan, inf, -inf
     logits_BV[3, 5:], logits_BV[4, :600], logits_BV[5, 400] = -inf, -inf, 90
-    assert next_ids(logits_BV, [GREEDY] * 6) == [-1, -1, -1, 0, 600, 400]
-    assert next_ids(logits_BV, [(1.0, 0.5)] * 6) == [-1, -1, -1, 2, 650, 400]
+    assert sample_ids(logits_BV, [GREEDY] * 6) == [-1, -1, -1, 0, 600, 400]
+    assert sample_ids(logits_BV, [(1.0, 0.5)] * 6) == [-1, -1, -1, 2, 650, 400]
 
 
 @pytest.mark.parametrize("num_ids", [1, 50, 256, 1300])
 @pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 100.0])
-def test_draws_walk_the_distribution(num_ids: int, temperature: float) -> None:
+def test_inputs_walk_the_distribution(num_ids: int, temperature: float) -> None:
     """Each falls where the cumulative distribution, in float64, passes the uniform number; ids without any weight are
     never drawn."""
     torch.manual_seed(1)
@@ -59,7 +61,7 @@ def test_draws_walk_the_distribution(num_ids: int, temperature: float) -> None:
     if num_ids > 1:
         logits_BV[:, 1::3] = -torch.inf
     places = [0.0, 1.0 - 2.0**-53, *(uniform(3, index) for index in range(58))]
-    found = next_ids(logits_BV, [(temperature, place) for place in places])
+    found = sample_ids(logits_BV, [(temperature, place) for place in places])
     shares_BV = (logits_BV.double() / temperature).softmax(dim=-1).cpu()
     mass_BV = shares_BV.cumsum(dim=-1)
     for row, (token, place) in enumerate(zip(found, places, strict=True)):
@@ -67,30 +69,34 @@ def test_draws_walk_the_distribution(num_ids: int, temperature: float) -> None:
         assert mass_BV[row, token] - shares_BV[row, token] - 1e-5 <= place <= mass_BV[row, token] + 1e-5
 
 
-def test_a_pass_that_draws_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_inputs_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of every kind: those that the pass has drawn are taken over, truncated and constrained ones are not."""
-    from kraken.engine import sampling, sampling_kernel
+    from kraken.engine.kernels.cuda import sampling as sampling_kernel
+    from kraken.engine.kernels.cuda.kernels import CudaKernels
 
-    monkeypatch.setattr(sampling, "cpu_kernels", lambda device, dtype: None)
+    def sample(logits_BV: torch.Tensor, inputs: list[SamplingInput], next_B: Any = None) -> list[int | None]:
+        return Sampler(CudaKernels()).sample(ForwardOutput(logits_BV, next_B), inputs)
+
     torch.manual_seed(2)
     logits_BV = 3 * torch.randn(6, 700, device=DEVICE)
     logits_BV[5, 0] = torch.nan
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0}, {}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.6, "temperature": 2.0}, {},
     ]  # fmt: skip
-    draws = [Draw(SamplingParams(**kind), seed, 4) for seed, kind in enumerate(kinds)]
-    expected = sample(logits_BV, draws)  # on a CPU by torch alone
+    inputs = [SamplingInput(SamplingParams(**kind), seed, 4) for seed, kind in enumerate(kinds)]
+    expected = Sampler(TorchKernels()).sample(ForwardOutput(logits_BV), inputs)
     assert expected[5] is None and len(set(expected)) == 6
-    monkeypatch.setattr(sampling, "has_kernels", lambda x: True)
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Idle())
-    assert sample(logits_BV, draws) == expected
-    chances_B2 = torch.tensor([chance_of(draw) for draw in draws], dtype=torch.float64, device=DEVICE)
-    next_B = sampling_kernel.next_ids(logits_BV, chances_B2)
-    assert sample(logits_BV, draws, next_B.cpu()) == expected
-    assert sample(logits_BV[:3], draws[:3], next_B[:3].cpu()) == expected[:3]
-    penalised = Draw(SamplingParams(temperature=0.0, repetition_penalty=100.0), 0, 1, {expected[0] or 0})
-    other = sample(logits_BV[:2], [penalised, draws[1]], next_B[:2].cpu())
+    assert sample(logits_BV, inputs) == expected
+    temperature_uniform_B2 = torch.tensor(
+        [row.temperature_and_uniform for row in inputs], dtype=torch.float64, device=DEVICE
+    )
+    next_B = sampling_kernel.sample_ids(logits_BV, temperature_uniform_B2)
+    assert sample(logits_BV, inputs, next_B.cpu()) == expected
+    assert sample(logits_BV[:3], inputs[:3], next_B[:3].cpu()) == expected[:3]
+    penalised = SamplingInput(SamplingParams(temperature=0.0, repetition_penalty=100.0), 0, 1, {expected[0] or 0})
+    other = sample(logits_BV[:2], [penalised, inputs[1]], next_B[:2].cpu())
     assert other[0] != expected[0] and other[1] == expected[1]
 
 

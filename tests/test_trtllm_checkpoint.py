@@ -19,7 +19,7 @@ from test_convert import float32_model
 from jobs.convert import main
 from kraken.config import ConfigError, ConvertConfig, ModelConfig
 from kraken.convert import exchange_shapes, read_exchange, to_exchange, write_folder
-from kraken.engine.choose import TENSORRT_LLM_FOLDER
+from kraken.engine.placement import TENSORRT_LLM_FOLDER
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact
 from kraken.model import Kraken
 from kraken.presets import PRESETS

@@ -26,6 +26,7 @@ from trtllm_ranks import ROOT, environment, run_with_fake
 from kraken.config import ConfigError, EngineConfig, ModelConfig, ServeConfig
 from kraken.convert import to_exchange, write_folder
 from kraken.engine.choose import Choice, Machine, choose, choose_for, find_machine, open_engine
+from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import (
     EngineError,
     EngineOverloaded,
@@ -35,7 +36,6 @@ from kraken.engine.protocol import (
     SamplingParams,
     TokenOutput,
 )
-from kraken.engine.torch_engine import TorchEngine
 from kraken.evaluate import collect, parity
 from kraken.manifest import ArtefactError, finish_artefact
 from kraken.model import Kraken

@@ -1,4 +1,4 @@
-"""Which engine runs a model: one decision for serving and evaluation, with its reason in one line."""
+"""Which engine runs a model. Serving and evaluation ask here, and log the reason."""
 
 import functools
 import importlib.util
@@ -9,21 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kraken.config import ConfigError, EngineConfig, EngineKind
+from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import Engine
 
-TENSORRT_LLM_FOLDER = "tensorrt_llm"
-"""Folder of the TensorRT-LLM checkpoint, inside the exchange folder."""
 PROBE_TIMEOUT_S = 300.0
 PROBE = "kraken.trtllm.probe"
-REPLICA_ENVIRONMENT = {
-    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "TLLM_DISABLE_MPI": "1",
-    "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "1",
-}
-"""What a Serve replica's environment must say before TensorRT-LLM is imported in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +24,16 @@ class Machine:
     """What a machine offers to TensorRT-LLM."""
 
     version: str | None
-    """Of the TensorRT-LLM that imports here and is supported; None when there is none."""
+    """Of TensorRT-LLM, if it imports and is supported; else None."""
     problem: str = ""
-    """Why there is none."""
+    """Why `version` is None."""
     num_gpus: int | None = None
-    """GPUs that a process here may use; None where nobody counted, since TensorRT-LLM is missing anyway."""
+    """GPUs that a process may use; None if they were not counted because TensorRT-LLM is missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An engine and why it was taken."""
+    """The chosen engine and the reason."""
 
     kind: Literal["torch", "tensorrt_llm"]
     reason: str
@@ -49,24 +42,15 @@ class Choice:
         return f"engine {self.kind}: {self.reason}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """Where TensorRT-LLM puts its Ray workers; the group is Ray's, and is never removed by the engine."""
-
-    group: Any
-    bundle_indices: tuple[int, ...]
-    """One bundle of the group per way."""
-
-
 def choose(kind: EngineKind, num_ways: int, is_converted: bool, machine: Machine) -> Choice:
-    """Decide.
+    """Choose an engine.
 
     Args:
         is_converted: whether the model has a TensorRT-LLM folder.
-        machine: where the engine will run.
+        machine: the machine on which the engine will run.
 
     Raises:
-        ConfigError: TensorRT-LLM is asked for and not possible.
+        ConfigError: `kind` is tensorrt_llm, which cannot run.
     """
     if kind == "torch":
         return Choice("torch", "engine.kind=torch")
@@ -80,7 +64,7 @@ def choose(kind: EngineKind, num_ways: int, is_converted: bool, machine: Machine
 
 
 def _obstacle(num_ways: int, is_converted: bool, machine: Machine) -> str:
-    """The first thing that keeps TensorRT-LLM from running; empty when nothing does."""
+    """The first reason why TensorRT-LLM cannot run; empty if it can."""
     if not is_converted:
         return "the model is not converted for TensorRT-LLM (convert.tensorrt_llm=true does it)"
     if machine.num_gpus is not None and machine.num_gpus < num_ways:
@@ -91,9 +75,9 @@ def _obstacle(num_ways: int, is_converted: bool, machine: Machine) -> str:
 
 
 def find_machine() -> Machine:
-    """Look at the machine this process runs on.
+    """What the machine of this process offers.
 
-    The import happens in a process of its own: it takes long, starts MPI and may abort.
+    TensorRT-LLM is imported in a process of its own, since the import takes long, starts MPI and may abort.
     """
     return _probe()
 
@@ -119,23 +103,18 @@ def _probe() -> Machine:
 
 
 def open_engine(choice: Choice, exchange: Path, config: EngineConfig, placement: Placement | None = None) -> Engine:
-    """Make the chosen engine; TensorRT-LLM starts with its first request, or with `start()`.
+    """Create the chosen engine. TensorRT-LLM starts with its first request, or with `start()`.
 
     Args:
-        placement: with it TensorRT-LLM runs as Ray workers, as it must inside a Serve replica; without it, as a process
-            tree of its own.
+        placement: makes TensorRT-LLM run as Ray workers, which is needed inside a Serve replica; None runs it as a
+            process tree of its own.
 
     Raises:
         ArtefactError: the folder is incomplete, or does not fit this machine.
-        ConfigError: the model cannot be divided among the devices, or its answers would be wrong.
+        ConfigError: the model cannot be divided among the devices.
     """
-    if config.overlap == "none":
-        raise ConfigError(
-            "engine.overlap=none leaves out the sums between devices, so that every answer is wrong: it is for "
-            "benchmarks only; choose overlapped or blocking"
-        )
     if choice.kind == "torch":
-        from kraken.engine.torch_engine import TorchEngine  # torch is loaded only where a model is
+        from kraken.engine.engine import TorchEngine  # torch is loaded only where a model is
 
         return TorchEngine.from_exchange(exchange, config)
     from kraken.trtllm.engine import TensorRTEngine
@@ -144,18 +123,18 @@ def open_engine(choice: Choice, exchange: Path, config: EngineConfig, placement:
 
 
 def num_ways_of(exchange: Path) -> int:
-    """Ways of the model in an exchange folder, read without torch; 1 where nothing can be read."""
+    """Ways of the model in an exchange folder, read without torch; 1 if the folder cannot be read."""
     try:
         return int(json.loads((exchange / "config.json").read_text())["num_ways"])
     except (OSError, ValueError, KeyError):
-        return 1  # whoever opens the folder says what is wrong with it
+        return 1  # opening the folder will report what is wrong with it
 
 
 def choose_for(exchange: Path, config: EngineConfig, look: Callable[[], Machine] = find_machine) -> Choice:
     """`choose` for an exchange folder.
 
     Args:
-        look: finds the machine where the engine will run; not asked when the answer cannot matter.
+        look: finds what the engine's machine offers; only called if the choice depends on it.
 
     Raises:
         ConfigError: TensorRT-LLM is asked for and not possible.

@@ -1,7 +1,7 @@
-"""An engine without a model: it answers with the prompt, again and again. For tests of whatever drives an engine.
+"""An engine without a model, which completes a prompt with the prompt itself: for tests of serving and evaluation.
 
-Its log-probabilities belong to a real distribution, known in closed form: after token p, the id p + r (modulo the
-number of ids) has probability 2 ** -(r + 1). The cycle is not drawn from it; only a repeated id is the most likely one.
+Its log-probabilities come from a distribution in closed form: after token p, the id p + r (modulo the number of ids)
+has probability 2 ** -(r + 1). The completion is not sampled from it.
 """
 
 import asyncio
@@ -32,13 +32,13 @@ HONOURED = frozenset({"kind", "max_batch_size", "max_queued_requests"})
 
 
 class EchoEngine:
-    """Completes a prompt with its own ids in a cycle, whatever the temperature.
+    """Completes a prompt with its own ids in a cycle, at any temperature.
 
     Args:
-        info: the model it pretends to hold.
-        token_delay_s: pause before every token, so that tests can watch a stream and cut it.
-        config: batch and queue limits, honoured as a real engine would; it may set nothing else but the kind, which
-            chooses between real engines.
+        info: of the model that it stands for.
+        token_delay_s: pause before every token, so that tests can observe and cancel a stream.
+        config: limits of batch and queue, honoured as a real engine would; no other setting may differ from its default
+            but the kind, which chooses between real engines.
 
     Raises:
         ConfigError: another setting is given, which cannot have an effect here.
@@ -79,7 +79,7 @@ class EchoEngine:
                     return
                 output = self._token_output(request, step)
                 self._completion_tokens += 1
-                if output.finish_reason:  # gives its place up first: the caller may never ask for more
+                if output.finish_reason:  # before the yield: the caller may never ask for more
                     self._finish(request.id)
                 yield output
                 if output.finish_reason:
@@ -115,7 +115,7 @@ class EchoEngine:
             raise EngineError("the engine is closed")
 
     def _has_ended(self, request_id: str) -> bool:
-        """Whether the request was aborted; an error when the whole engine was closed under it."""
+        """Whether the request was aborted. Raises: EngineError: the engine was closed."""
         if request_id in self._running:
             return False
         self._require_open()
@@ -128,14 +128,14 @@ class EchoEngine:
         if len(self._queued) >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{len(self._queued)} requests are waiting already; try again later")
         turn = self._queued[request_id] = asyncio.get_running_loop().create_future()
-        await turn  # ends as well when the request is aborted; it is then in neither collection
+        await turn  # also ends when the request is aborted, which is then in neither collection
 
     def _finish(self, request_id: str) -> None:
         self._num_finished += 1
         self._leave(request_id)
 
     def _leave(self, request_id: str) -> None:
-        """Give up the place of a request, running or queued, and let the next one in."""
+        """Remove a running or queued request, and admit the next one."""
         self._running.discard(request_id)
         turns = [self._queued.pop(request_id, None)]
         while self._queued and len(self._running) < self._config.max_batch_size and not self._closed:
@@ -143,7 +143,7 @@ class EchoEngine:
             self._running.add(next_id)
             turns.append(self._queued.pop(next_id))
         for turn in turns:
-            if turn is not None and not turn.done():  # done already when its waiter was cancelled
+            if turn is not None and not turn.done():  # already done if the waiting task was cancelled
                 turn.set_result(None)
 
     def _token_output(self, request: Request, step: int) -> TokenOutput:

@@ -1,8 +1,9 @@
-"""The key-value cache's memory: blocks of equal size, who holds them, and which prefixes lie in them already.
+"""The KV cache's memory: blocks of equal size, how many sequences hold each, and which prefixes they contain.
 
-Policy only; the tensors are in `kraken/engine/attention.py`. A full block is known by a digest of every token up to its
-end, so that a prompt that begins as an earlier one did takes over its blocks instead of computing them. A block that
-nobody holds keeps its content until it is needed for something else, the one longest free first.
+Called by the scheduler. Bookkeeping only; the tensors are in `kraken/engine/model/attention.py`. A full block is known
+by a digest of all tokens up to its end, so that a prompt that begins like an earlier one reuses its blocks instead of
+computing them. A block that no sequence holds keeps its content until it is allocated again, the one freed longest ago
+first.
 """
 
 import hashlib
@@ -14,19 +15,19 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class BlockTable:
-    """Where one sequence's tokens lie."""
+    """The blocks of one sequence."""
 
     blocks: "array[int]" = field(default_factory=lambda: array("i"))
-    """int32: block of tokens i * tokens_per_block onwards."""
+    """int32: entry i is the block of tokens i * tokens_per_block onwards."""
     digests: list[bytes] = field(default_factory=list)
-    """Of the full blocks that are published, from the first on."""
+    """Of the published blocks, from the first on."""
 
 
 class BlockPool:
-    """Owns every block. Each is free, or held by one or more tables.
+    """Owns every block. Each is free, or held by one or more block tables.
 
     Args:
-        reuse: publish full blocks and find them again.
+        reuse: publish full blocks, so that prompts with an equal prefix can share them.
     """
 
     def __init__(self, num_blocks: int, tokens_per_block: int, reuse: bool = True):
@@ -40,46 +41,46 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be had, those with reusable content included."""
+        """Blocks that can be allocated, including those whose content could be reused."""
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.tokens_per_block)
 
-    def find(self, token_ids: Sequence[int]) -> BlockTable:
-        """The published blocks that a sequence could begin with; at least its last token is left to compute.
+    def find_prefix(self, token_ids: Sequence[int]) -> BlockTable:
+        """The published blocks with which a sequence could begin. At least its last token is left to compute.
 
-        Nothing is held yet: `take` does that.
+        The blocks are not held yet: `allocate` does that.
         """
-        found = BlockTable()
+        prefix = BlockTable()
         if not self._reuse:
-            return found
+            return prefix
         for digest in self._digests(b"", token_ids[:-1]):
             block = self._block_of.get(digest)
             if block is None:
                 break
-            found.blocks.append(block)
-            found.digests.append(digest)
-        return found
+            prefix.blocks.append(block)
+            prefix.digests.append(digest)
+        return prefix
 
-    def num_needed(self, found: BlockTable, num_tokens: int) -> int:
-        """Free blocks that `take` would use up."""
-        return self.blocks_for(num_tokens) - sum(self._num_holders[block] > 0 for block in found.blocks)
+    def num_needed(self, prefix: BlockTable, num_tokens: int) -> int:
+        """Free blocks that `allocate` would take."""
+        return self.blocks_for(num_tokens) - sum(self._num_holders[block] > 0 for block in prefix.blocks)
 
-    def take(self, found: BlockTable, num_tokens: int, num_expected: int) -> BlockTable:
-        """Hold what `find` found and as many more blocks as `num_tokens` need.
+    def allocate(self, prefix: BlockTable, num_tokens: int, max_length: int) -> BlockTable:
+        """Hold the blocks that `find_prefix` returned and as many more as `num_tokens` need.
 
         Args:
-            num_expected: tokens that the sequence may grow to. Room for them is kept next to it while there is other
-                room: attention reads neighbouring blocks in place and has to gather others.
+            max_length: tokens that the sequence may grow to. The blocks behind it are moved to the end of the free list
+                as far as they are free: torch's attention reads neighbouring blocks in place and must gather others.
         """
-        table = BlockTable(found.blocks[:], found.digests[:])
+        table = BlockTable(prefix.blocks[:], prefix.digests[:])
         for block in table.blocks:
             self._free.pop(block, None)
             self._num_holders[block] += 1
         self.extend(table, num_tokens)
         first = table.blocks[-1] + 1
-        last = first + self.blocks_for(num_expected) - len(table.blocks)
+        last = first + self.blocks_for(max_length) - len(table.blocks)
         for block in range(first, min(last, self.num_blocks)):
             if block not in self._free:
                 break
@@ -87,21 +88,21 @@ class BlockPool:
         return table
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
-        """Hold more blocks until `num_tokens` fit; the caller has made sure that there are as many."""
+        """Hold more blocks until `num_tokens` fit. The caller must have checked `num_free`."""
         free, blocks = self._free, table.blocks
         block = blocks[-1] if blocks else -2
         for _ in range(self.blocks_for(num_tokens) - len(blocks)):
-            block += 1  # its neighbour, where that is free
+            block += 1  # the neighbour, if it is free
             if block not in free:
                 block = next(iter(free))
             del free[block]
             if self._reuse:
-                self._forget(block)
+                self._invalidate(block)
             self._num_holders[block] = 1
             blocks.append(block)
 
     def publish(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
-        """Let others find the full blocks among the first `num_computed` tokens."""
+        """Let `find_prefix` return the full blocks among the first `num_computed` tokens."""
         num_published, num_full = len(table.digests), num_computed // self.tokens_per_block
         if not self._reuse or num_published == num_full:
             return
@@ -113,31 +114,31 @@ class BlockPool:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
-    def release(self, table: BlockTable, forget: bool = False) -> None:
-        """Give a sequence's blocks back.
+    def release(self, table: BlockTable, invalidate: bool = False) -> None:
+        """Free a sequence's blocks and empty its table.
 
         Args:
-            forget: their content is not to be trusted.
+            invalidate: the blocks may lack what they should hold; `find_prefix` must not return them any more.
         """
         for block in table.blocks:
             self._num_holders[block] -= 1
-            if forget:
-                self._forget(block)
+            if invalidate:
+                self._invalidate(block)
             if self._num_holders[block] == 0:
                 self._free[block] = None
         del table.blocks[:]
         table.digests.clear()
 
-    def _forget(self, block: int) -> None:
+    def _invalidate(self, block: int) -> None:
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
 
     def _digests(self, previous: bytes, token_ids: Sequence[int]) -> Iterator[bytes]:
-        """Of every full block, chained to the digest before the first."""
+        """The digest of every full block, chained to the digest of the block before."""
         values = array("i", token_ids).tobytes()
         size = self.tokens_per_block * array("i").itemsize
         for start in range(0, len(values) - size + 1, size):
-            # of a cryptographic kind: a collision would show one user's text to another
+            # a cryptographic hash: with a collision one user's prompt would read another user's keys and values
             previous = hashlib.blake2b(previous + values[start : start + size]).digest()
             yield previous

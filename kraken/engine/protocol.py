@@ -1,7 +1,7 @@
-"""The contract between an engine and everything that uses one (evaluation, serving, command lines).
+"""The interface between engines and their users: evaluation, serving, command lines.
 
-Token ids in, token ids out. An engine runs on the event loop it was made in: `generate` is an async iterator, and
-leaving it early (`aclose`, cancellation) aborts the request and frees what it held.
+Token ids in, token ids out. `generate` is an async iterator on the caller's event loop; leaving it early (`aclose`,
+cancellation) aborts the request and frees its memory.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -14,7 +14,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineError(RuntimeError):
-    """The engine itself failed; the request may be good."""
+    """The engine failed; the request may be valid."""
 
 
 class EngineOverloaded(EngineError):
@@ -63,12 +63,12 @@ MAX_STOP_STRINGS = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. The defaults are those of the OpenAI completions endpoint."""
+    """How the next token is sampled. The defaults are those of the OpenAI completions endpoint."""
 
     max_tokens: int = 16
-    """Most tokens to generate; 0 only scores the prompt."""
+    """Most tokens to generate; 0 scores the prompt only."""
     min_tokens: int = 0
-    """Tokens to generate before a stop id may be sampled, or a stop string counts."""
+    """Tokens to generate before a stop id may be sampled or a stop string takes effect."""
     temperature: float = 1.0
     """0 takes the most likely token, and so does what float32 cannot hold (below 2 ** -126)."""
     top_p: float = 1.0
@@ -80,12 +80,12 @@ class SamplingParams:
     min_p: float = 0.0
     """Sample from tokens at least this share as likely as the most likely one; 0 from all."""
     repetition_penalty: float = 1.0
-    """Logits of ids that came before, in prompt or completion, are divided by this if positive, else multiplied (Keskar
-    et al., CTRL, 2019); 1 changes nothing."""
+    """Positive logits of ids that occurred in prompt or completion are divided by this, negative ones multiplied
+    (Keskar et al., CTRL, 2019); 1 changes nothing."""
     seed: int | None = None
-    """Equal seeds give equal tokens, whatever shares the batch; None draws a fresh one."""
+    """Equal seeds give equal tokens, independent of the other requests of a batch; None takes a random seed."""
     stop_ids: tuple[int, ...] = ()
-    """Ids that end the completion; the id itself is reported as the last token."""
+    """Ids that end the completion. The id is reported as the last token."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
@@ -143,8 +143,8 @@ class Request:
     id: str
     """Unique among the requests in flight."""
     prompt_ids: tuple[int, ...]
-    """At least one id. Prompt and `max_tokens` together fit the context; a prompt that is only scored (`max_tokens=0`)
-    may be one token longer, since its last token is never fed to the model."""
+    """At least one id. Prompt and `max_tokens` together must fit the context. A prompt that is only scored
+    (`max_tokens=0`) may be one token longer, since its last token is never fed to the model."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     num_logprobs: int | None = None
     """Report each generated token's log-probability and this many most likely ones; None reports neither."""
@@ -166,12 +166,12 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptOutput:
-    """What is known of the prompt; comes once, before any token, and only when asked for."""
+    """Scores of the prompt. Comes once, before any token, and only if the request asks for it."""
 
     logprobs: tuple[TokenLogprobs | None, ...] = ()
-    """One entry per prompt token, None for the first, which nothing precedes."""
+    """One entry per prompt token; None for the first, which has no distribution."""
     logits_TV: np.ndarray | None = None
-    """float32 [fed prompt tokens, ids of the tokenizer]; present when `return_logits` is set."""
+    """float32 [prompt tokens fed to the model, ids of the tokenizer]; present if `return_logits` is set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,13 +190,13 @@ Output = PromptOutput | TokenOutput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
-    """What a user of an engine must know about the model it holds."""
+    """An engine's kind and the properties of its model."""
 
     name: str
     """Kind of engine: `torch`, `echo`, ..."""
     context_length: int
     num_ids: int
-    """Ids of the tokenizer; every id below is valid, padding ids are never produced."""
+    """Ids of the tokenizer. Every smaller id is valid; the padding ids of the vocabulary are never generated."""
     eot_id: int
     """The end-of-text id."""
     tokenizer_fingerprint: str
@@ -204,7 +204,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot; cheap enough for a health check."""
+    """A snapshot, cheap enough for a health check."""
 
     num_running: int
     num_queued: int
@@ -214,12 +214,12 @@ class EngineStats:
     completion_tokens: int
     healthy: bool
     num_preempted: int = 0
-    """Times that a request lost its place in the cache and had to be computed again."""
+    """Number of times that a request lost its cache blocks and had to be recomputed."""
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values were there already."""
+    """Prompt tokens whose keys and values were found in the cache."""
     num_blocks: int = 0
     num_free_blocks: int = 0
-    """Blocks of the cache that nobody holds."""
+    """Blocks of the KV cache that no request holds."""
 
 
 class Engine(Protocol):
@@ -234,23 +234,23 @@ class Engine(Protocol):
         Raises:
             RequestError: before the first output, for a request that cannot be served.
             EngineOverloaded: before the first output, when the queue is full.
-            EngineError: at any time; the engine died.
+            EngineError: at any time, when the engine fails.
         """
         ...
 
     def abort(self, request_id: str) -> None:
-        """Stop a request and free what it holds; an unknown or finished id is not an error."""
+        """Stop a request and free its memory. No-op for an unknown or finished id."""
         ...
 
     def stats(self) -> EngineStats: ...
 
     async def close(self) -> None:
-        """End every request and release the device; safe to call twice."""
+        """End every request and release the device. Safe to call twice."""
         ...
 
 
 def check_request(request: Request, info: EngineInfo) -> None:
-    """Refuse what no engine could serve with this model.
+    """Check that an engine with this model can serve a request.
 
     Raises:
         RequestError: names the field, the value and the way out.

@@ -1,74 +1,54 @@
-"""The scheduler: which tokens of which requests the next step computes. Policy only; no tensors, no clock.
+"""The scheduler: which tokens of which requests the next step computes. Policy only, without tensors or clocks; called
+by `EngineCore`.
 
-First come, first served. A step takes one token of everything that decodes, then fills its budget with the next parts
-of prompts, oldest request first. A request is let in when the cache has room for all of it that is known; when the
-cache is full and an older one needs a block, the newest loses its blocks, and computes them again when there is room.
-The oldest therefore always goes on, and nobody waits for ever.
+First come, first served. A step takes one token of every request that decodes, then fills its budget with the next
+chunks of prompts, oldest request first. A request is admitted when the cache has room for all its known tokens. When
+the cache is full and an older request needs a block, the newest one is preempted: it loses its blocks and recomputes
+them later. The oldest request therefore always advances, and none starves.
 """
 
-from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kraken.engine.kv_cache import BlockPool, BlockTable
-from kraken.engine.protocol import Request
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """A request in flight, as far as planning goes."""
-
-    request: Request
-    token_ids: "array[int]"
-    """int32, which is copied to the device as it is. What is fed: the prompt, then what was generated; of a prompt that
-    is only scored, all but its last token."""
-    scores_prompt: bool
-    """Every position of the prompt is read out, and has not been yet; such a prompt reuses no prefix."""
-    table: BlockTable = field(default_factory=BlockTable)
-    num_computed: int = 0
-    """Tokens in the cache, or on their way into it in the step that runs."""
-    was_admitted: bool = False
-
-    @property
-    def num_left(self) -> int:
-        return len(self.token_ids) - self.num_computed
-
-    @property
-    def longest(self) -> int:
-        """Tokens that it can grow to; the last one generated is never fed."""
-        return len(self.request.prompt_ids) + max(self.request.sampling.max_tokens - 1, 0)
+from kraken.engine.request_state import RequestState
 
 
 @dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Tokens `start` to `end` of a sequence, to be computed now."""
+class ScheduledTokens:
+    """One step's work for one request: `num_tokens` tokens from `first_position` on."""
 
-    sequence: Sequence
-    start: int
-    end: int
+    state: RequestState
+    first_position: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.first_position + self.num_tokens
 
     @property
     def is_last(self) -> bool:
-        """Whether the sequence's next token can be drawn afterwards."""
-        return self.end == len(self.sequence.token_ids)
+        """Whether every known token has been computed after this step, so that the next one can be sampled."""
+        return self.end == len(self.state.token_ids)
 
     @property
     def num_logits(self) -> int:
-        return self.end - self.start if self.sequence.scores_prompt else int(self.is_last)
+        """Number of last tokens whose logits are needed."""
+        return self.num_tokens if self.state.scores_prompt else int(self.is_last)
 
 
 class Scheduler:
-    """Holds every sequence that waits or runs, and the pool that their blocks come from.
+    """Holds every request that waits or runs, and the pool of their cache blocks.
 
     Args:
         max_step_tokens: most tokens of a step; at least `max_running`.
-        max_step_logits: most tokens of prompts that are read out in one step, which bounds the memory of logits.
+        max_step_logits: most prompt positions of a step whose logits are computed, which bounds the logits' memory.
     """
 
     def __init__(self, pool: BlockPool, max_running: int, max_step_tokens: int, max_step_logits: int):
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []  # in order of arrival
         self.num_preempted = 0
         self.num_reused_tokens = 0
         self.num_prompt_tokens = 0
@@ -76,84 +56,87 @@ class Scheduler:
         self._max_step_tokens = max_step_tokens
         self._max_step_logits = max_step_logits
 
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+    def add(self, state: RequestState) -> None:
+        """Queue a request."""
+        self.waiting.append(state)
 
-    def remove(self, sequence: Sequence, forget: bool = False) -> None:
-        """A sequence has ended, however: its blocks are free at once.
+    def remove(self, state: RequestState, invalidate: bool = False) -> None:
+        """Remove a request and free its blocks. No-op if it is not scheduled.
 
         Args:
-            forget: the cache may not hold what it should; nobody may reuse these blocks.
+            invalidate: its blocks may lack what they should hold, so that no later prompt may reuse them.
         """
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence in self.running:
-            self.running.remove(sequence)
-        self.pool.release(sequence.table, forget)
+        if state in self.waiting:
+            self.waiting.remove(state)
+        if state in self.running:
+            self.running.remove(state)
+        self.pool.release(state.block_table, invalidate)
 
-    def preempt(self, sequence: Sequence, forget: bool = False) -> None:
-        """Take a running sequence's blocks away; it is first in the queue again. `forget`: as for `remove`."""
-        self.running.remove(sequence)
-        self.pool.release(sequence.table, forget)
-        sequence.num_computed = 0
+    def preempt(self, state: RequestState, invalidate: bool = False) -> None:
+        """Free a running request's blocks and put it at the front of the queue. `invalidate` as for `remove`."""
+        self.running.remove(state)
+        self.pool.release(state.block_table, invalidate)
+        state.num_computed = 0
         self.num_preempted += 1
-        self.waiting.appendleft(sequence)
+        self.waiting.appendleft(state)
 
-    def schedule(self) -> list[Scheduled]:
-        """The next step; empty when nothing waits or runs. What it holds counts as computed from now on."""
-        step: list[Scheduled] = []
-        for sequence in [sequence for sequence in self.running if sequence.num_left == 1]:
-            if sequence in self.running and self._make_room(sequence):
-                self._advance(sequence, 1, step)
+    def schedule(self) -> list[ScheduledTokens]:
+        """The next step's work; empty when nothing waits or runs. The tokens count as computed from now on."""
+        step: list[ScheduledTokens] = []
+        for state in [state for state in self.running if state.num_remaining == 1]:
+            if state in self.running and self._extend_or_preempt(state):
+                step.append(self._take(state, 1))
         budget = self._max_step_tokens - len(step)
         logits_left = self._max_step_logits
-        candidates = [sequence for sequence in self.running if sequence.num_left > 1]
+        prefilling = [state for state in self.running if state.num_remaining > 1]
         while budget > 0 and logits_left > 0:
-            found = candidates.pop(0) if candidates else self._admit()
-            if found is None:
+            candidate = prefilling.pop(0) if prefilling else self._admit()
+            if candidate is None:
                 break
-            sequence = found
-            limit = min(budget, logits_left) if sequence.scores_prompt else budget
-            num_tokens = min(limit, sequence.num_left)
+            limit = min(budget, logits_left) if candidate.scores_prompt else budget
+            num_tokens = min(limit, candidate.num_remaining)
             budget -= num_tokens
-            logits_left -= num_tokens if sequence.scores_prompt else 0
-            self._advance(sequence, num_tokens, step)
+            logits_left -= num_tokens if candidate.scores_prompt else 0
+            step.append(self._take(candidate, num_tokens))
         return step
 
-    def _advance(self, sequence: Sequence, num_tokens: int, step: list[Scheduled]) -> None:
-        start = sequence.num_computed
-        sequence.num_computed += num_tokens
-        # before the step has run: a piece later in it may read what this one stores, layer by layer
-        self.pool.publish(sequence.table, sequence.token_ids, sequence.num_computed)
-        step.append(Scheduled(sequence, start, sequence.num_computed))
+    def _take(self, state: RequestState, num_tokens: int) -> ScheduledTokens:
+        first_position = state.num_computed
+        state.num_computed += num_tokens
+        # published before the step has run: attention stores all keys of a layer before it reads any, so that another
+        # request of the same step may already reuse these blocks
+        self.pool.publish(state.block_table, state.token_ids, state.num_computed)
+        return ScheduledTokens(state, first_position, num_tokens)
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """A block for the next token, at the cost of the newest if need be; False when that is the sequence itself."""
-        num_missing = self.pool.blocks_for(len(sequence.token_ids)) - len(sequence.table.blocks)
+    def _extend_or_preempt(self, state: RequestState) -> bool:
+        """Allocate a block for the next token, preempting the newest requests if the cache is full. Returns False if
+        the request itself had to be preempted."""
+        num_missing = self.pool.blocks_for(len(state.token_ids)) - len(state.block_table.blocks)
         while self.pool.num_free < num_missing:
             newest = self.running[-1]
             self.preempt(newest)
-            if newest is sequence:
+            if newest is state:
                 return False
-        self.pool.extend(sequence.table, len(sequence.token_ids))
+        self.pool.extend(state.block_table, len(state.token_ids))
         return True
 
-    def _admit(self) -> Sequence | None:
-        """Let the longest waiting sequence in, if a place and blocks for all its known tokens are free."""
+    def _admit(self) -> RequestState | None:
+        """Admit the request that waits longest, if the batch has a place and the cache has room for its known
+        tokens."""
         if not self.waiting or len(self.running) == self._max_running:
             return None
-        sequence = self.waiting[0]
-        found = BlockTable() if sequence.scores_prompt else self.pool.find(sequence.token_ids)
-        num_tokens = len(sequence.token_ids)
-        # one block for each that runs: what is let in is not to be thrown out at the next step
-        if self.pool.num_needed(found, num_tokens) + len(self.running) > self.pool.num_free:
+        state = self.waiting[0]
+        prefix = BlockTable() if state.scores_prompt else self.pool.find_prefix(state.token_ids)
+        num_tokens = len(state.token_ids)
+        # one free block per running request is kept back, otherwise the next step could preempt what was just admitted
+        if self.pool.num_needed(prefix, num_tokens) + len(self.running) > self.pool.num_free:
             return None
         self.waiting.popleft()
-        self.running.append(sequence)
-        sequence.num_computed = len(found.blocks) * self.pool.tokens_per_block
-        sequence.table = self.pool.take(found, num_tokens, sequence.longest)
-        self.num_reused_tokens += sequence.num_computed
-        if not sequence.was_admitted:
-            sequence.was_admitted = True
-            self.num_prompt_tokens += len(sequence.request.prompt_ids)
-        return sequence
+        self.running.append(state)
+        state.num_computed = len(prefix.blocks) * self.pool.tokens_per_block
+        state.block_table = self.pool.allocate(prefix, num_tokens, state.max_length)
+        self.num_reused_tokens += state.num_computed
+        if not state.was_admitted:
+            state.was_admitted = True
+            self.num_prompt_tokens += len(state.request.prompt_ids)
+        return state

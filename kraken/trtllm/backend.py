@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from kraken.engine.choose import Placement
+from kraken.engine.placement import Placement
 from kraken.engine.protocol import EngineError, RequestError
 from kraken.trtllm import frames
 from kraken.trtllm.session import Job, Launch, Session, Step, clean_environment, make_async_llm, prepare

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine.choose import TENSORRT_LLM_FOLDER, Placement
+from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -38,7 +38,7 @@ from kraken.engine.protocol import (
     TokenOutput,
     check_request,
 )
-from kraken.engine.sampling import token_logprobs
+from kraken.engine.sampler import token_logprobs
 from kraken.manifest import ArtefactError, Manifest
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from kraken.trtllm.backend import Backend, ProcessBackend, RayBackend

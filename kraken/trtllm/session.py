@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kraken.engine.choose import REPLICA_ENVIRONMENT, Placement
+from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
 from kraken.engine.protocol import EngineError, Request, RequestError, SamplingParams
 from kraken.trtllm.fingerprint import require_same_machine
 

@@ -1,0 +1,1 @@
+"""One engine on several devices: partition of the model, worker processes, and all-reduce."""
