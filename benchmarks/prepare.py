@@ -157,7 +157,8 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     import numpy as np
 
     from kraken.config import DataConfig
-    from kraken.data.corpora import Split, open_corpus, split_of
+    from kraken.data.corpora import open_corpus
+    from kraken.data.corpus import Split, split_of
     from kraken.data.shards import TokenShards
     from kraken.tokenizer import Tokenizer
 

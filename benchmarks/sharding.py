@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.recipe import published_recipe
-from kraken.plan import training_flops_per_token
+from kraken.plan.cost import training_flops_per_token
 from kraken.presets import PRESETS
 from kraken.training.parallel import Mesh, join_mesh
 from kraken.training.rate import matrix_rate

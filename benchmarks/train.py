@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from benchmarks.loop import LoopKraken
 from benchmarks.recipe import published_recipe
 from kraken.config import ModelConfig, TrainConfig
-from kraken.plan import training_flops_per_token
-from kraken.precision import choose_precision
+from kraken.model.precision import choose_precision
+from kraken.plan.cost import training_flops_per_token
 from kraken.presets import PRESETS
 from kraken.training.parallel import Mesh
 from kraken.training.rate import matrix_rate

@@ -170,7 +170,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of a model. Letters in brackets are the shape letters of `kraken/model.py`."""
+    """The shape of a model. Letters in brackets are the shape letters of `kraken/model/architecture.py`."""
 
     architecture: Literal["kraken", "standard", "parallel"] = "kraken"
     """`kraken`: W ways, one sum a layer. `standard`: pre-LayerNorm Transformer, as GPT-2. `parallel`: attention and FFN

@@ -27,11 +27,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from kraken.alignment import pad
 from kraken.checkpoint.reader import STEP_FOLDER
 from kraken.config import ConfigError, ModelConfig, pad_vocab
 from kraken.convert import exchange_shapes, read_model_config, read_tensors, write_folder
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint, sha256_of_file
+from kraken.model.alignment import pad
 from kraken.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"

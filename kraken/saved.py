@@ -24,8 +24,8 @@ from kraken.convert import (
 )
 from kraken.huggingface.tokenizer import TOKENIZER_NAME, read_fast_tokenizer
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint, sha256_of_file
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.published import load_tokenizer
-from kraken.residual_norm import LAYER_NORM_EPSILON
 from kraken.tokenizer import RANKS_NAME, Tokenizer
 
 

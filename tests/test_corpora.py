@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from kraken.config import ConfigError, DataConfig
-from kraken.data.corpora import Corpus, Document
+from kraken.data.corpus import Corpus, Document
 from kraken.data.files import SECTION_BYTES, WHOLE_TEXT_BYTES, FilesCorpus
 from kraken.data.huggingface import HuggingFaceCorpus
 from kraken.data.nanogpt import NanoGptFolder

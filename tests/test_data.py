@@ -13,7 +13,7 @@ import tiny
 import tokenizers
 
 import kraken.tokenizer
-from kraken.data.corpora import split_of
+from kraken.data.corpus import split_of
 from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.loader import Loader, sequential_windows
 from kraken.data.prepare import unigram_entropy

@@ -36,7 +36,7 @@ from kraken.engine.protocol import (
 )
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
-from kraken.model import Kraken, next_token_loss
+from kraken.model.architecture import Kraken, next_token_loss
 from kraken.tokenizer import META_NAME, Tokenizer
 from kraken.training.train import train
 

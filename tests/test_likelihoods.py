@@ -31,12 +31,12 @@ from kraken.data.shards import TokenShards
 from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import PromptOutput, Request, SamplingParams
 from kraken.evaluate import collect, parity, perplexity
-from kraken.loss import chunk_gradient, chunked_cross_entropy
 from kraken.manifest import ArtefactError, finish_artefact
 from kraken.model import Kraken
+from kraken.model.loss import chunk_gradient, chunked_cross_entropy
+from kraken.model.ways import WayGroup
 from kraken.tokenizer import Tokenizer
 from kraken.training.train import train
-from kraken.ways import WayGroup
 from serve.app import ServeArgs, build
 
 TOLERANCE = 1e-4

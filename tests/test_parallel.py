@@ -16,10 +16,10 @@ import torch
 from kraken.checkpoint.history import read_history
 from kraken.checkpoint.reader import KINDS, CheckpointReader
 from kraken.config import ConfigError, ModelConfig, RunConfig
+from kraken.model.ways import WayGroup
 from kraken.training.parallel import join_mesh
 from kraken.training.step import TrainingStep
 from kraken.training.train import NoHooks, train
-from kraken.ways import WayGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,7 +266,7 @@ def test_parts_cover_everything_once(count: int, size: int) -> None:
 
 def test_the_largest_preset_is_never_whole_on_a_process() -> None:
     """A process's parameters are its part; on the meta device, since nothing has to be computed for that."""
-    from kraken.model import Kraken, part_of, whole_shapes
+    from kraken.model.architecture import Kraken, part_of, whole_shapes
     from kraken.presets import PRESETS
 
     config: ModelConfig = PRESETS["kraken_760m_4way"]().model

@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from kraken.config import ConfigError, DataConfig, RunConfig
-from kraken.data.corpora import Document, Piece, open_corpus, split_of
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import Document, Piece, split_of
 from kraken.data.files import SECTION_BYTES
 from kraken.data.pieces import RECORDS_FOLDER, finished_record, tokenize_piece, training_texts
 from kraken.data.prepare import prepare

@@ -19,7 +19,7 @@ import kraken.model
 from benchmarks import sharding
 from benchmarks import train as training_benchmark
 from kraken.model import Kraken
-from kraken.plan import forward_flops_per_token, num_parameters, training_flops_per_token
+from kraken.plan.cost import forward_flops_per_token, num_parameters, training_flops_per_token
 from kraken.training import rate, report
 from kraken.training.optim import learning_rate
 from kraken.training.rate import matrix_rate

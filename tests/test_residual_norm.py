@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -87,9 +87,8 @@ def test_is_a_sound_operator(kind: str) -> None:
 def test_compiled_training_equals_plain_operations(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    from kraken import residual_norm
-    from kraken.alignment import Alignment
-    from kraken.model import Kraken
+    from kraken.model import Kraken, residual_norm
+    from kraken.model.alignment import Alignment
     from kraken.presets import PRESETS
 
     config = dataclasses.replace(PRESETS[preset]().model, num_layers=3, context_length=64, vocab_size=512)

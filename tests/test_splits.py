@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from kraken.config import ConfigError, DataConfig
-from kraken.data.corpora import open_corpus, split_of
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import split_of
 from kraken.data.loader import Loader
 from kraken.data.prepare import adopt_nanogpt, prepare
 from kraken.data.shards import TokenShards

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from trtllm_ranks import RankFailureError, Ranks, RankServer, run_with_fake
 
-from kraken.alignment import pad
 from kraken.config import ModelConfig
 from kraken.convert import model_config_json, to_exchange
 from kraken.model import Kraken
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.alignment import pad
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.trtllm.checkpoint import trtllm_config
 from kraken.trtllm.parts import padded_tensors
 

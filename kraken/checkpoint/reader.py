@@ -33,7 +33,7 @@ from kraken.checkpoint.pieces import Piece, Slices, whole_piece
 from kraken.checkpoint.tensor_files import read_pieces
 from kraken.config import ModelConfig, from_dict, to_dict
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
-from kraken.model import Kraken, whole_shapes
+from kraken.model.architecture import Kraken, whole_shapes
 from kraken.tokenizer import require_same_tokenizer
 
 KINDS = ("model", "optimizer")

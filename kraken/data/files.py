@@ -21,7 +21,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from kraken.config import ConfigError
-from kraken.data.corpora import MAX_DOCUMENT_BYTES, Document, OnBad, Part, Piece, group
+from kraken.data.corpus import MAX_DOCUMENT_BYTES, Document, OnBad, Part, Piece, group
 from kraken.manifest import ArtefactError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kraken.config import ConfigError, DataConfig
-from kraken.data.corpora import Document, OnBad, Part, Piece
+from kraken.data.corpus import Document, OnBad, Part, Piece
 from kraken.data.files import PARQUET_ROWS, read_column
 from kraken.manifest import ArtefactError
 from kraken.tokenizer import first_line

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.fs
 
 from kraken.config import ConfigError
-from kraken.data.corpora import Split
+from kraken.data.corpus import Split
 from kraken.data.files import open_path, readable
 from kraken.data.shards import shard_name, token_dtype
 from kraken.manifest import ArtefactError

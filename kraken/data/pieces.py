@@ -13,7 +13,7 @@ import dacite
 import numpy as np
 
 from kraken.config import DataConfig
-from kraken.data.corpora import SPLITS, Corpus, Piece, Split, position_of, split_of
+from kraken.data.corpus import SPLITS, Corpus, Piece, Split, position_of, split_of
 from kraken.data.shards import ShardWriter, shard_name, token_dtype
 from kraken.manifest import ArtefactError, write_atomically
 from kraken.tokenizer import META_NAME, RANKS_NAME, EncodingError, Tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kraken.config import DataConfig
-from kraken.data.corpora import SPLITS, Corpus, Piece, open_corpus
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import SPLITS, Corpus, Piece
 from kraken.data.nanogpt import NanoGptFolder
 from kraken.data.pieces import PieceRecord, finished_records, tokenize_piece, training_texts
 from kraken.data.shards import TokenShards

@@ -45,7 +45,7 @@ from kraken.engine.request_state import RequestState
 from kraken.engine.scheduler import Scheduler
 from kraken.manifest import Manifest
 from kraken.model import Kraken
-from kraken.plan import kv_bytes_per_token
+from kraken.plan.cost import kv_bytes_per_token
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 
 MAX_STEP_LOGITS = 512

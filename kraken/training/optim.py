@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kraken.config import TrainConfig
-from kraken.model import Kraken, is_vector
+from kraken.model.architecture import Kraken, is_vector
 from kraken.training.muon import Muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from kraken.config import ConfigError
-from kraken.model import way_dimension
+from kraken.model.architecture import way_dimension
+from kraken.model.ways import WayGroup
 from kraken.stopwatch import Stopwatch
-from kraken.ways import WayGroup
 
 AXES = ("replicate", "shard", "way")
 VALUES_PER_BUCKET = 2**26

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kraken.checkpoint.history import History
 from kraken.config import RunConfig
-from kraken.plan import training_flops_per_token
+from kraken.plan.cost import training_flops_per_token
 from kraken.stopwatch import Stopwatch
 from kraken.training.agreement import Agreement
 from kraken.training.optim import learning_rate

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kraken.alignment import Alignment
 from kraken.config import ModelConfig, TrainConfig
 from kraken.model import Kraken
-from kraken.plan import training_flops_per_token
-from kraken.precision import Precision, choose_precision
+from kraken.model.alignment import Alignment
+from kraken.model.precision import Precision, choose_precision
+from kraken.plan.cost import training_flops_per_token
 from kraken.training.graph import GraphedBackward
 from kraken.training.optim import Optimizer, learning_rate
 from kraken.training.parallel import Mesh

@@ -24,7 +24,7 @@ from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
 from kraken.data.splits import require_windows
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.plan import num_parameters, training_flops_per_token
+from kraken.plan.cost import num_parameters, training_flops_per_token
 from kraken.storage import Storage
 from kraken.training.agreement import Agreement
 from kraken.training.arrivals import Arrivals

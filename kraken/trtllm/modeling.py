@@ -9,7 +9,7 @@ attention, in prefill as in decoding:
 
 The baselines are split as tensor parallelism splits any Transformer, with their all-reduces in the way: `standard` two
 a layer, `parallel` one. Importing this file imports TensorRT-LLM and registers the model; shape letters are those of
-`kraken/model.py`, and T counts the tokens of all requests in the step, one after the other.
+`kraken/model/architecture.py`, and T counts the tokens of all requests in the step, one after the other.
 
 What looks odd here answers a behaviour of TensorRT-LLM:
 * A linear in ROW mode drops its bias on ranks above 0, under Ray even where its group has one rank. Private linears

@@ -16,7 +16,7 @@ from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.kernels.torch.linear import Activation, Linear
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 MAX_FEW_QUERIES = 2
 """Up to so many tokens of a sequence are attended one by one; for more it pays to rearrange the keys first."""

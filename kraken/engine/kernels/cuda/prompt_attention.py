@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, paged_store, slot_mapping_of, with_equal_strides
-from kraken.model import FASTEST_ATTENTION_FIRST
+from kraken.model.architecture import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048
 """Longest prompt for which the kernel is faster than torch's, on an H200."""

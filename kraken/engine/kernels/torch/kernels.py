@@ -22,7 +22,7 @@ from kraken.engine.kernels.quantized_tensor import QuantizedTensor, quantize_row
 from kraken.engine.kernels.torch.attention import PagedAttend, paged_attention
 from kraken.engine.kernels.torch.linear import Activation, Linear, OneDnnLinear, TorchLinear, is_onednn_linear
 from kraken.engine.kernels.torch.sampling import NOT_FINITE, most_likely, sample_rows
-from kraken.residual_norm import sum_across_ways
+from kraken.model.residual_norm import sum_across_ways
 
 
 class TorchKernels:

@@ -1,7 +1,7 @@
 """Linears computed by torch's operators: the fallback on a CPU, and the only ones on CUDA.
 
-`TorchKernels.linear` chooses between them. Shape letters as in `kraken/model.py`; I and O are the inputs and outputs
-of a linear.
+`TorchKernels.linear` chooses between them. Shape letters as in `kraken/model/architecture.py`; I and O are the inputs
+and outputs of a linear.
 """
 
 from collections.abc import Callable

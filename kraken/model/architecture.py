@@ -38,12 +38,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from kraken.alignment import Alignment, pad
 from kraken.config import ModelConfig
-from kraken.loss import chunk_gradient, chunked_cross_entropy
-from kraken.precision import compute_dtype
-from kraken.residual_norm import LAYER_NORM_EPSILON, advance, see
-from kraken.ways import WayGroup
+from kraken.model.alignment import Alignment, pad
+from kraken.model.loss import chunk_gradient, chunked_cross_entropy
+from kraken.model.precision import compute_dtype
+from kraken.model.residual_norm import LAYER_NORM_EPSILON, advance, see
+from kraken.model.ways import WayGroup
 
 INIT_STD = 0.02
 COMPILE_OPTIONS: dict[str, Any] = {"reorder_for_peak_memory": False}

@@ -1,4 +1,5 @@
-"""The GPU kernels of `kraken/loss.py`, in Triton. Sums are in float32. V is the vocabulary, or this process's part.
+"""The GPU kernels of `kraken/model/loss.py`, in Triton. Sums are in float32. V is the vocabulary, or this process's
+part.
 
 For a whole vocabulary one program a token reads its logits twice, the second time from the cache, and writes once. For
 a divided one the processes exchange what each knows of a token's logits between the two readings.
@@ -39,7 +40,7 @@ def _chunk_gradient(  # type: ignore[no-untyped-def]
 
 
 def chunk_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """See `kraken.loss.chunk_gradient`; the gradient takes the place of the logits."""
+    """See `kraken.model.loss.chunk_gradient`; the gradient takes the place of the logits."""
     T, V = logits_TV.shape
     losses_T = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
     _chunk_gradient[(T,)](
@@ -70,7 +71,7 @@ def _row_statistics(  # type: ignore[no-untyped-def]
 
 
 def row_statistics(logits_TV: Tensor, columns_T: Tensor) -> Tensor:
-    """See `kraken.loss.row_statistics`."""
+    """See `kraken.model.loss.row_statistics`."""
     T, V = logits_TV.shape
     statistics_T3 = torch.empty(T, 3, dtype=torch.float32, device=logits_TV.device)
     _row_statistics[(T,)](
@@ -94,7 +95,7 @@ def _softmax_less_target(  # type: ignore[no-untyped-def]
 
 
 def softmax_less_target(logits_TV: Tensor, columns_T: Tensor, log_total_T: Tensor) -> Tensor:
-    """See `kraken.loss.softmax_less_target`; the gradient takes the place of the logits."""
+    """See `kraken.model.loss.softmax_less_target`; the gradient takes the place of the logits."""
     T, V = logits_TV.shape
     _softmax_less_target[(T, triton.cdiv(V, COLUMNS))](
         logits_TV, columns_T, log_total_T.contiguous(), logits_TV.stride(0), V=V, COLUMNS=COLUMNS, num_warps=NUM_WARPS
