@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import kraken.model
+import kraken.model.architecture
 from benchmarks import sharding
 from benchmarks import train as training_benchmark
 from kraken.model import Kraken
@@ -110,7 +110,7 @@ def test_the_rate_of_a_gpu_is_the_one_of_a_long_run(dtype: torch.dtype) -> None:
 def test_flops_per_token_are_those_that_torch_counts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward; torch counts every position of causal attention, as the formula does."""
     config = dataclasses.replace(VARIANTS[variant], context_length=16)
-    monkeypatch.setattr(kraken.model, "FASTEST_ATTENTION_FIRST", [SDPBackend.MATH])
+    monkeypatch.setattr(kraken.model.architecture, "FASTEST_ATTENTION_FIRST", [SDPBackend.MATH])
     model = Kraken(config)
     model.init_weights(0)
     ids = torch.randint(config.vocab_size, (3, config.context_length))
