@@ -63,6 +63,11 @@ NETWORK_WORDS = re.compile(
 )
 
 
+UNUSABLE = re.compile(r"[\s'\"\\$`&|;<>()\[\]{}*?]")
+"""Characters that the checkout's path must not hold: Ray starts its processes by shell command lines in which it does
+not quote the path of Python, and pip reads brackets as extras."""
+
+
 class SetUpError(Exception):
     """Why there is no environment, in one line with the way out."""
 
@@ -78,6 +83,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that pip ends with us
     try:
         require_python()
+        require_usable_path(ROOT)
         with only_one():
             lock() if command == "lock" else install()
     except SetUpError as error:
@@ -123,6 +129,15 @@ def require_python() -> None:
         found = ".".join(map(str, sys.version_info[:3]))
         raise SetUpError(
             f"this is Python {found}, and Kraken needs 3.11 or 3.12; try `make PYTHON=/path/to/python3.12`"
+        )
+
+
+def require_usable_path(root: Path) -> None:
+    """Refuse a checkout from whose path Ray could not start a process, before minutes of installation."""
+    if found := UNUSABLE.search(str(root)):
+        raise SetUpError(
+            f"the path of this checkout, {root}, holds {found[0]!r}, at which Ray's command lines break; move the "
+            "checkout to a path of letters, digits, '-', '_', '.' and '/'"
         )
 
 

@@ -38,7 +38,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.batch import ForwardOutput, StepBatch
 from kraken.engine.engine import TorchEngine
@@ -46,6 +45,7 @@ from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.evaluate import collect
 from kraken.model import Kraken
+from kraken.plan import cost as plan
 from kraken.presets import PRESETS
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}

@@ -1,7 +1,7 @@
 """The baseline: Kraken as a loop over its ways in plain PyTorch, one module per way, as the published code is built.
 
 Parameter names are those of a published checkpoint. Written from the equations and the names alone; it shares no code
-with `kraken/model.py`, which makes it a second opinion on the arithmetic too.
+with `kraken/model/architecture.py`, which makes it a second opinion on the arithmetic too.
 """
 
 import math

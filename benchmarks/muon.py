@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from kraken.model import Kraken
-from kraken.precision import choose_precision
+from kraken.model.precision import choose_precision
 from kraken.presets import PRESETS
 from kraken.training.muon import MOMENTUM, Muon, matrices_of
 

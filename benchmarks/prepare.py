@@ -157,7 +157,8 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     import numpy as np
 
     from kraken.config import DataConfig
-    from kraken.data.corpora import Split, open_corpus, split_of
+    from kraken.data.corpora import open_corpus
+    from kraken.data.corpus import Split, split_of
     from kraken.data.shards import TokenShards
     from kraken.tokenizer import Tokenizer
 
@@ -165,8 +166,8 @@ def require_same_tokens(recipe: Path, ours: Path, corpus: Path) -> int:
     theirs = np.fromfile(recipe, dtype=np.uint16)
     ends = np.flatnonzero(theirs == eot_id) + 1
     source = open_corpus(DataConfig(corpus="files", paths=(str(corpus),)))
-    names = (doc.name for piece in source.pieces(2**30) for doc in source.read(piece, lambda message: None))
-    is_held_out = np.array([split_of(name, HELD_OUT) == "validation" for name in names])
+    texts = (doc.text for piece in source.pieces(2**30) for doc in source.read(piece, lambda message: None))
+    is_held_out = np.array([split_of(text.encode(), HELD_OUT) == "validation" for text in texts])
     lengths = np.diff(ends, prepend=0)
     assert len(lengths) == len(is_held_out), "the two have different numbers of documents"
     held_out = np.repeat(is_held_out, lengths)

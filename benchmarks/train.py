@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from benchmarks.loop import LoopKraken
 from benchmarks.recipe import published_recipe
 from kraken.config import ModelConfig, TrainConfig
-from kraken.plan import training_flops_per_token
-from kraken.precision import choose_precision
+from kraken.model.precision import choose_precision
+from kraken.plan.cost import training_flops_per_token
 from kraken.presets import PRESETS
 from kraken.training.parallel import Mesh
+from kraken.training.rate import matrix_rate
 from kraken.training.step import TrainingStep
 
 STANDARD_OF = {
@@ -130,20 +131,6 @@ def seconds_of(step: Step, batch: tuple[Tensor, Tensor], num_steps: int, device:
     return (time.perf_counter() - started_at) / num_steps
 
 
-def matrix_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of one large product, median of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(13):
-        wait(device)
-        started_at = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - started_at)
-    return 2 * size**3 / statistics.median(times[3:])
-
-
 def peak_bytes(build: Callable[[], Step], batch: tuple[Tensor, Tensor], device: torch.device) -> int:
     """Most memory that building a contestant and three of its steps take."""
     gc.collect()
@@ -220,7 +207,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(args.rounds):
-        rates.append(matrix_flops(choose_precision(config.precision, device).compute, device))
+        rates.append(matrix_rate(choose_precision(config.precision, device).compute, device))
         for name in names:
             times[name].append(seconds_of(steps[name], batch, args.steps, device))
     tokens = args.sequences * run.model.context_length

@@ -48,7 +48,6 @@ from torch._C._distributed_c10d import TCPStore
 
 from benchmarks.engine import bandwidth, best_seconds, matrix_rate
 from benchmarks.without_all_reduce import RendezvousWithoutAllReduce
-from kraken import plan
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.distributed.device_group import join_group
 from kraken.engine.distributed.rendezvous import Rendezvous
@@ -58,6 +57,7 @@ from kraken.engine.kernels.quantized_tensor import FLOAT8
 from kraken.engine.model.quantized import Fp8Linear
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
+from kraken.plan import cost as plan
 
 SIZES = {
     "tiny": (2, 128, 64),

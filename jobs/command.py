@@ -6,22 +6,26 @@ import dataclasses
 import io
 import os
 import re
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, NoReturn, TextIO, TypeVar
 
 import tyro
 
+from jobs.following import follow
 from kraken.config import ConfigError, RunConfig
+from kraken.environment import provide_home
 from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
 from pipelines.local_cluster import ClusterError
 from pipelines.training.stop import RunStopped
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USER_ERROR, FAILURE, INTERRUPTED, NO_READER = 2, 1, 130, 141
+"""Exit statuses; the last two are what a shell reports of SIGINT and SIGPIPE."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,9 @@ def parse_overrides(kind: type[A], name: str, prog: str, description: str, overr
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            arguments = tyro.cli(kind, default=kind(config=preset), args=overrides, prog=prog, description=description)
+            arguments = tyro.cli(
+                kind, default=kind(config=preset), args=follow(preset, overrides), prog=prog, description=description
+            )
     except SystemExit as error:
         if error.code:
             raise ConfigError(one_line(errors.getvalue())) from error
@@ -124,7 +130,9 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        main(sys.argv[1:])
+        provide_home()
+        with quiet_without_reader():
+            main(sys.argv[1:])
     except ConfigError as error:
         fail(error, USER_ERROR)
     except (ArtefactError, ClusterError, RunStopped) as error:
@@ -132,6 +140,31 @@ def run_job(main: Callable[[list[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted; what is finished stays, and the same command continues", INTERRUPTED)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """Leave quietly where the standard output is a pipe whose reader has ended, as in `... | head`.
+
+    A pipe that breaks elsewhere, in a library, is an error as any other.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # here, since at the end of the interpreter it would fail with a message
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):
+            raise
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is still buffered goes there
+        sys.exit(NO_READER)
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def fail(message: object, status: int) -> NoReturn:

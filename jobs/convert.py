@@ -1,10 +1,11 @@
-"""Convert the newest checkpoint to the exchange format, a published checkpoint to and from it, or a converted model to
-what TensorRT-LLM reads.
+"""Convert the newest checkpoint to the exchange format, a published checkpoint to and from it, a folder that
+transformers saved to it, or a converted model to what TensorRT-LLM reads.
 
 ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
 python -m jobs.convert quickstart --train.steps 50
 python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
 python -m jobs.convert --to-published FOLDER --out ckpt.pt
+python -m jobs.convert --from-huggingface FOLDER --out FOLDER [--tokenizer gpt2|FOLDER]
 python -m jobs.convert --to-tensorrt-llm FOLDER --out FOLDER
 """
 
@@ -15,15 +16,17 @@ from pathlib import Path
 from jobs.command import LineParser, run_job
 from jobs.stage import run_until
 from kraken.config import ConfigError
-from kraken.storage import is_remote
+from kraken.storage import is_remote, local_artefact
 from pipelines.convert import STAGE
 
-FOLDER_OPTIONS = ("--from-published", "--to-published", "--to-tensorrt-llm")
+FOLDER_OPTIONS = ("--from-published", "--to-published", "--from-huggingface", "--to-tensorrt-llm")
 DESCRIPTION = """Convert the newest checkpoint to the exchange format.
 
-Checkpoints of the published code and converted models, instead of a PRESET (--from-published --help says more):
+Checkpoints of the published code, folders of transformers and converted models, instead of a PRESET (--from-published
+--help says more):
   python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
   python -m jobs.convert --to-published FOLDER --out ckpt.pt
+  python -m jobs.convert --from-huggingface FOLDER --out FOLDER [--tokenizer gpt2|FOLDER]
   python -m jobs.convert --to-tensorrt-llm FOLDER --out FOLDER"""
 
 
@@ -40,27 +43,36 @@ def main(argv: list[str]) -> None:
         _import(
             _local("from-published", options.from_published), _local("out", options.out), options.tokenizer or "gpt2"
         )
+    elif options.from_huggingface is not None:
+        _import_saved(
+            _local("from-huggingface", options.from_huggingface), _local("out", options.out), options.tokenizer
+        )
     elif options.tokenizer is not None:
         raise ConfigError(
-            "--tokenizer has no effect without --from-published: a converted model has its own, and the published code "
-            "has none; leave it out"
+            "--tokenizer has no effect without --from-published or --from-huggingface: a converted model has its own, "
+            "and the published code has none; leave it out"
         )
     elif options.to_tensorrt_llm is not None:
-        _to_trtllm(_local("to-tensorrt-llm", options.to_tensorrt_llm), _local("out", options.out))
+        _to_trtllm(_source("to-tensorrt-llm", options.to_tensorrt_llm), _local("out", options.out))
     else:
-        _export(_local("to-published", options.to_published), _local("out", options.out))
+        _export(_source("to-published", options.to_published), _local("out", options.out))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = LineParser(
         prog="python -m jobs.convert",
-        description="Convert a checkpoint of the published code to an exchange folder or back, or an exchange folder "
-        "to what TensorRT-LLM reads.",
+        description="Convert a checkpoint of the published code to an exchange folder or back, a folder that "
+        "transformers saved to an exchange folder, or an exchange folder to what TensorRT-LLM reads.",
         allow_abbrev=False,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-published", metavar="FILE", help="the ckpt.pt to read; nothing in it is executed")
-    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder to write as a ckpt.pt")
+    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder or URI to write as a ckpt.pt")
+    source.add_argument(
+        "--from-huggingface",
+        metavar="FOLDER",
+        help="the folder that save_pretrained of transformers wrote, for the model and for its tokenizer",
+    )
     source.add_argument(
         "--to-tensorrt-llm", metavar="FOLDER", help="the exchange folder to convert, in bfloat16 and with padded heads"
     )
@@ -68,9 +80,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer",
         metavar="gpt2|FOLDER",
-        help="with --from-published: GPT-2's, or that of a folder of prepared data or of a converted model (gpt2)",
+        help="with --from-published: GPT-2's, or that of a folder of prepared data or of a converted model (gpt2); "
+        "with --from-huggingface: the same, where the folder has none of its own",
     )
     return parser
+
+
+def _source(option: str, text: str) -> Path:
+    """A converted model's folder on this machine; one in a remote storage is fetched."""
+    return local_artefact(text) if is_remote(text) else _local(option, text)
 
 
 def _local(option: str, text: str) -> Path:
@@ -91,6 +109,15 @@ def _import(path: Path, folder: Path, tokenizer: str) -> None:
     print(
         f"  parameters {manifest.value('parameters'):,}, iter_num {origin['iter_num']}, sha256 {origin['sha256'][:16]}"
     )
+    print(f"serve it: serve run serve.app:build exchange={folder}")
+
+
+def _import_saved(source: Path, folder: Path, tokenizer: str | None) -> None:
+    from kraken.saved import from_saved
+
+    manifest = from_saved(source, folder, tokenizer)
+    print(f"convert finished: {folder}")
+    print(f"  parameters {manifest.value('parameters'):,}")
     print(f"serve it: serve run serve.app:build exchange={folder}")
 
 

@@ -13,7 +13,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         print(end_to_end.describe(end_to_end.plan(arguments.config)))
         return
-    results = end_to_end.run(arguments.config)
+    results = end_to_end.run_and_advise(arguments.config)
     facts = summary.summarise(arguments.config, results)
     summary.write(arguments.config, facts)
     print(summary.render(arguments.config, facts))

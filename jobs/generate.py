@@ -6,15 +6,16 @@ python -m jobs.generate storage/EXCHANGE_FOLDER --interactive --temperature 0.8
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jobs.command import run_job
+from jobs.command import INTERRUPTED, run_job
 from kraken.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ SAMPLING_OPTIONS = {
     "max_tokens": (int, None, f"most tokens to generate ({MAX_TOKENS}, or what the context leaves)"),
     "min_tokens": (int, 0, "tokens before the end of text, a stop id or a stop string may end the text (0)"),
     "temperature": (float, 1.0, "0 takes the most likely token (1)"),
-    "top_k": (int, 0, "draw from this many most likely tokens; 0 draws from all (0)"),
+    "top_k": (int, 0, "draw from this many most likely tokens; 0 or -1 draws from all (0)"),
     "top_p": (float, 1.0, "draw from the smallest set of tokens whose probability reaches this (1)"),
     "min_p": (float, 0.0, "draw from tokens at least this share as likely as the most likely one (0)"),
     "repetition_penalty": (float, 1.0, "above 1, tokens that came before become less likely (1)"),
@@ -64,19 +65,23 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     if options.interactive == (options.prompt is not None):
         raise ConfigError("give either --prompt TEXT or --interactive")
-    from kraken.engine.protocol import RequestError
+    from kraken.engine.protocol import RequestError, check_stop_strings
 
     try:
+        check_stop_strings(options.stop)
         asyncio.run(_generate(options))
     except RequestError as error:
         raise ConfigError(str(error)) from error
+    except KeyboardInterrupt:  # nothing is left unfinished, so there is nothing to say
+        print(file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m jobs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exchange", type=Path, metavar="FOLDER", help="a converted model")
+    parser.add_argument("exchange", metavar="FOLDER", help="a converted model: its folder, or STORAGE_URI/convert/NAME")
     parser.add_argument("--prompt", metavar="TEXT", help="what to complete")
     parser.add_argument(
         "--interactive", action="store_true", help="read prompts line by line; each continues the text so far"
@@ -99,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _generate(options: argparse.Namespace) -> None:
     from kraken.engine.engine import TorchEngine
+    from kraken.storage import local_artefact
     from kraken.tokenizer import Tokenizer
 
     config = EngineConfig(
@@ -109,9 +115,10 @@ async def _generate(options: argparse.Namespace) -> None:
         num_devices=options.num_devices,
         max_batch_size=1,
     )
-    engine = TorchEngine.from_exchange(options.exchange, config)
+    exchange = local_artefact(options.exchange)
+    engine = TorchEngine.from_exchange(exchange, config)
     try:
-        session = Session(engine, Tokenizer.load(options.exchange), options)
+        session = Session(engine, Tokenizer.load(exchange), options)
         if options.interactive:
             await _converse(session)
         else:
@@ -157,8 +164,10 @@ class Session:
             RequestError: the text does not fit the context, or a sampling option is out of range.
         """
         from kraken.engine.detokenizer import TextOutput, generate_text
+        from kraken.engine.prompt import encode_for_completion, encode_prompt
 
-        ids = [*self._ids, *self._tokenizer.encode(prompt)] or [self._tokenizer.eot_id]
+        max_tokens, context_length = self._options.max_tokens or 1, self._engine.info.context_length
+        ids = [*self._ids, *encode_for_completion(self._tokenizer, prompt, max_tokens, context_length)]
         request = self._request(ids)
         timing: Timing | None = None
         text: list[str] = []
@@ -175,7 +184,7 @@ class Session:
                 text.append(output.text)
                 show(output.text)
         assert timing is not None, "the last token always comes with an output"
-        self._ids = [*ids, *self._tokenizer.encode("".join(text))]
+        self._ids = [*ids, *encode_prompt(self._tokenizer, "".join(text))]
         return timing
 
     def _request(self, ids: list[int]) -> "Request":
@@ -189,6 +198,8 @@ class Session:
                 f"the text has {len(ids)} tokens, which leaves no room in the context of {info.context_length}; "
                 "shorten the prompt"
             )
+        if options.max_tokens == 0:
+            raise RequestError("max_tokens=0 generates nothing; give at least 1", "max_tokens")
         if options.max_tokens is None:
             values["max_tokens"] = max(min(MAX_TOKENS, room), options.min_tokens)
         stop_ids = () if options.ignore_eos else (info.eot_id,)
@@ -198,8 +209,23 @@ class Session:
 
 
 async def _lines() -> AsyncIterator[str]:
-    """Lines of the standard input; waiting for one does not hold up the engine."""
-    while line := await asyncio.to_thread(sys.stdin.readline):
+    """Lines of the standard input; waiting for one does not hold up the engine.
+
+    The reader is a daemon thread and none of asyncio's pool: a thread in `readline` cannot be interrupted, and the end
+    of the event loop waits for its pool, so that Ctrl-C would have no effect before the next line.
+    """
+    loop = asyncio.get_running_loop()
+    lines: asyncio.Queue[str] = asyncio.Queue()
+
+    def read() -> None:
+        line = None
+        while line != "":
+            line = sys.stdin.readline()
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(lines.put_nowait, line)
+
+    threading.Thread(target=read, daemon=True).start()
+    while line := await lines.get():
         yield line.rstrip("\n")
 
 

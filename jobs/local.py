@@ -23,9 +23,11 @@ from typing import Any
 
 from jobs import command
 from kraken.config import ConfigError, RunConfig
+from kraken.environment import provide_home
 from kraken.manifest import git_revision
 from pipelines import local_cluster
 from pipelines.local_cluster import ClusterError, Head, Job
+from pipelines.tracking import Tracker, tracking_uri, ui_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CODE = ("kraken", "pipelines", "jobs", "serve", "benchmarks")
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    provide_home()
     storage = args.storage if "://" in args.storage else os.path.abspath(args.storage)
     try:
         match args.command:
@@ -86,6 +89,9 @@ def run(preset: str, storage: str, overrides: list[str]) -> int:
         return subprocess.run(
             [sys.executable, "-m", "jobs.end_to_end", *arguments], cwd=CHECKOUT, check=False
         ).returncode
+    tracking_uri(parsed.config.storage)
+    if not local_cluster.is_recorded(storage):  # else the port may be held by the endpoint of the recorded cluster
+        local_cluster.require_bindable(parsed.config.serve)
     head = local_cluster.start(storage, say)
     status = submit(head, ["python", "-m", "jobs.end_to_end", *arguments], name=preset)
     if status != 0:
@@ -94,13 +100,12 @@ def run(preset: str, storage: str, overrides: list[str]) -> int:
 
 
 def end_stale_runs(head: Head, config: RunConfig) -> None:
-    """End the MLflow runs of jobs that died too fast to do it themselves, by SIGKILL or for lack of memory."""
-    from pipelines.tracking import Tracker
-
+    """End the MLflow runs of this cluster's jobs that died too fast to do it themselves, by SIGKILL or for lack of
+    memory. What the server has of other clusters' jobs may be alive."""
     with contextlib.suppress(ConfigError):  # a tracking server that is away; the job has said so
-        alive = local_cluster.running_jobs(head)
+        ended = local_cluster.all_jobs(head) - local_cluster.running_jobs(head).keys()
         tracker = Tracker(config.storage, config.experiment)
-        for run_id in tracker.reconcile(lambda submission: None if submission in alive else "FAILED"):
+        for run_id in tracker.reconcile(lambda submission: "FAILED" if submission in ended else None):
             say(f"MLflow run {run_id} was left open and is marked as failed")
 
 
@@ -166,9 +171,12 @@ def excludes(working_dir: Path) -> list[str]:
 
 def job_environment(submission_id: str) -> dict[str, str]:
     """Variables that go with a job, since the cluster may be older than their values."""
+    from pipelines.tracking import submitter
+
     variables = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "KRAKEN_API_KEY")}
     variables["KRAKEN_SUBMISSION"] = submission_id
     variables["KRAKEN_GIT_REVISION"] = git_revision()
+    variables["KRAKEN_USER"] = submitter()
     return {name: value for name, value in variables.items() if value}
 
 
@@ -200,13 +208,11 @@ def env(storage: str) -> int:
 
 def ui(storage: str) -> int:
     """Run the MLflow server of this storage until Ctrl-C."""
-    from pipelines.tracking import tracking_uri, ui_command
-
     uri = tracking_uri(storage)
     if uri.startswith("http"):
         say(f"MLflow runs at {uri}")
         return 0
-    port = next(port for port in range(5000, 5100) if is_free(port))
+    port = next((port for port in range(5000, 5100) if is_free(port)), None) or local_cluster.free_port()
     url = f"http://127.0.0.1:{port}"
     # The server's job runner is for features that nobody uses here, and takes as much memory as the server.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -251,4 +257,5 @@ def say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with command.quiet_without_reader():
+        sys.exit(main())

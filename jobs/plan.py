@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.command import LineParser, run_job
-from kraken import plan, roofline
 from kraken.config import ConfigError, ModelConfig
-from kraken.plan import Candidate
+from kraken.plan import cost as plan
+from kraken.plan import roofline
+from kraken.plan.cost import Candidate
+from kraken.plan.roofline import Devices, Prediction, Workload
 from kraken.presets import PRESETS
-from kraken.roofline import Devices, Prediction, Workload
 
 BYTES_PER_VALUE = {"bfloat16": 2, "float16": 2, "float32": 4}
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

@@ -1,6 +1,7 @@
 """One stage and whatever it needs that is not finished yet; `jobs/prepare.py` and its neighbours are this."""
 
 from jobs.command import parse
+from kraken.storage import join
 from pipelines import end_to_end
 from pipelines.stage import Stage
 
@@ -11,10 +12,10 @@ def run_until(stage: Stage, description: str, argv: list[str]) -> None:
     if arguments.dry_run:
         print(end_to_end.describe(end_to_end.plan(arguments.config, stage.kind)))
         return
-    result = end_to_end.run(arguments.config, stage.kind)[stage.kind]
+    result = end_to_end.run_and_advise(arguments.config, stage.kind)[stage.kind]
     manifest = result.manifest
     state = "reused" if result.reused else "finished"
-    print(f"{stage.kind} {state}: {arguments.config.storage}/{stage.kind}/{manifest.fingerprint[:16]}")
+    print(f"{stage.kind} {state}: {join(arguments.config.storage, stage.kind, manifest.fingerprint[:16])}")
     for name, metric in sorted(manifest.metrics.items()):
         value = f"{metric.value:,}" if isinstance(metric.value, int) else f"{metric.value:,.6g}"
         print(f"  {name:32} {value:>16} {metric.unit}")

@@ -7,6 +7,7 @@ later, and no secret ever enters the tree: tokens and keys come from the environ
 import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,6 +23,15 @@ VOCAB_MULTIPLE = 64
 """Vocabularies are padded up to a multiple of this many ids: GPT-2's 50,257 become 50,304, as in nanoGPT."""
 
 GPT2_NUM_IDS = 50_257
+
+CONTINUE_FROM = re.compile(r"latest|[0-9a-f]{4,64}(@\d+)?")
+"""What `RunConfig.continue_from` may be."""
+
+MOST_WARMUP_STEPS = 2000
+"""Longest warm-up that is chosen where none is given."""
+DEFAULT_APPLICATION = "kraken"
+RESERVED_ROUTES = ("v1", "health", "tokenize", "detokenize", "tokenizer_info")
+"""First parts of the default application's URLs, which another application of these names would hide."""
 
 
 class ConfigError(ValueError):
@@ -69,9 +79,10 @@ class DataConfig:
     `files`: JSONL, Parquet and text under `paths`. `huggingface`: `dataset`, streamed. `nanogpt`: the folder in `paths`
     with `train.bin` and `val.bin`, GPT-2's ids, used as they are."""
     paths: tuple[str, ...] = ()
-    """Files, globs (`/data/**/*.jsonl`) or folders, absolute or as URIs that `pyarrow.fs` opens (`s3://...`). The
-    suffix decides: `.jsonl`, `.ndjson`, `.json` (one object a line; also `.gz`, `.zst`), `.parquet`, anything else is
-    text. Of a folder the text files are `.txt`, `.md` and the like; for others give a glob."""
+    """Files, globs (`/data/**/*.jsonl`) or folders, absolute or as URIs that `pyarrow.fs` opens (`s3://...`). A path
+    that exists exactly as given is no glob, and a file with several names or links is read once. The suffix decides:
+    `.jsonl`, `.ndjson`, `.json` (one object a line; also `.gz`, `.zst`), `.parquet`, anything else is text. Of a folder
+    the text files are `.txt`, `.md` and the like; for others give a glob."""
     dataset: str | None = None
     """Hugging Face id, `openwebtext` for Skylion007/openwebtext as Parquet, or the absolute path of a local folder."""
     dataset_config: str | None = None
@@ -91,7 +102,8 @@ class DataConfig:
     tokenizer_training_bytes: int = 2**27
     """Bytes of the training split that a trained tokenizer learns from; of a larger split, evenly spread parts."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by a hash of each document's name."""
+    """Share of the documents held out, chosen by a hash of each document's text: equal texts lie in the same split. A
+    document is held out as a whole; each section of a long or lone text file counts as one."""
     bytes_per_piece: int = 2**23
     """Text, in bytes, that one task turns into a shard: what an interrupted run does again. Text of unknown size, such
     as a Hugging Face shard or a compressed file, is one piece. Decides how the tokens are cut into files."""
@@ -158,7 +170,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of a model. Letters in brackets are the shape letters of `kraken/model.py`."""
+    """The shape of a model. Letters in brackets are the shape letters of `kraken/model/architecture.py`."""
 
     architecture: Literal["kraken", "standard", "parallel"] = "kraken"
     """`kraken`: W ways, one sum a layer. `standard`: pre-LayerNorm Transformer, as GPT-2. `parallel`: attention and FFN
@@ -260,8 +272,8 @@ class TrainConfig:
     embeddings, biases and gains by AdamW. `beta1` and `beta2` are AdamW's alone: Muon's momentum is 0.95."""
     final_learning_rate_fraction: float = 0.1
     """The cosine ends at this fraction of the peak."""
-    warmup_steps: int = 2000
-    """Linear warm-up from zero, in steps."""
+    warmup_steps: int | None = None
+    """Linear warm-up from zero, in steps. None: a tenth of `steps`, 2000 at most."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -311,8 +323,9 @@ class TrainConfig:
             *("log_every", "validate_every", "validation_windows", "checkpoint_every", "keep_checkpoints"),
         )
         _require(
-            0 <= self.warmup_steps <= self.steps,
-            f"train.warmup_steps={self.warmup_steps} is outside 0..train.steps={self.steps}; warm up for fewer steps",
+            0 <= self.num_warmup_steps <= self.steps,
+            f"train.warmup_steps={self.warmup_steps} is outside 0..train.steps={self.steps}; warm up for fewer steps, "
+            "or leave it out for a tenth of them",
         )
         for name in ("beta1", "beta2", "final_learning_rate_fraction"):
             value = getattr(self, name)
@@ -326,6 +339,17 @@ class TrainConfig:
             self.max_loss_spike >= 0.0,
             f"train.max_loss_spike={self.max_loss_spike} is negative; 0 judges only whether the loss is finite",
         )
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the warm-up, whether given or derived from `steps`."""
+        return min(MOST_WARMUP_STEPS, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+
+TENSORRT_LLM_BLOCKS = (16, 32, 64, 128)
+"""Tokens of a cache block that TensorRT-LLM's attention kernels take."""
+DEFAULT_COLLECTIVE_TIMEOUT_S = 60.0
+DEFAULT_MAX_STEP_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,17 +382,17 @@ class EngineConfig:
     """All-reduce over several CUDA devices: `nccl`; `p2p`, by writing into the memory of the other devices, on one host
     whose GPUs reach each other over NVLink; `auto` times both when the engine starts and takes the faster for each
     number of tokens, or NCCL where the other does not work."""
-    collective_timeout_s: float = 60.0
+    collective_timeout_s: float = DEFAULT_COLLECTIVE_TIMEOUT_S
     """Time that a device waits for the others before the engine fails and is unhealthy."""
     max_batch_size: int = 16
     """Requests decoded together."""
-    max_step_tokens: int = 512
+    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
     """Most tokens of one step: one of each decoding request, the rest for prompts. A larger value speeds up prompts and
     delays the next token of decoding requests."""
     kv_cache_tokens: int = 0
     """Capacity of the KV cache in tokens, at least one context. 0 takes `max_batch_size` contexts, on CUDA at most what
     fits into nine tenths of the free memory. When the cache is full, the newest requests are preempted and recomputed
-    later."""
+    later. TensorRT-LLM takes those nine tenths with 0, and with a number at most as many tokens."""
     tokens_per_block: int = 16
     """Tokens of a block, the unit in which the KV cache is allocated and reused."""
     prefix_reuse: bool = True
@@ -379,7 +403,8 @@ class EngineConfig:
     reduces the time per token to a fraction."""
     cuda_graph_sizes: tuple[int, ...] = ()
     """Prompt lengths for which graphs are captured, and batch sizes as far as they do not exceed `max_batch_size`. A
-    step uses the next larger graph, or none if there is none. Empty: four sizes to each power of two."""
+    step uses the next larger graph, or none if there is none. Empty: four sizes to each power of two. TensorRT-LLM
+    captures batches only, and chooses their sizes itself when the tuple is empty."""
     max_queued_requests: int = 256
     """Requests that may wait for a place in the batch; further ones are refused."""
 
@@ -402,25 +427,12 @@ class EngineConfig:
             f"engine.kv_cache_tokens={self.kv_cache_tokens} is negative; 0 takes max_batch_size contexts",
         )
         _require(
-            self.kind != "tensorrt_llm" or self.device != "cpu",
-            "engine.kind=tensorrt_llm needs GPUs, but engine.device=cpu; leave one of the two out",
+            self.kind != "tensorrt_llm" or not self.refused_by_tensorrt_llm,
+            f"{self.refused_by_tensorrt_llm} with engine.kind=tensorrt_llm; leave it out, or choose engine.kind=torch",
         )
         _require(
             self.quantization == "none" or self.dtype != "float32",
             f"engine.quantization={self.quantization} computes in bfloat16, but engine.dtype=float32; leave one out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or self.quantization == "none",
-            f"engine.quantization={self.quantization} has no effect with engine.kind=tensorrt_llm; leave it out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or not self.num_threads,
-            f"engine.num_threads={self.num_threads} has no effect with engine.kind=tensorrt_llm; leave it out",
-        )
-        _require(
-            self.kind != "tensorrt_llm" or self.num_devices == 1,
-            f"engine.num_devices={self.num_devices} has no effect with engine.kind=tensorrt_llm, which takes one GPU "
-            "for each way; leave it out",
         )
         _require(
             self.all_reduce == "auto" or self.device != "cpu",
@@ -431,6 +443,40 @@ class EngineConfig:
             f"engine.all_reduce={self.all_reduce} has no effect with engine.num_devices=1; leave it out",
         )
         _require(self.num_threads >= 0, f"engine.num_threads={self.num_threads} is negative; 0 takes every core")
+
+    @property
+    def refused_by_tensorrt_llm(self) -> str:
+        """The first setting that TensorRT-LLM cannot honour, with its value and the reason; empty where there is none.
+
+        `kind=auto` then takes the torch engine, so that no setting is ever ignored.
+        """
+        refused = {
+            "device": (self.device == "cpu", "TensorRT-LLM needs GPUs"),
+            "quantization": (self.quantization != "none", "it has no effect"),
+            "num_threads": (self.num_threads != 0, "it has no effect"),
+            "num_devices": (self.num_devices != 1, "it has no effect, since TensorRT-LLM takes one GPU for each way"),
+            "all_reduce": (self.all_reduce != "auto", "it has no effect"),
+            "collective_timeout_s": (
+                self.collective_timeout_s != DEFAULT_COLLECTIVE_TIMEOUT_S,
+                "it has no effect, since no rank of TensorRT-LLM gives up",
+            ),
+            "max_step_tokens": (
+                self.max_step_tokens != DEFAULT_MAX_STEP_TOKENS,
+                "it has no effect, since a step of TensorRT-LLM has room for a whole context",
+            ),
+            "tokens_per_block": (
+                self.tokens_per_block not in TENSORRT_LLM_BLOCKS,
+                f"TensorRT-LLM has blocks of {TENSORRT_LLM_BLOCKS} tokens",
+            ),
+            "cuda_graph_sizes": (
+                any(size > self.max_batch_size for size in self.cuda_graph_sizes),
+                f"TensorRT-LLM records graphs of batches alone, up to engine.max_batch_size={self.max_batch_size}",
+            ),
+        }
+        for name, (is_refused, reason) in refused.items():
+            if is_refused:
+                return f"engine.{name}={getattr(self, name)} is not possible ({reason})"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -448,11 +494,12 @@ class EvaluateConfig:
     max_windows: int | None = None
     """Validation windows to score; None scores the whole split."""
     parity_windows: int = 4
-    """Windows on which the trainer's logits are compared with the engine's."""
+    """Windows on which the trainer's log-probabilities are compared with the engine's."""
     parity_tokens: int = 32
     """Greedy tokens decoded per parity window."""
     parity_tolerance: float = 1e-3
-    """Largest absolute difference of logits (float32) that passes; a larger one refuses deployment."""
+    """Largest absolute difference of log-probabilities in nats, over the tokenizer's ids, that passes; a larger one
+    refuses deployment."""
 
     def __post_init__(self) -> None:
         _require_positive("evaluate", self, "parity_windows", "parity_tokens", "parity_tolerance")
@@ -466,6 +513,11 @@ class EvaluateConfig:
 class ServeConfig:
     """The endpoint."""
 
+    name: str = DEFAULT_APPLICATION
+    """Name of the Ray Serve application, which belongs to the pipeline (storage, experiment and run name) that deployed
+    it. `kraken` is served at `/v1`, another name beside it at `/NAME/v1`."""
+    replace: bool = False
+    """Take the name over from another pipeline, whose endpoint then ends."""
     host: str = "127.0.0.1"
     """Address to listen on; loopback unless changed."""
     port: int = 8000
@@ -480,12 +532,22 @@ class ServeConfig:
     """GPUs that a replica reserves."""
 
     def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None and self.name not in RESERVED_ROUTES,
+            f"serve.name={self.name} cannot be a route; give letters, digits, '_', '.' and '-', and none of "
+            f"{', '.join(RESERVED_ROUTES)}",
+        )
         _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
         _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
         _require_positive("serve", self, "num_replicas")
         for name in ("cpus_per_replica", "gpus_per_replica"):
             value = getattr(self, name)
             _require(value >= 0, f"serve.{name}={value} is negative; 0 reserves none")
+
+    @property
+    def route_prefix(self) -> str:
+        """Where the application's URLs begin."""
+        return "/" if self.name == DEFAULT_APPLICATION else f"/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -547,6 +609,12 @@ class RunConfig:
     engine: EngineConfig = EngineConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
+    continue_from: str | None = None
+    """Start training from an earlier run's newest good checkpoint instead of at step 0: the first characters of that
+    run's fingerprint, or `latest`; `FINGERPRINT@STEP` names the checkpoint, too. Weights, optimizer, position in the
+    data and history are the earlier run's, the schedule is this run's. Model, data, `train.seed`,
+    `train.sequences_per_step` and `train.optimizer` must be the same. An interrupted run of the same settings continues
+    without this."""
     storage: str = "storage"
     """Folder or URI (`s3://...`) that holds every artefact; a relative path counts from where the command is given."""
     experiment: str = "kraken"
@@ -554,6 +622,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.name.strip()), "name is empty; give the run a name")
+        _require(
+            self.continue_from is None or CONTINUE_FROM.fullmatch(self.continue_from) is not None,
+            f"continue_from={self.continue_from} is no fingerprint; give the first characters of an earlier run's, "
+            "FINGERPRINT@STEP, or latest",
+        )
         _require(
             self.model.vocab_size == self.data.vocab_size,
             f"model.vocab_size={self.model.vocab_size} does not fit the {self.data.num_ids} ids of "
@@ -583,6 +656,12 @@ class RunConfig:
             self.train.optimizer == "adamw" or c.shard_size == 1,
             f"train.optimizer={self.train.optimizer} needs whole matrices, and cluster.shard_size={c.shard_size} "
             "divides them; choose cluster.shard_size=1, or train.optimizer=adamw",
+        )
+
+    def resolved(self) -> "RunConfig":
+        """The same run with every derived setting written out, which is what is recorded and compared."""
+        return dataclasses.replace(
+            self, train=dataclasses.replace(self.train, warmup_steps=self.train.num_warmup_steps)
         )
 
 

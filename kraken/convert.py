@@ -72,7 +72,11 @@ def to_exchange(model: Kraken) -> dict[str, Tensor]:
 
 
 def model_config_json(config: ModelConfig, num_ids: int, eot_id: int, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json`: the shape in Hugging Face's terms where it has them."""
+    """`config.json`: the shape in Hugging Face's terms where it has them.
+
+    Args:
+        num_ids: ids of the tokenizer; the vocabulary beyond them is padding, which has no probability.
+    """
     return {
         "architectures": ["KrakenForCausalLM"],
         "model_type": "kraken",
@@ -91,14 +95,21 @@ def model_config_json(config: ModelConfig, num_ids: int, eot_id: int, dtype: tor
         "rope_base": config.rope_base,
         "bias": config.bias,
         "tie_word_embeddings": True,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        **special_ids(eot_id),
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
+def special_ids(eot_id: int) -> dict[str, int]:
+    """Ids of the special tokens for `config.json` and `generation_config.json`: the end-of-text id stands for all.
+
+    `tokenizer_config.json` and the endpoint's `/tokenizer_info` name the same token.
+    """
+    return {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
+
+
 def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's shape, and the whole `config.json`.
+    """The model's shape, and the whole `config.json`, which gives the number of the tokenizer's ids as `num_token_ids`.
 
     Raises:
         ArtefactError: the file is missing, damaged, or describes another kind of model.
@@ -127,8 +138,14 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
             rope_base=values["rope_base"],
             bias=values["bias"],
         )
+        num_ids = values["num_token_ids"]
     except KeyError as error:
         raise ArtefactError(f"{path} lacks {error}; convert again") from error
+    if not isinstance(num_ids, int) or not 0 < num_ids <= config.vocab_size:
+        raise ArtefactError(
+            f"{path} says num_token_ids={num_ids}, which must be the number of the tokenizer's ids and at most "
+            f"vocab_size={config.vocab_size}; convert again"
+        )
     return config, values
 
 
@@ -173,7 +190,7 @@ def write_folder(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor
 
 def write_generation_config(folder: Path, vocab_size: int, tokenizer: Tokenizer) -> None:
     """How transformers generates by default: ids that only pad the vocabulary are never taken."""
-    generation: dict[str, Any] = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+    generation: dict[str, Any] = dict(special_ids(tokenizer.eot_id))
     if vocab_size > tokenizer.num_ids:
         generation["suppress_tokens"] = list(range(tokenizer.num_ids, vocab_size))
     write_atomically(folder / GENERATION_CONFIG_NAME, json.dumps(generation))

@@ -71,7 +71,9 @@ class Parity:
     """How far an engine is from the trainer's model."""
 
     max_abs_diff: float
-    """Largest absolute difference of logits, over prompts and generated tokens."""
+    """Largest absolute difference of log-probabilities over the tokenizer's ids, in nats: of every id at every position
+    of prompts and generated tokens, of what the engine reports for the tokens themselves, and of the mean over a prompt
+    that the trainer's validation gives."""
     num_tokens: int
     """Greedy tokens compared."""
     num_different: int
@@ -88,7 +90,7 @@ class Parity:
         """
         if not self.passed:
             raise ArtefactError(
-                f"parity failed: logits differ by {self.max_abs_diff:.2e} "
+                f"parity failed: log-probabilities differ by {self.max_abs_diff:.2e} "
                 f"(evaluate.parity_tolerance={self.tolerance:.0e}) and "
                 f"{self.num_different} of {self.num_tokens} greedy tokens differ; convert again, or raise the "
                 "tolerance if the engine computes in a lower precision than float32"
@@ -114,16 +116,21 @@ def parity_prompts(shards: TokenShards, context_length: int, num_prompts: int, n
 async def parity(
     engine: Engine, model: Kraken, prompts: Sequence[Sequence[int]], num_tokens: int, tolerance: float
 ) -> Parity:
-    """Compare an engine with the model whose training wrote the checkpoint.
+    """Compare an engine with the model whose training wrote the checkpoint, by log-probabilities over the ids of the
+    tokenizer.
 
-    The engine decodes greedily with its cache; the model runs the whole sequence at once, with none.
+    The engine decodes greedily with its cache; the model runs the whole sequence at once, with none. Raw logits alone
+    would not do: they are equal also where one side normalises over more ids than the other.
     """
+    num_ids = engine.info.num_ids
     max_abs_diff, num_different, num_compared = 0.0, 0, 0
     for index, prompt in enumerate(prompts):
         request = Request(
             id=f"parity-{index}",
             prompt_ids=tuple(prompt),
             sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
+            num_logprobs=0,
+            prompt_logprobs=True,
             return_logits=True,
         )
         outputs = await collect(engine, request)
@@ -132,16 +139,32 @@ async def parity(
         prompt_logits = [o.logits_TV for o in outputs if isinstance(o, PromptOutput)]
         # the prompt's last position already predicts the first token, so decoding contributes one row less
         found_TV = np.concatenate([*prompt_logits, *(o.logits_V[None] for o in tokens[1:] if o.logits_V is not None)])
+        entries = [e for o in outputs if isinstance(o, PromptOutput) for e in o.logprobs if e is not None]
+        reported_T = np.array([e.logprob for e in (*entries, *(o.logprobs for o in tokens)) if e is not None])
+        following = [*prompt[1:], *generated]
         with torch.inference_mode():
             ids = torch.tensor([[*prompt, *generated[:-1]]])
-            expected_TV = model(ids)[0, :, : engine.info.num_ids].float().numpy()
-        max_abs_diff = max(max_abs_diff, float(np.abs(found_TV - expected_TV).max()))
+            expected_TV = model(ids)[0, :, :num_ids].float().numpy()
+            validation_loss = float(model.loss(ids, torch.tensor([following]), num_ids)) / len(following)
+        expected_logprobs_TV = log_softmax(expected_TV)
+        differences = (
+            np.abs(log_softmax(found_TV) - expected_logprobs_TV).max(),
+            np.abs(reported_T - expected_logprobs_TV[np.arange(len(following)), following]).max(),
+            abs(reported_T.mean() + validation_loss),
+        )
+        max_abs_diff = max(max_abs_diff, *map(float, differences))
         predicting_TV = expected_TV[len(prompt) - 1 :]
         best_two = np.sort(predicting_TV, axis=-1)[:, -2:]
         decided = best_two[:, 1] - best_two[:, 0] > tolerance
         num_different += int((decided & (predicting_TV.argmax(axis=-1) != generated)).sum())
         num_compared += len(generated)
     return Parity(max_abs_diff, num_compared, num_different, tolerance)
+
+
+def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    """Log-probabilities in float64."""
+    shifted_TV = logits_TV.astype(np.float64) - logits_TV.max(axis=-1, keepdims=True)
+    return shifted_TV - np.log(np.exp(shifted_TV).sum(axis=-1, keepdims=True))
 
 
 async def collect(engine: Engine, request: Request) -> list[Output]:

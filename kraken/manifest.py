@@ -81,12 +81,8 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         if not path.is_file():
-            raise ArtefactError(f"{folder} holds no {MANIFEST_NAME}: the stage never finished there; run it again")
-        try:
-            values = json.loads(path.read_text())
-            manifest = dacite.from_dict(cls, values, config=dacite.Config(strict=True, cast=[tuple]))
-        except (ValueError, KeyError, TypeError, dacite.DaciteError) as error:
-            raise ArtefactError(f"{path} is damaged ({error}); delete {folder} and run the stage again") from error
+            raise ArtefactError(_why_no_manifest(folder))
+        manifest = cls.parse(path.read_text(errors="replace"), path)
         for record in manifest.files:
             file = folder / record.path
             num_bytes = file.stat().st_size if file.is_file() else None
@@ -94,9 +90,21 @@ class Manifest:
                 found = "missing" if num_bytes is None else f"{num_bytes} bytes long"
                 raise ArtefactError(
                     f"{file} is {found}, its manifest says {record.num_bytes} bytes; "
-                    f"delete {folder} and run the stage again"
+                    f"delete {path} and run the stage again"
                 )
         return manifest
+
+    @classmethod
+    def parse(cls, text: str, path: Path) -> "Manifest":
+        """A manifest from the text of its file.
+
+        Raises:
+            ArtefactError: it is none; `path` says in the message where it lies.
+        """
+        try:
+            return dacite.from_dict(cls, json.loads(text), config=dacite.Config(strict=True, cast=[tuple]))
+        except (ValueError, KeyError, TypeError, dacite.DaciteError) as error:
+            raise ArtefactError(f"{path} is damaged ({error}); delete this file and run the stage again") from error
 
     def verify(self, folder: Path) -> None:
         """Compare every file's hash with the record; reads the whole artefact.
@@ -107,8 +115,24 @@ class Manifest:
         for record in self.files:
             if sha256_of_file(folder / record.path) != record.sha256:
                 raise ArtefactError(
-                    f"{folder / record.path} does not match its hash; delete {folder} and run the stage again"
+                    f"{folder / record.path} does not match its hash; delete {folder / MANIFEST_NAME} and run the "
+                    "stage again"
                 )
+
+
+def _why_no_manifest(folder: Path) -> str:
+    """What a folder without a manifest is, and what to do with it."""
+    try:
+        is_model = json.loads((folder / "config.json").read_text()).get("model_type") == "kraken"
+    except (OSError, ValueError, AttributeError):
+        is_model = False
+    if is_model:
+        return (
+            f"{folder} holds a model but no {MANIFEST_NAME}: if transformers saved it, import it with `python -m "
+            f"jobs.convert --from-huggingface {folder} --out FOLDER`; if a conversion never finished there, run it "
+            "again"
+        )
+    return f"{folder} holds no {MANIFEST_NAME}: the stage never finished there; run it again"
 
 
 def make_fingerprint(kind: str, section: Any, parents: Mapping[str, str]) -> str:

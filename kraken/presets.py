@@ -20,7 +20,6 @@ def quickstart() -> RunConfig:
             steps=400,
             sequences_per_step=2,  # many small steps: a few hundred thousand tokens are all there is time for
             learning_rate=1e-3,
-            warmup_steps=40,
             beta2=0.99,
             log_every=25,
             validate_every=100,

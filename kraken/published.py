@@ -27,11 +27,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from kraken.alignment import pad
 from kraken.checkpoint.reader import STEP_FOLDER
 from kraken.config import ConfigError, ModelConfig, pad_vocab
 from kraken.convert import exchange_shapes, read_model_config, read_tensors, write_folder
 from kraken.manifest import ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint, sha256_of_file
+from kraken.model.alignment import pad
 from kraken.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -94,7 +94,7 @@ def from_published(path: Path, folder: Path, tokenizer: str) -> Manifest:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out={folder} is a file; name a folder")
     published = read_published(path)
-    encoding = _load_tokenizer(tokenizer)
+    encoding = load_tokenizer(tokenizer)
     vocab_size = published.record.model_args["vocab_size"]
     if encoding.num_ids > vocab_size:
         raise ConfigError(
@@ -356,7 +356,13 @@ def _plain(config: Any) -> dict[str, Any]:
     return {str(name): value for name, value in config.items() if isinstance(value, int | float | str)}
 
 
-def _load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names: `gpt2`, or a folder that holds the files of one.
+
+    Raises:
+        ConfigError: neither of the two.
+        ArtefactError: GPT-2's ranks cannot be had, or the folder's files are missing or damaged.
+    """
     if name == "gpt2":
         try:
             return Tokenizer.gpt2()

@@ -12,7 +12,8 @@ class Stopwatch:
     """Sums up the time between begin and end of what runs inside it.
 
     On a CPU that is the calling thread's time. On CUDA it is the current stream's, between two events: what the device
-    waited or worked there, while the host went on; `add` counts what the host waited besides.
+    waited or worked there, while the host went on; `add` counts what the host waited besides. What is recorded as a
+    CUDA graph is not measured.
 
     Args:
         device: None measures the calling thread whatever the device is.
@@ -32,6 +33,9 @@ class Stopwatch:
                 yield
             finally:
                 self._seconds += time.perf_counter() - started_at
+            return
+        if torch.cuda.is_current_stream_capturing():  # a graph's events hold no times
+            yield
             return
         self._collect(wait=False)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -5,7 +5,6 @@ are a cache, and `publish` and `fetch` copy whole artefacts, the manifest last.
 """
 
 import fcntl
-import getpass
 import hashlib
 import os
 import shutil
@@ -16,12 +15,47 @@ from pathlib import Path
 
 import pyarrow.fs
 
+from kraken.checkpoint.folders import is_checkpoint, reason
+from kraken.environment import user_name
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 
 
 def is_remote(uri: str) -> bool:
     """Whether a storage setting is a URI rather than a path of this machine."""
     return "://" in uri
+
+
+def join(uri: str, *parts: str) -> str:
+    """A path or URI below another; the query of a URI (`?endpoint_override=...`) stays at its end."""
+    base, mark, query = uri.partition("?") if is_remote(uri) else (uri, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + query
+
+
+def local_artefact(location: str) -> Path:
+    """The local folder of a finished artefact; a remote one is fetched into this machine's cache first.
+
+    Args:
+        location: a folder's path, returned as it is, or a URI as `Storage.location` makes it:
+            `s3://bucket/prefix/convert/0123456789abcdef`.
+
+    Raises:
+        ArtefactError: the URI cannot be opened, is no artefact's, or holds no finished artefact.
+    """
+    if not is_remote(location):
+        return Path(location)
+    base, mark, query = location.partition("?")
+    *above, kind, name = ["", "", *base.rstrip("/").rsplit("/", 2)]
+    uri = above[-1]
+    if not (kind and name and is_remote(uri)):
+        raise ArtefactError(f"{location} is no artefact; give STORAGE/convert/FINGERPRINT, as the convert stage prints")
+    storage = Storage(uri + mark + query)
+    storage.fetch(kind, name)
+    folder = storage.root / kind / name
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ArtefactError(
+            f"{location} holds no finished artefact ({MANIFEST_NAME} is missing); check the URI, or run the stage again"
+        )
+    return folder
 
 
 class Storage:
@@ -47,7 +81,7 @@ class Storage:
                     f"storage={uri} cannot be opened ({error}); give a path or a reachable URI"
                 ) from error
             digest = hashlib.sha256(uri.encode()).hexdigest()[:12]
-            self.root = cache or Path(tempfile.gettempdir()) / f"kraken-{getpass.getuser()}" / digest
+            self.root = cache or Path(tempfile.gettempdir()) / f"kraken-{user_name()}" / digest
         elif not os.path.isabs(uri):
             raise ArtefactError(f"storage={uri} is relative, and workers run in other folders; give an absolute path")
         else:
@@ -62,10 +96,18 @@ class Storage:
             raise ArtefactError(f"storage={self.uri} cannot be written ({error}); choose another --storage") from error
         return folder
 
+    def location(self, kind: str, fingerprint: str) -> str:
+        """Path or URI of a stage's artefact, the same on every node; `local_artefact` opens it."""
+        return join(self.uri, kind, fingerprint[:16])
+
     def find(self, kind: str, fingerprint: str) -> Manifest | None:
-        """The manifest of a finished stage, or None. A damaged artefact counts as none, so that it is made again."""
+        """The manifest of a finished stage, or None. A damaged artefact counts as none, so that it is made again.
+
+        Raises:
+            ArtefactError: the remote storage does not answer, so that nothing is known.
+        """
+        self.fetch(kind, fingerprint)
         try:
-            self.fetch(kind, fingerprint)
             manifest = Manifest.read(self.root / kind / fingerprint[:16])
         except ArtefactError:
             return None
@@ -97,6 +139,30 @@ class Storage:
             str(path), destination, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=file_system
         )
 
+    def move_remote(self, folder: Path, target: Path) -> None:
+        """Give a remote folder another name, its manifest first; nothing to do for a local storage.
+
+        A folder whose files the storage cannot move, as S3 cannot beyond 5 GB, is deleted with a warning.
+
+        Args:
+            folder, target: where both lie in the cache; what is at `target` already is deleted.
+        """
+        if self._remote is None:
+            return
+        file_system, base = self._remote
+        self.delete_remote(target)
+        for path in sorted(self.remote_files(folder), key=lambda path: path.name != MANIFEST_NAME):
+            source, destination = (
+                f"{base}/{place.relative_to(self.root).as_posix()}"
+                for place in (path, target / path.relative_to(folder))
+            )
+            try:
+                file_system.create_dir(destination.rsplit("/", 1)[0], recursive=True)
+                file_system.move(source, destination)
+            except OSError as error:
+                warnings.warn(f"{source} cannot be moved to {destination} ({error}) and is deleted", stacklevel=2)
+        self.delete_remote(folder)
+
     def delete_remote(self, folder: Path) -> None:
         """Delete a remote folder, its manifest first; nothing to do for a local storage, or one that is not there."""
         if self._remote is None:
@@ -105,8 +171,9 @@ class Storage:
         files = self.remote_files(folder)
         for path in sorted(files, key=lambda path: path.name != MANIFEST_NAME):
             file_system.delete_file(f"{base}/{path.relative_to(self.root).as_posix()}")
-        if files:
-            file_system.delete_dir(f"{base}/{folder.relative_to(self.root).as_posix()}")
+        directory = f"{base}/{folder.relative_to(self.root).as_posix()}"
+        if files or file_system.get_file_info(directory).type == pyarrow.fs.FileType.Directory:
+            file_system.delete_dir(directory)
 
     def fetch_files(self, paths: Iterable[Path]) -> None:
         """Bring files of an unfinished remote artefact into the cache, those that another process here has published
@@ -130,14 +197,20 @@ class Storage:
 
     def remote_files(self, folder: Path) -> list[Path]:
         """Where the files of a remote artefact, finished or not, lie in the cache; none for a local storage."""
+        return list(self._remote_sizes(folder))
+
+    def _remote_sizes(self, folder: Path) -> dict[Path, int]:
+        """Where the files of a remote artefact lie in the cache -> their remote sizes in bytes."""
         if self._remote is None:
-            return []
+            return {}
         file_system, base = self._remote
         selector = pyarrow.fs.FileSelector(
             f"{base}/{folder.relative_to(self.root).as_posix()}", recursive=True, allow_not_found=True
         )
         infos = file_system.get_file_info(selector)
-        return [self.root / info.path[len(base) + 1 :] for info in infos if info.type == pyarrow.fs.FileType.File]
+        return {
+            self.root / info.path[len(base) + 1 :]: info.size for info in infos if info.type == pyarrow.fs.FileType.File
+        }
 
     def remote_folders(self, folder: Path) -> list[Path]:
         """Where the folders right below a remote one lie in the cache; none for a local storage."""
@@ -149,6 +222,45 @@ class Storage:
             folder / i.base_name for i in file_system.get_file_info(selector) if i.type == pyarrow.fs.FileType.Directory
         ]
 
+    def list_folders(self, folder: Path) -> list[Path]:
+        """The folders right below one, wherever the storage is; a remote one's by where they lie in the cache."""
+        if self._remote is not None:
+            return sorted(self.remote_folders(folder))
+        return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    def read_text(self, path: Path) -> str | None:
+        """A small file's text, wherever the storage is; None where there is no such file. Leaves the cache alone."""
+        try:
+            if self._remote is None:
+                return path.read_text(errors="replace")
+            file_system, base = self._remote
+            with file_system.open_input_file(f"{base}/{path.relative_to(self.root).as_posix()}") as file:
+                return bytes(file.read()).decode(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_manifest(self, folder: Path) -> Manifest:
+        """The manifest of a folder, wherever the storage is, whose files are there with the recorded sizes.
+
+        Raises:
+            ArtefactError: as `Manifest.read`.
+        """
+        if self._remote is None:
+            return Manifest.read(folder)
+        text = self.read_text(folder / MANIFEST_NAME)
+        if text is None:
+            raise ArtefactError(f"{folder.name} in storage={self.uri} holds no {MANIFEST_NAME}")
+        manifest = Manifest.parse(text, folder / MANIFEST_NAME)
+        sizes = self._remote_sizes(folder)
+        for record in manifest.files:
+            num_bytes = sizes.get(folder / record.path)
+            if num_bytes != record.num_bytes:
+                raise ArtefactError(
+                    f"{folder.name}/{record.path} in storage={self.uri} has {num_bytes or 0} bytes, its manifest says "
+                    f"{record.num_bytes}"
+                )
+        return manifest
+
     def prune(self, folder: Path) -> None:
         """Delete a remote artefact's files that are no longer in the cache; nothing to do for a local storage."""
         for path in self.remote_files(folder):
@@ -157,35 +269,62 @@ class Storage:
                 file_system.delete_file(f"{base}/{path.relative_to(self.root).as_posix()}")
 
     def fetch(self, kind: str, fingerprint: str) -> None:
-        """Bring a remote artefact into the cache unless a finished copy is there; nothing to do for a local storage."""
+        """Bring a remote artefact into the cache unless a whole copy is there; nothing to do for a local storage.
+
+        Of the processes of one machine that want it, one downloads. A copy that lost files, as a temporary folder
+        does, is fetched again.
+
+        Raises:
+            ArtefactError: the remote storage does not answer, or the cache cannot be written.
+        """
         folder = self.root / kind / fingerprint[:16]
-        if self._remote is None or (folder / MANIFEST_NAME).is_file():
+        if self._remote is None or _is_whole(folder):
             return
         file_system, base = self._remote
-        self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with (folder.parent / f".{folder.name}.fetching").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
+                if not _is_whole(folder):
+                    for leftover in folder.parent.glob(f"{folder.name}.partial*"):  # of a process that was killed
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    self._download(file_system, f"{base}/{kind}/{fingerprint[:16]}", folder)
+        except OSError as error:
+            raise ArtefactError(
+                f"storage={self.uri}: {kind}/{fingerprint[:16]} cannot be fetched into {folder} ({error}); check that "
+                "this node reaches the storage and has disk space"
+            ) from error
 
-    def fetch_checkpoints(self, run_folder: Path) -> None:
+    def fetch_checkpoints(self, run_folder: Path, thorough: bool = True) -> None:
         """Bring the newest good checkpoint of a remote, unfinished run into the cache.
 
-        Of the processes of one machine that want it, one downloads.
+        Of the processes of one machine that want it, one downloads. A copy in the cache that is damaged is downloaded
+        again; one that is damaged in the storage stays in the cache, where training passes it over and sets it aside.
+
+        Args:
+            thorough: compare the hashes of a copy that is in the cache already, not only its sizes; one process of a
+                machine is enough.
         """
         if self._remote is None:
             return
         file_system, base = self._remote
         source = f"{base}/{run_folder.relative_to(self.root).as_posix()}"
-        names = sorted(path.name for path in self.remote_folders(run_folder) if path.name.startswith("step_"))
+        names = sorted(path.name for path in self.remote_folders(run_folder) if is_checkpoint(path))
         run_folder.mkdir(parents=True, exist_ok=True)
         with (run_folder / ".fetching").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, however the process ends
             for name in reversed(names):
-                if (run_folder / name / MANIFEST_NAME).is_file():
-                    return
-                if self._download(file_system, f"{source}/{name}", run_folder / name):
+                folder = run_folder / name
+                if (folder / MANIFEST_NAME).is_file():
+                    if _is_whole(folder, thorough):
+                        return
+                    shutil.rmtree(folder)
+                if self._download(file_system, f"{source}/{name}", folder):
                     try:
-                        Manifest.read(run_folder / name).verify(run_folder / name)
+                        Manifest.read(folder).verify(folder)
                         return
                     except ArtefactError as error:
-                        warnings.warn(f"remote checkpoint passed over: {error}", stacklevel=2)
+                        warnings.warn(f"remote checkpoint passed over: {reason(error)}", stacklevel=2)
 
     def _download(self, file_system: pyarrow.fs.FileSystem, source: str, folder: Path) -> bool:
         """Copy a finished remote folder; False when it has no manifest."""
@@ -206,6 +345,17 @@ class Storage:
                     path.replace(target)
             shutil.rmtree(partial, ignore_errors=True)
         return True
+
+
+def _is_whole(folder: Path, thorough: bool = False) -> bool:
+    """Whether a folder holds a finished artefact with all of its files; `thorough` compares their hashes too."""
+    try:
+        manifest = Manifest.read(folder)
+        if thorough:
+            manifest.verify(folder)
+    except ArtefactError:
+        return False
+    return True
 
 
 def _version(path: Path) -> tuple[int, int]:

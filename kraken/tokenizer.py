@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -17,8 +18,20 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 """GPT-2's split pattern, as tiktoken spells it."""
 
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+"""The characters that `\\s` of the pattern matches, as a character class; Python's own `\\s` matches others too."""
+BLANK, NOT_BLANK = re.compile(f"[{BLANKS}]"), re.compile(f"[^{BLANKS}]")
+
+CUT_BLANKS = 2**16
+"""A run of more than twice as many blanks is cut off before its last one. The regular expressions of tiktoken and
+rustbpe backtrack over such a run and give up at about a million characters."""
+
 RANKS_NAME = "ranks.tiktoken"
 META_NAME = "tokenizer_meta.json"
+
+
+class EncodingError(ValueError):
+    """A text cannot be encoded; the message says why, and the caller adds which text."""
 
 
 class Tokenizer:
@@ -49,10 +62,20 @@ class Tokenizer:
         """Train byte-pair ranks on documents; the same documents give the same ranks.
 
         Raises:
-            ArtefactError: the text is too small to yield `num_ids` ids.
+            ArtefactError: the text is too small to yield `num_ids` ids, or rustbpe fails on it.
+            UnicodeEncodeError: a document holds half of a surrogate pair.
         """
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(documents), num_ids, pattern=GPT2_PATTERN)
+        parts = (part for document in documents for part in cut_at_blanks(document))
+        try:
+            trainer.train_from_iterator(parts, num_ids, pattern=GPT2_PATTERN)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ArtefactError(
+                f"rustbpe cannot train on this corpus ({first_line(error)}); choose data.tokenizer=gpt2, or leave the "
+                "strangest documents out"
+            ) from error
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) != num_ids:
             raise ArtefactError(
@@ -88,16 +111,39 @@ class Tokenizer:
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without the end-of-text id."""
-        return self._encoding.encode_ordinary(text)
+        """Ids of a text, without the end-of-text id; half of a surrogate pair becomes U+FFFD.
+
+        Raises:
+            EncodingError: tiktoken cannot encode the text.
+        """
+        # Not tiktoken's `encode_ordinary`: where `encode_to_numpy` raises, that panics.
+        try:
+            ids = self.encode_array(text)
+        except UnicodeEncodeError:
+            ids = self.encode_array(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        found: list[int] = ids.tolist()
+        return found
 
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of a text, without the end-of-text id; uint32 [tokens]. The same as `encode`, without a list of objects.
 
         Raises:
+            EncodingError: tiktoken cannot encode the text.
             UnicodeEncodeError: the text holds half of a surrogate pair, which no UTF-8 text does.
         """
-        return self._encoding.encode_to_numpy(text, allowed_special=frozenset(), disallowed_special=())
+        parts = cut_at_blanks(text) if self.pattern == GPT2_PATTERN else [text]
+        try:
+            ids = [
+                self._encoding.encode_to_numpy(part, allowed_special=frozenset(), disallowed_special=())
+                for part in parts
+            ]
+        except UnicodeEncodeError:
+            raise
+        except BaseException as error:
+            if not (isinstance(error, ValueError) or is_panic(error)):
+                raise
+            raise EncodingError(f"tiktoken cannot encode these {len(text)} characters: {first_line(error)}") from error
+        return ids[0] if len(ids) == 1 else np.concatenate(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD."""
@@ -144,6 +190,35 @@ class Tokenizer:
             raise ArtefactError(f"the tokenizer in {folder} is damaged ({error}); run the stage again") from error
         require_same_tokenizer(tokenizer.fingerprint, meta["fingerprint"], f"the ranks in {folder}", META_NAME)
         return tokenizer
+
+
+def cut_at_blanks(text: str) -> Iterator[str]:
+    """Cut a text within very long runs of blanks, such that its parts together have exactly the text's tokens.
+
+    GPT2_PATTERN splits a run of blanks that other text follows before its last blank, so that cutting there changes no
+    token. Text without such a run comes back whole.
+    """
+    start = 0
+    for position in range(0, len(text), CUT_BLANKS):  # a run of twice the length holds one of these and its length
+        if position < start or not BLANK.match(text, position):
+            continue
+        following = NOT_BLANK.search(text, position)
+        if following is None:
+            break  # a run at the text's end is one piece, matched without backtracking
+        if following.start() - position > CUT_BLANKS:
+            yield text[start : following.start() - 1]
+            start = following.start() - 1
+    yield text[start:]
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a Rust library panicked: an exception of pyo3 that cannot be imported and is no `Exception`."""
+    return type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message without what follows its first line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def require_same_tokenizer(found: str, expected: str, what: str, other: str) -> None:

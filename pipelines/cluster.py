@@ -11,9 +11,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray._raylet
@@ -26,6 +26,10 @@ from pipelines import local_cluster
 from pipelines.local_cluster import ClusterError
 
 logger = logging.getLogger(__name__)
+
+HEAD_RESOURCE = "node:__internal_head__"
+"""Ray's name of a resource that only the head has."""
+T = TypeVar("T")
 
 
 # Connecting
@@ -54,6 +58,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             _stay_on_loopback()
             _init(f"the local cluster of storage={config.storage}", address=head.address)
         else:
+            local_cluster.require_usable_python()
             temp_dir = local_cluster.make_temp_dir(f"embedded:{os.getpid()}:{config.storage}")
             stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
             stack.callback(local_cluster.end_below, temp_dir)
@@ -72,8 +77,16 @@ def connect(config: RunConfig) -> Iterator[None]:
                 _temp_dir=str(local_cluster.ray_dir(temp_dir)),
             )
         stack.callback(ray.shutdown)
+        # for Ray's own tools, in this process and its children: without it they look for a cluster on this machine,
+        # and find another one, or several
+        stack.enter_context(environment({"RAY_ADDRESS": ray.get_runtime_context().gcs_address}))
         stack.enter_context(_own_sigterm(before))
         yield
+
+
+def is_embedded(config: RunConfig) -> bool:
+    """Whether `connect` would make a cluster that ends with its block."""
+    return not (ray.is_initialized() or os.environ.get("RAY_ADDRESS") or local_cluster.find(config.storage))
 
 
 def _require_answer(address: str) -> None:
@@ -143,16 +156,32 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 # Resources
 
 
+def stage_options(config: RunConfig, kind: str) -> dict[str, Any]:
+    """Ray task options for a stage: its environment, what the task itself occupies, and where it runs.
+
+    The environment holds the cluster's address. Ray's own actors below a stage, such as Ray Train's cleaner of
+    placement groups, ask for the cluster's state by that variable; without it they search this machine for a cluster,
+    and fail where another one runs beside ours. Tasks and actors that a stage starts inherit the environment.
+    """
+    from serve.unavailable import PROXY_SETTINGS
+
+    # The same for every stage, so that a worker process can run several; Serve's proxy inherits PROXY_SETTINGS.
+    variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, **PROXY_SETTINGS}
+    return {"runtime_env": {"env_vars": variables}, **stage_resources(config, kind)}
+
+
 def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
     """Ray task options for a stage: what the task itself occupies, and where.
 
     Preparing, pretraining and deployment occupy nothing: they wait for tasks, workers and replicas that have resources
-    of their own. They stay on the driver's node, so that losing another one does not end them. A task that asks for
-    more than any node has would wait for ever, so the largest node bounds it.
+    of their own. Preparing and pretraining stay on the driver's node, so that losing another one does not end them.
+    Deployment runs on the head, where Serve's proxy listens: only there is the endpoint's port free or taken, and only
+    there does a loopback address reach the endpoint. A task that asks for more than any node has would wait for ever,
+    so the largest node bounds it.
     """
     if kind in ("prepare", "pretrain", "deploy"):
-        here = ray.get_runtime_context().get_node_id()
-        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+        node = head_node()["NodeID"] if kind == "deploy" else ray.get_runtime_context().get_node_id()
+        return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
     if kind != "evaluate":
         return {"num_cpus": 1}
     nodes = _nodes()
@@ -165,6 +194,25 @@ def stage_resources(config: RunConfig, kind: str) -> dict[str, Any]:
         on_tensorrt = config.engine.kind == "tensorrt_llm"
         options["num_gpus"] = config.model.num_ways if on_tensorrt else config.engine.num_devices
     return options
+
+
+def head_node() -> dict[str, Any]:
+    """Ray's record of the head, where Serve's proxy listens."""
+    return next(node for node in ray.nodes() if node["Alive"] and HEAD_RESOURCE in node["Resources"])
+
+
+def call_on_head(function: Callable[..., T], *args: Any) -> T:
+    """Call a function on the head: here where this process runs on the head, else in a task; its error as raised."""
+    head = head_node()["NodeID"]
+    if ray.get_runtime_context().get_node_id() == head:
+        return function(*args)
+    there = NodeAffinitySchedulingStrategy(head, soft=False)
+    task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there, name=function.__name__)
+    try:
+        result: T = ray.get(task.remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    return result
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -5,7 +5,6 @@ that a comparison that was interrupted continues with the same command.
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pipelines import comparison, end_to_end, prepare, pretrain
 from pipelines.comparison import Comparison, ModelResult, Training
 from pipelines.stage import fingerprints
 from pipelines.tracking import NOTE_TAG, PipelineRun, Tracker
+from pipelines.training.lease import submission
 
 KIND = "compare"
 FingerprintOf = Callable[[RunConfig], str]
@@ -54,6 +54,10 @@ class CompareConfig:
         if self.baseline is not None and self.baseline not in names:
             raise ConfigError(
                 f"baseline={self.baseline} is none of the compared models; choose from: {', '.join(names)}"
+            )
+        if origin := self.models[0].continue_from:
+            raise ConfigError(
+                f"continue_from={origin}, but a comparison trains every model from its start; leave --continue-from out"
             )
         for config in self.models[1:]:
             _require_equal(self.models[0], config)
@@ -181,8 +185,9 @@ def run(config: CompareConfig) -> CompareResult:
     fingerprint_of = training_fingerprints(config)
     fingerprint = compare_fingerprint(config, fingerprint_of)
     with cluster.connect(first):
-        tracker = Tracker(first.storage, first.experiment, os.environ.get("KRAKEN_SUBMISSION"))
-        with tracker.pipeline(fingerprint, "comparison", params_of(config)) as mlflow_run:
+        tracker = Tracker(first.storage, first.experiment, submission())
+        key = tracker.key(KIND, None, {KIND: fingerprint})
+        with end_to_end.sole_pipeline(tracker, key, "comparison", params_of(config), "comparison") as mlflow_run:
             finished = train_all(config, fingerprint_of)
             result = comparison.compare([one.training for one in finished], config.baseline_name)
             folder = write(config, fingerprint, result, finished)
@@ -248,7 +253,7 @@ def train_each(
 
 def find(run: RunConfig, fingerprint_of: FingerprintOf) -> Manifest | None:
     """The manifest of a training that need not be run again."""
-    return Storage(run.storage).find("pretrain", fingerprint_of(run))
+    return pretrain.STAGE.find(run, fingerprint_of(run))
 
 
 def train(model: RunConfig, run: RunConfig, progress: "Progress", num_ready: int) -> Finished:

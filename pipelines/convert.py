@@ -1,13 +1,13 @@
-"""Stage 3, convert: the newest checkpoint becomes an exchange folder, and one for TensorRT-LLM inside it when asked."""
+"""Stage 3, convert: the final checkpoint becomes an exchange folder, and one for TensorRT-LLM inside it when asked."""
 
 import shutil
 from typing import Any
 
 from kraken.config import RunConfig, to_dict
-from kraken.manifest import ArtefactError
+from pipelines.pretrain import final_checkpoint
 from pipelines.stage import Outcome, Stage, Work
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the exchange format changes, so that models are converted anew."""
 
 
@@ -16,14 +16,10 @@ def section(config: RunConfig) -> dict[str, Any]:
 
 
 def work(work: Work) -> Outcome:
-    from kraken.checkpoint.reader import newest_checkpoint
     from kraken.convert import write_exchange
     from kraken.engine.placement import TENSORRT_LLM_FOLDER
 
-    folder = work.parent_folder("pretrain")
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        raise ArtefactError(f"{folder} holds no good checkpoint; delete the folder and run pretrain again")
+    checkpoint = final_checkpoint(work)
     trtllm_folder = work.folder / TENSORRT_LLM_FOLDER
     shutil.rmtree(trtllm_folder, ignore_errors=True)  # an interrupted attempt's
     metrics, details = write_exchange(checkpoint, work.parent_folder("prepare"), work.folder)

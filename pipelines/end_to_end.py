@@ -3,17 +3,24 @@
 What is finished is not run again: fingerprints decide, before the cluster is asked for anything.
 """
 
-import os
+import contextlib
 import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kraken.config import RunConfig, from_dict, to_dict
-from kraken.manifest import Manifest, make_fingerprint
-from pipelines import convert, deploy, evaluate, prepare, pretrain
+from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.environment import environment, provide_home
+from kraken.manifest import Manifest
+from kraken.storage import Storage
+from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
+from pipelines.local_cluster import ClusterError
 from pipelines.stage import Stage, fingerprints
-from pipelines.tracking import RunRef
+from pipelines.tracking import PipelineRun, RunRef, Tracker
+from pipelines.training.lease import Lease, submission
 from pipelines.training.stop import StopSwitch
+from serve.api_key import API_KEY_VARIABLE, ApiKey, api_key
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
 KINDS = tuple(stage.kind for stage in STAGES)
@@ -47,22 +54,48 @@ class PlannedStage:
     fingerprint: str
     manifest: Manifest | None
     """Of the artefact that will be reused; None when the stage will run."""
+    first_step: int = 0
+    """Of training that will run: the step at which it continues, its own or that of the run that it continues."""
+    advice: str = ""
+    """Of training that would start at step 0: the earlier run that it could continue from, in a line."""
+
+
+def identify(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
+    """The run with every setting resolved that its identity needs, and kind -> fingerprint of all stages.
+
+    Raises:
+        ConfigError: `continue_from` names no run that fits.
+    """
+    known = fingerprints((prepare.STAGE,), config)
+    config = lineage.resolve(config.resolved(), known["prepare"])
+    return config, fingerprints(STAGES, config, known)
 
 
 def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None = None) -> list[PlannedStage]:
     """What would run and what would be reused; asks the storage and the endpoint, changes nothing.
 
     Args:
-        found: the stages' fingerprints, where they are known already; the corpus is read for them.
+        found: the stages' fingerprints, where the config is identified already; the corpus is read for them.
     """
-    found = found or fingerprints(STAGES, config)
+    if found is None:
+        config, found = identify(config)
     planned: list[PlannedStage] = []
     for stage in STAGES[: KINDS.index(until) + 1]:
         fingerprint = found[stage.kind]
         parents_reused = all(p.manifest is not None for p in planned if p.stage.kind in stage.parents)
         manifest = stage.find(config, fingerprint) if parents_reused else None
-        planned.append(PlannedStage(stage, fingerprint, manifest))
+        first_step, advice = _beginning(config, found) if stage.kind == "pretrain" and manifest is None else (0, "")
+        planned.append(PlannedStage(stage, fingerprint, manifest, first_step, advice))
     return planned
+
+
+def _beginning(config: RunConfig, found: dict[str, str]) -> tuple[int, str]:
+    """Where training would begin, and the advice if that is step 0."""
+    if step := lineage.newest_step(Storage(config.storage), found["pretrain"]):
+        return step, ""
+    if config.continue_from is not None:
+        return lineage.split_origin(config.continue_from)[1] or 0, ""
+    return 0, lineage.suggest(config, found["prepare"], found["pretrain"])
 
 
 def describe(planned: list[PlannedStage]) -> str:
@@ -70,8 +103,15 @@ def describe(planned: list[PlannedStage]) -> str:
     lines = [f"{'stage':10} {'fingerprint':16} {'needs':28} would be"]
     for p in planned:
         state = "run" if p.manifest is None else f"reused (made {p.manifest.created_at})"
+        if p.first_step:
+            state = f"continue at step {p.first_step}"
         lines.append(f"{p.stage.kind:10} {p.fingerprint[:16]} {', '.join(p.stage.parents) or '-':28} {state}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *announcements(planned)])
+
+
+def announcements(planned: list[PlannedStage]) -> list[str]:
+    """What is said of a plan before it is run, beyond its stages."""
+    return [f"{p.stage.kind}: {p.advice}" for p in planned if p.advice]
 
 
 def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
@@ -81,23 +121,46 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
         Kind -> result, in the order in which data flows.
     Raises:
         ConfigError, ArtefactError: the first stage that failed says why; everything finished stays.
+        ClusterError: another process runs this very pipeline.
         RunStopped: training had to end early, and the same call continues it.
     """
+    return _run(config, until, lambda planned: None)
+
+
+def run_and_advise(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
+    """As `run`, for a person who can choose: first says which earlier training a new one could continue from."""
+
+    def announce(planned: list[PlannedStage]) -> None:
+        for line in announcements(planned):
+            print(line, flush=True)
+
+    return _run(config, until, announce)
+
+
+def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]], None]) -> dict[str, StageResult]:
     import ray
 
     from pipelines import cluster, preflight
-    from pipelines.tracking import Tracker
 
-    found = fingerprints(STAGES, config)
-    key = make_fingerprint("pipeline", config.name, found)
+    if until == "deploy" and cluster.is_embedded(config):
+        raise ConfigError(
+            "the endpoint needs a cluster that outlives this command, and none runs: start one with `make run` or "
+            "`python -m jobs.local run PRESET`, or set RAY_ADDRESS to the host:port of a cluster"
+        )
+    access_key = api_key() if until == "deploy" else None
+    config, found = identify(config)
     with cluster.connect(config):
-        tracker = Tracker(config.storage, config.experiment, os.environ.get("KRAKEN_SUBMISSION"))
-        with tracker.pipeline(key, config.name, to_dict(config)) as pipeline_run:
+        tracker = Tracker(config.storage, config.experiment, submission())
+        key = tracker.key("pipeline", config.name, found)
+        with sole_pipeline(tracker, key, config.name, to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
+            if any(p.stage.kind == "deploy" and p.manifest is None for p in planned):
+                deploy.require_possible(config)
             if any(p.stage.kind == "pretrain" and p.manifest is None for p in planned):
                 preflight.check(config)
+            announce(planned)
             stop = StopSwitch.make()
             try:
                 for p in planned:
@@ -109,11 +172,17 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
                         print(f"{p.stage.kind}: reused, made {p.manifest.created_at}", flush=True)
                         continue
                     task = ray.remote(max_retries=0)(run_stage).options(
-                        name=p.stage.kind, **cluster.stage_resources(config, p.stage.kind)
+                        name=p.stage.kind, **cluster.stage_options(config, p.stage.kind)
                     )
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
-                        p.stage.kind, to_dict(config), p.fingerprint, pipeline_run.ref, stop, *parents
+                        p.stage.kind,
+                        to_dict(config),
+                        p.fingerprint,
+                        pipeline_run.ref,
+                        stop,
+                        *parents,
+                        access_key=access_key if p.stage.kind == "deploy" else None,
                     )
                 for p in planned:
                     if p.manifest is None:
@@ -135,6 +204,25 @@ def run(config: RunConfig, until: str = "deploy") -> dict[str, StageResult]:
             }
             pipeline_run.log_metrics(headlines, step=0)
     return {p.stage.kind: results[p.stage.kind] for p in planned}
+
+
+@contextlib.contextmanager
+def sole_pipeline(
+    tracker: Tracker, key: str, name: str, params: Mapping[str, Any], what: str = "training"
+) -> Iterator[PipelineRun]:
+    """`Tracker.pipeline` for one process at a time; needs a connection to Ray.
+
+    Raises:
+        ClusterError: on entering; another process has this pipeline's run open. That run is left alone: the refusal is
+            recorded in a run of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(Lease(f"pipeline/{key}", what))
+        except ClusterError:
+            with tracker.pipeline(f"{key}/{uuid.uuid4().hex}", f"{name} (refused)", params):
+                raise
+        yield stack.enter_context(tracker.pipeline(key, name, params))
 
 
 def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
@@ -161,11 +249,18 @@ def run_stage(
     pipeline: RunRef,
     stop: StopSwitch,
     *parents: Manifest,
+    access_key: ApiKey | None = None,
 ) -> Manifest:
-    """The body of a stage's Ray task. Parents arrive as values of the references they were given as."""
+    """The body of a stage's Ray task. Parents arrive as values of the references they were given as.
+
+    Args:
+        access_key: of the endpoint; from the driver, since a cluster's processes need not have its environment.
+    """
+    provide_home()
     config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
-    return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
+    with environment({} if access_key is None else {API_KEY_VARIABLE: access_key.value}):
+        return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
 
 
 def wait_for(reference: Any) -> Manifest:

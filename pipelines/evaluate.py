@@ -7,7 +7,8 @@ from pathlib import Path
 
 from kraken.config import RunConfig
 from kraken.engine.choose import Choice, choose_for, open_engine
-from kraken.manifest import ArtefactError, Metric, write_atomically
+from kraken.manifest import Metric, write_atomically
+from pipelines.pretrain import final_checkpoint
 from pipelines.progress import ProgressLines
 from pipelines.stage import Outcome, Stage, Work, section_of
 
@@ -15,11 +16,7 @@ PARITY_NAME = "parity.json"
 
 
 def work(work: Work) -> Outcome:
-    from kraken.checkpoint.reader import newest_checkpoint
-
-    checkpoint = newest_checkpoint(work.parent_folder("pretrain"))
-    if checkpoint is None:
-        raise ArtefactError(f"{work.parent_folder('pretrain')} holds no good checkpoint; run pretrain again")
+    checkpoint = final_checkpoint(work)
     exchange = work.parent_folder("convert")
     choice = choose_for(exchange, work.config.engine)
     print(f"evaluate: {choice}", flush=True)
@@ -53,7 +50,7 @@ async def evaluate(
         await engine.close()
     write_atomically(folder / PARITY_NAME, json.dumps(dataclasses.asdict(report) | {"passed": report.passed}, indent=2))
     return metrics | {
-        "parity_max_abs_diff": Metric(report.max_abs_diff, "logits"),
+        "parity_max_abs_diff": Metric(report.max_abs_diff, "nats"),
         "parity_tokens": Metric(report.num_tokens, "tokens"),
         "parity_tokens_different": Metric(report.num_different, "tokens"),
         "parity_passed": Metric(float(report.passed), "1 = yes"),

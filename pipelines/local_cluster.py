@@ -12,11 +12,11 @@ import codecs
 import contextlib
 import dataclasses
 import fcntl
-import getpass
 import hashlib
 import http.client
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -36,6 +36,8 @@ from typing import IO, Any
 
 import psutil
 
+from kraken.config import ConfigError, ServeConfig
+from kraken.environment import user_name
 from kraken.manifest import write_atomically
 
 START_LIMIT_S = 120.0
@@ -49,6 +51,8 @@ LONGEST_TEMP_DIR = 39
 """We append 2 characters and Ray 65 to name its sockets, and a Unix socket's path has at most 107."""
 CLOCK_STEP_S = 2.0
 """Two start times of a process that differ by less are the same: they shift when the machine's clock is set."""
+UNQUOTED = re.compile(r"[\s'\"\\$`&|;<>()\[\]{}*?]")
+"""Characters that break the shell command lines by which Ray starts its processes."""
 MARK = "KRAKEN_CLUSTER"
 """Environment variable that every process of a head inherits; holds the cluster's id."""
 
@@ -139,7 +143,7 @@ def state_folder(storage: str) -> Path:
     """Where a storage's head is recorded; for a remote storage a folder of this machine stands in."""
     if "://" in storage:
         digest = hashlib.sha256(storage.encode()).hexdigest()[:12]
-        return Path(tempfile.gettempdir()) / f"kraken-{getpass.getuser()}" / digest / ".cluster"
+        return Path(tempfile.gettempdir()) / f"kraken-{user_name()}" / digest / ".cluster"
     return Path(storage) / ".cluster"
 
 
@@ -147,6 +151,11 @@ def find(storage: str) -> Head | None:
     """The storage's head if it runs and is ready."""
     head = _read(state_folder(storage))
     return head if head and head.address and _process_of(head) else None
+
+
+def is_recorded(storage: str) -> bool:
+    """Whether a head of the storage runs, or has left processes behind that `start` will end."""
+    return (state_folder(storage) / "head.json").exists()
 
 
 def _read(folder: Path) -> Head | None:
@@ -190,6 +199,7 @@ def start(storage: str, say: Callable[[str], None] = print) -> Head:
     Raises:
         ClusterError: it does not come up; the message ends with its log's last lines.
     """
+    require_usable_python()
     folder = state_folder(storage)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -282,6 +292,19 @@ def _wait_until_ready(head: Head, process: subprocess.Popen[bytes], log_path: Pa
     raise ClusterError(f"the Ray head was not ready after {START_LIMIT_S:.0f} s; its log ends:\n{_tail(log_path)}")
 
 
+def require_usable_python() -> None:
+    """Refuse a Python whose path Ray cannot use: the head would start, and none of its workers.
+
+    Raises:
+        ClusterError: with the character at fault.
+    """
+    if found := UNQUOTED.search(sys.executable):
+        raise ClusterError(
+            f"the path of this Python, {sys.executable}, holds {found[0]!r}, at which Ray's command lines break; make "
+            "the environment in a path of letters, digits, '-', '_', '.' and '/'"
+        )
+
+
 def count_cpus() -> int:
     """CPUs to give to Ray: those this process may use, and two logical ones at least, for two workers."""
     return max(2, len(os.sched_getaffinity(0)))
@@ -296,10 +319,13 @@ def write_token(path: Path) -> Path:
 
 
 def make_temp_dir(purpose: str) -> Path:
-    """An empty folder for a Ray session: ours alone, one per purpose, its name short enough for sockets."""
+    """An empty folder for a Ray session: ours alone, one per purpose, its path short enough for sockets.
+
+    It lies in /tmp where the path of the machine's temporary folder is too long, or breaks Ray's command lines.
+    """
     name = f"kraken-ray-{os.getuid()}-{hashlib.sha256(purpose.encode()).hexdigest()[:8]}"
     base = Path(tempfile.gettempdir())
-    if len(str(base / name)) > LONGEST_TEMP_DIR:
+    if len(os.fsencode(base / name)) > LONGEST_TEMP_DIR or UNQUOTED.search(str(base)):
         base = Path("/tmp")
     temp_dir = base / name
     try:
@@ -326,6 +352,24 @@ def free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise ClusterError("no free port between 20000 and 32000 on 127.0.0.1; end what holds them")
+
+
+def require_bindable(serve: ServeConfig) -> None:
+    """Try to listen on the endpoint's address; only called while Serve does not run.
+
+    Raises:
+        ConfigError: another program listens there, or this machine has no such address.
+    """
+    family = socket.AF_INET6 if ":" in serve.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serve.host, serve.port))
+        except OSError as error:
+            raise ConfigError(
+                f"serve.port={serve.port} on serve.host={serve.host} cannot be used ({error.strerror}); "
+                f"choose another, for example --serve.port {serve.port + 1}"
+            ) from error
 
 
 def _loopback_without_proxy() -> dict[str, str]:
@@ -357,7 +401,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def stop(storage: str, say: Callable[[str], None] = print) -> bool:
     """End the storage's head with every process and file of its own; False where there was none."""
     folder = state_folder(storage)
-    if not (folder / "head.json").exists():
+    if not is_recorded(storage):
         return False
     with _locked(folder):
         if not (head := _read(folder)):
@@ -592,15 +636,20 @@ def running_jobs(head: Head) -> dict[str, str]:
     Raises:
         ClusterError: the cluster does not answer.
     """
+    return {job["submission_id"]: job["entrypoint"] for job in _jobs(head) if job["status"] in ("PENDING", "RUNNING")}
+
+
+def all_jobs(head: Head) -> set[str]:
+    """Submission ids of every submitted job that the cluster remembers; raises as `running_jobs` does."""
+    return {job["submission_id"] for job in _jobs(head)}
+
+
+def _jobs(head: Head) -> list[dict[str, Any]]:
     try:
         jobs = head.request("GET", "/api/jobs/")
     except OSError as error:
         raise ClusterError(f"the local cluster does not answer ({error}); `make stop`, then run this again") from error
-    return {
-        job["submission_id"]: job["entrypoint"]
-        for job in jobs
-        if job["type"] == "SUBMISSION" and job["status"] in ("PENDING", "RUNNING")
-    }
+    return [job for job in jobs if job["type"] == "SUBMISSION"]
 
 
 def exports(head: Head) -> str:

@@ -4,9 +4,9 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from kraken import plan
 from kraken.config import RunConfig
-from kraken.roofline import Share, Workload
+from kraken.plan import cost as plan
+from kraken.plan.roofline import Share, Workload
 
 PROCESS_BYTES = 512 * 2**20
 """Of a process with torch, before it does anything; and of a CUDA context."""

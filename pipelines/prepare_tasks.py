@@ -13,7 +13,8 @@ from typing import Any
 import ray
 
 from kraken.config import DataConfig, from_dict, to_dict
-from kraken.data.corpora import Corpus, Piece, open_corpus
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import Corpus, Piece
 from kraken.data.pieces import PieceRecord, tokenize_piece
 from kraken.storage import Storage
 from kraken.tokenizer import META_NAME, RANKS_NAME, Tokenizer, require_same_tokenizer

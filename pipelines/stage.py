@@ -6,7 +6,7 @@ in the storage is reused; everything else is run into a folder named after its f
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 from kraken.config import RunConfig, to_dict
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
+from pipelines.identity import determining
 from pipelines.tracking import RunRef, StageRun
 from pipelines.training.stop import StopSwitch
 
@@ -38,6 +39,10 @@ class Work:
         """Local folder of a parent's artefact."""
         return self.storage.folder(kind, self.parents[kind].fingerprint)
 
+    def parent_location(self, kind: str) -> str:
+        """Path or URI of a parent's artefact, for processes on other nodes."""
+        return self.storage.location(kind, self.parents[kind].fingerprint)
+
 
 Outcome = tuple[dict[str, Metric], dict[str, Any]]
 """A stage's metrics and details, for its manifest."""
@@ -50,10 +55,12 @@ class Stage:
     kind: str
     parents: tuple[str, ...]
     section: Callable[[RunConfig], dict[str, Any]]
-    """What of the config determines the output, as plain JSON types."""
+    """What the stage reads of the config, as plain JSON types. All of it is recorded, and the part that determines the
+    output (`identity.py`) is hashed."""
     work: Callable[[Work], Outcome]
     still_valid: Callable[[RunConfig, Manifest], bool] = lambda config, manifest: True
-    """Whether a finished artefact can be reused; for a stage whose output is not only files."""
+    """Whether a finished artefact can be reused, which its fingerprint alone does not say: where the output is not only
+    files, or where what happened on the way has to be compared. May raise ConfigError."""
 
     def find(self, config: RunConfig, fingerprint: str) -> Manifest | None:
         """The manifest of a finished run of this stage that can be reused."""
@@ -114,19 +121,27 @@ class Stage:
         return pipeline.stage(self.kind, self.kind, section)
 
 
-def fingerprints(stages: tuple[Stage, ...], config: RunConfig) -> dict[str, str]:
-    """Kind -> fingerprint for stages in the order in which data flows."""
-    found: dict[str, str] = {}
+def fingerprints(
+    stages: tuple[Stage, ...], config: RunConfig, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Kind -> fingerprint for stages in the order in which data flows.
+
+    Args:
+        known: fingerprints that need not be computed again.
+    """
+    found = dict(known or {})
     for stage in stages:
-        parents = {kind: found[kind] for kind in stage.parents}
-        found[stage.kind] = make_fingerprint(stage.kind, stage.section(config), parents)
+        if stage.kind not in found:
+            parents = {kind: found[kind] for kind in stage.parents}
+            section = determining(stage.kind, stage.section(config))
+            found[stage.kind] = make_fingerprint(stage.kind, section, parents)
     return found
 
 
 def record(run: StageRun, storage: Storage, manifest: Manifest, *, reused: bool) -> None:
     """Put a manifest and its metrics into an MLflow run; metrics of training count from its last step."""
     path = storage.folder(manifest.kind, manifest.fingerprint) / MANIFEST_NAME
-    run.log_manifest(path, artefact=f"{storage.uri}/{manifest.kind}/{manifest.fingerprint[:16]}", reused=reused)
+    run.log_manifest(path, artefact=storage.location(manifest.kind, manifest.fingerprint), reused=reused)
     step = int(manifest.value("steps")) if "steps" in manifest.metrics else 0
     run.log_metrics({name: float(metric.value) for name, metric in manifest.metrics.items()}, step)
 

@@ -17,6 +17,7 @@ no active run and no global tracking URI.
 """
 
 import fcntl
+import getpass
 import hashlib
 import json
 import logging
@@ -25,16 +26,19 @@ import re
 import sqlite3
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from kraken.config import ConfigError
-from kraken.manifest import git_revision
+from kraken.environment import provide_home
+from kraken.manifest import git_revision, make_fingerprint
+from kraken.storage_id import storage_id
 from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, persist, without_password
 
 if TYPE_CHECKING:
@@ -53,6 +57,12 @@ SUBMISSION_TAG = "kraken.submission"
 """The Ray job submission that opened the run last; `Tracker.reconcile` asks whether it lives."""
 ATTEMPTS_TAG = "kraken.attempts"
 """How often the run was opened."""
+OPENED_BY_TAG = "kraken.opened_by"
+"""Random id of the process's `StageRun` that opened the run last; an earlier one does not end it."""
+STORAGE_TAG = "kraken.storage"
+"""Where the artefacts lie, as the last process that opened the run called it."""
+STORAGE_ID_TAG = "kraken.storage_id"
+"""Identity of that storage."""
 PARAMS_CHANGED_TAG = "kraken.params_changed"
 """Set on reopening, `{}` if nothing changed: params that differ from those logged first, {name: [logged, now]}."""
 ERROR_TAG = "kraken.error"
@@ -68,6 +78,9 @@ COMPARED_TAG = "kraken.compared"
 NOTE_TAG = "mlflow.note.content"
 """Markdown that the UI shows at the top of a run's page."""
 GIT_TAG = "mlflow.source.git.commit"
+USER_TAG = "mlflow.user"
+SOURCE_NAME_TAG = "mlflow.source.name"
+SOURCE_TYPE_TAG = "mlflow.source.type"
 PARENT_TAG = "mlflow.parentRunId"
 
 # MLflow's limits.
@@ -129,6 +142,26 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(match[1]) if match else None
 
 
+def submitter() -> str:
+    """Who runs this: KRAKEN_USER, else the user of the tracking server, else the account of this process.
+
+    In a submitted job the account is the cluster's; `jobs.submit` therefore sets KRAKEN_USER.
+    """
+    user = os.environ.get("KRAKEN_USER") or os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if user := user or urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).username:
+        return user
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return f"uid {os.getuid()}"
+
+
+def source_name() -> str:
+    """The command that runs in this process, without its arguments."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0] or "python"
+
+
 def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
     """The command that opens the MLflow UI of a storage on loopback; where a server is set, one that shows its page."""
     uri = tracking_uri(storage)
@@ -154,6 +187,7 @@ def _connect(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    provide_home()  # MLflow asks for the home directory while it is imported
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
@@ -211,7 +245,14 @@ def _find_or_create(client: "MlflowClient", experiment_id: str, key: str, name: 
 def _end(client: "MlflowClient", run_id: str, status: EndStatus, error: str | None) -> None:
     if error:
         client.set_tag(run_id, ERROR_TAG, error)
+    elif ERROR_TAG in client.get_run(run_id).data.tags:  # of something that did not keep the run from finishing
+        client.delete_tag(run_id, ERROR_TAG)
     client.set_terminated(run_id, status)
+
+
+def _is_ours(tags: Mapping[str, str], ours: Mapping[str, str]) -> bool:
+    """Whether a run is of the same storage and user, given its tags; one that does not say is."""
+    return all(tags.get(name, ours.get(name)) == ours.get(name) for name in (STORAGE_ID_TAG, USER_TAG))
 
 
 def _end_children(client: "MlflowClient", experiment_id: str, run_id: str, status: EndStatus) -> None:
@@ -256,6 +297,7 @@ class StageRun:
         self._key = key
         self._params = _flatten(params)
         self._tags = tags
+        self._opened_by = uuid.uuid4().hex
         assert "'" not in key, f"key={key} cannot be searched for"
         with suppress(Exception):  # it happens again where it is reported
             # Imports MLflow, which the thread must not do while this thread perhaps imports what both need.
@@ -333,7 +375,8 @@ class StageRun:
         self._highest_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         if ERROR_TAG in run.data.tags:
             self._client.delete_tag(self.run_id, ERROR_TAG)
-        self._set_tags({**self._tags, ATTEMPTS_TAG: str(int(run.data.tags.get(ATTEMPTS_TAG, "0")) + 1)})
+        attempts = str(int(run.data.tags.get(ATTEMPTS_TAG, "0")) + 1)
+        self._set_tags({**self._tags, ATTEMPTS_TAG: attempts, OPENED_BY_TAG: self._opened_by})
         self._client.update_run(self.run_id, status="RUNNING")
 
     def _log_params(self) -> None:
@@ -368,6 +411,17 @@ class StageRun:
         self._client.log_batch(self.run_id, tags=[RunTag(name, text[:MAX_TAG_LENGTH]) for name, text in tags.items()])
 
     def _end(self, status: EndStatus, error: str | None) -> None:
+        if self._is_current():
+            self._end_current(status, error)
+        else:
+            logger.warning("MLflow run %s was opened again by another process, which will end it", self.name)
+
+    def _is_current(self) -> bool:
+        """Whether nobody has opened the run since; a process that was replaced while it stood still must not end it."""
+        opened_by = self._client.get_run(self.run_id).data.tags.get(OPENED_BY_TAG)
+        return opened_by in (None, self._opened_by)
+
+    def _end_current(self, status: EndStatus, error: str | None) -> None:
         _end(self._client, self.run_id, status, error)
 
 
@@ -409,16 +463,16 @@ class PipelineRun(StageRun):
         stages = _search(self._client, self._experiment_id, condition)
         for run_id in sorted({run.data.tags[PARENT_TAG] for run in stages if PARENT_TAG in run.data.tags}):
             run = self._client.get_run(run_id)
-            if run.info.run_name != pipeline:
+            if run.info.run_name != pipeline or not _is_ours(run.data.tags, self._tags):
                 continue
             comparisons = run.data.tags.get(COMPARISON_TAG, "").split()
             if self.run_id not in comparisons:
                 self._client.set_tag(run_id, COMPARISON_TAG, " ".join([*comparisons, self.run_id]))
             self._client.set_tag(self.run_id, f"{COMPARED_TAG}.{pipeline}", run_id)
 
-    def _end(self, status: EndStatus, error: str | None) -> None:
+    def _end_current(self, status: EndStatus, error: str | None) -> None:
         _end_children(self._client, self._experiment_id, self.run_id, status)
-        super()._end(status, error)
+        super()._end_current(status, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,8 +577,6 @@ class Tracker:
         self.tracking_uri = tracking_uri(storage)
         self._storage = storage
         self._experiment = experiment
-        tags = {GIT_TAG: git_revision(), SUBMISSION_TAG: submission}
-        self._tags = {name: value for name, value in tags.items() if value}
         if path := sqlite_path(self.tracking_uri):
             try:
                 # MLflow would try a database that cannot be written for minutes.
@@ -536,6 +588,28 @@ class Tracker:
         with _locked(self.tracking_uri):  # two processes that make the tables at once would both fail
             self._client = self._persist(lambda: _connect(self.tracking_uri))
         self.experiment_id = self._persist(self._find_experiment)
+        self._storage_id = storage_id(storage)
+        tags = {
+            GIT_TAG: git_revision(),
+            USER_TAG: submitter(),
+            SOURCE_NAME_TAG: source_name(),
+            SOURCE_TYPE_TAG: "JOB",
+            STORAGE_TAG: without_password(storage),
+            STORAGE_ID_TAG: self._storage_id,
+            SUBMISSION_TAG: submission,
+        }
+        self._tags = {name: value for name, value in tags.items() if value}
+
+    def key(self, kind: str, section: Any, fingerprints: Mapping[str, str]) -> str:
+        """The key of a pipeline's run: one per storage and user, though a server has the runs of many.
+
+        Args:
+            kind: of the pipeline.
+            section: what else identifies it; anything JSON can hold.
+            fingerprints: what it makes.
+        """
+        owner = {"storage": self._storage_id, "user": self._tags[USER_TAG]}
+        return make_fingerprint(kind, section, {**fingerprints, **owner})
 
     @contextmanager
     def pipeline(self, key: str, name: str, params: Mapping[str, Any] | None = None) -> Iterator[PipelineRun]:
@@ -551,10 +625,10 @@ class Tracker:
             yield run
 
     def reconcile(self, end_of: Callable[[str], EndStatus | None]) -> list[str]:
-        """End the runs that dead submissions left running.
+        """End the runs that dead submissions left running; those of other storages and users are left alone.
 
         Args:
-            end_of: how a submission ended; None while it lives.
+            end_of: how a submission ended; None while it lives, or where that is unknown.
 
         Returns:
             The ids of the runs it ended.
@@ -562,7 +636,7 @@ class Tracker:
         ended = []
         for run in self._persist(lambda: _search(self._client, self.experiment_id, "attributes.status = 'RUNNING'")):
             submission = run.data.tags.get(SUBMISSION_TAG)
-            if submission and (status := end_of(submission)):
+            if submission and _is_ours(run.data.tags, self._tags) and (status := end_of(submission)):
                 error = f"submission {submission} was gone before this ended"
                 self._persist(partial(_end, self._client, run.info.run_id, status, error))
                 ended.append(run.info.run_id)
@@ -597,8 +671,19 @@ class Tracker:
             return persist(call, _is_passing, pause)
         except ConfigError:
             raise
+        except ImportError as error:
+            raise self._not_importable(error) from error
         except Exception as error:
             raise self._unusable(one_line(error)) from error
+
+    def _not_importable(self, error: ImportError) -> ConfigError:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if uri.startswith("postgresql"):
+            return ConfigError(
+                f"MLFLOW_TRACKING_URI={without_password(uri)} needs a database driver ({error}); install it on every "
+                "node: pip install -c constraints.txt -e '.[pipelines,postgres]', or give an MLflow server (http://...)"
+            )
+        return ConfigError(f"MLflow cannot be imported ({one_line(error)}); mend this Python's packages")
 
     def _unusable(self, reason: str) -> ConfigError:
         if uri := os.environ.get("MLFLOW_TRACKING_URI"):

@@ -1,17 +1,15 @@
 """The application builder, for Python (`ray_serve.run(build(args))`) and for Serve's command line and config files.
 
     serve run serve.app:build exchange=/data/exchange engine=torch
-    applications: [{name: kraken, import_path: "serve.app:build", args: {exchange: /data/exchange}}]
+    applications: [{name: kraken, import_path: "serve.app:build", args: {exchange: s3://bucket/kraken/convert/0123456789abcdef}}]
 
 With KRAKEN_API_KEY in the environment of whoever calls `build`, clients must show that key. Address and port belong to
 Serve itself (`ray_serve.start`), not to an application.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,15 +35,22 @@ from kraken.engine.echo import EchoEngine
 from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
 from kraken.engine.protocol import Engine, EngineInfo
 from kraken.manifest import MANIFEST_NAME
+from kraken.storage import is_remote, local_artefact
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
+from serve.api_key import API_KEY_VARIABLE as API_KEY_VARIABLE
+from serve.api_key import ApiKeyDigest, api_key
 from serve.completions import ServedModel
 from serve.deployment import Endpoint
 
 logger = logging.getLogger("ray.serve")
 
-API_KEY_VARIABLE = "KRAKEN_API_KEY"
 ECHO_CONTEXT_LENGTH = 1024
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _path_or_uri(value: Any) -> Any:
+    """A URI stays text, since `Path` would drop one of its slashes."""
+    return value if isinstance(value, str) and is_remote(value) else Path(value)
 
 
 def _section(config_class: type, values: Any) -> Any:
@@ -58,14 +63,18 @@ class ServeArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    exchange: Path
-    """Folder of an exchange checkpoint, reachable where the replicas run; the echo engine reads only its tokenizer."""
+    exchange: Annotated[Path | str, BeforeValidator(_path_or_uri)]
+    """An exchange checkpoint: a folder that every node with a replica mounts, or a URI of the convert stage's artefact,
+    which every replica fetches into its node's cache. The echo engine reads only its tokenizer."""
     engine: EngineKind | Literal["echo"] | None = None
     """None: what `engine_config.kind` says."""
     engine_config: Annotated[EngineConfig, BeforeValidator(partial(_section, EngineConfig))] = EngineConfig()
     serve_config: Annotated[ServeConfig, BeforeValidator(partial(_section, ServeConfig))] = ServeConfig()
     echo_token_delay_s: float = 0.0
     """Pause of the echo engine before every token."""
+    deployment: str | None = None
+    """Digest of everything that decides what is served and how; `/health` shows it, so that a later deployment can be
+    compared with it. A new digest replaces every replica."""
 
     @model_validator(mode="after")
     def _refuse_what_has_no_effect(self) -> "ServeArgs":
@@ -77,6 +86,14 @@ class ServeArgs(BaseModel):
                 "engine=tensorrt_llm, which reserves a GPU for every way; leave it out"
             )
         return self
+
+    def folder(self) -> Path:
+        """The exchange checkpoint's local folder, fetched where `exchange` is a URI.
+
+        Raises:
+            ArtefactError: nothing finished is there, or the storage does not answer.
+        """
+        return local_artefact(str(self.exchange))
 
     @property
     def resolved_engine_config(self) -> EngineConfig:
@@ -93,12 +110,13 @@ def build(args: ServeArgs) -> Application:
         ConfigError: TensorRT-LLM is asked for and not possible.
     """
     if args.engine == "echo":
-        return bind(partial(load_model, args), args.serve_config)
-    num_ways = num_ways_of(args.exchange)
-    choice = choose_for(args.exchange, args.resolved_engine_config, partial(find_serving_machine, num_ways))
+        return bind(partial(load_model, args), args.serve_config, deployment=args.deployment)
+    exchange = args.folder()
+    num_ways = num_ways_of(exchange)
+    choice = choose_for(exchange, args.resolved_engine_config, partial(find_serving_machine, num_ways))
     logger.info("%s", choice)
     bundles = replica_bundles(args.serve_config, num_ways) if choice.kind == "tensorrt_llm" else ()
-    return bind(partial(load_model, args, choice), args.serve_config, bundles)
+    return bind(partial(load_model, args, choice), args.serve_config, bundles, args.deployment)
 
 
 def replica_bundles(config: ServeConfig, num_ways: int) -> tuple[dict[str, float], ...]:
@@ -120,13 +138,23 @@ def find_serving_machine(num_ways: int) -> Machine:
     return dataclasses.replace(machine, num_gpus=num_gpus)
 
 
-def bind(load: Callable[[], ServedModel], config: ServeConfig, bundles: Sequence[dict[str, float]] = ()) -> Application:
+def bind(
+    load: Callable[[], ServedModel],
+    config: ServeConfig,
+    bundles: Sequence[dict[str, float]] = (),
+    deployment: str | None = None,
+) -> Application:
     """An application around any model that `load` makes.
 
     Args:
         bundles: a placement group for every replica, which runs in the first of them; without, `config` says what a
             replica reserves.
+        deployment: digest that `/health` shows.
+
+    Raises:
+        ConfigError: KRAKEN_API_KEY is set but empty.
     """
+    key = api_key()
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     }
@@ -144,17 +172,12 @@ def bind(load: Callable[[], ServedModel], config: ServeConfig, bundles: Sequence
     endpoint: Deployment = Endpoint.options(  # type: ignore[attr-defined]  # the decorator's result is typed as the class
         num_replicas=config.num_replicas, **options
     )
-    return endpoint.bind(load, api_key_sha256(), loopback_only=config.host in LOOPBACK)
-
-
-def api_key_sha256() -> bytes | None:
-    """Digest of the key in the environment. Only the digest travels, so that no part of the cluster stores the key."""
-    key = os.environ.get(API_KEY_VARIABLE)
-    if key is None:
-        return None
-    if not key.strip():
-        raise ConfigError(f"{API_KEY_VARIABLE} is set but empty; give it a key, or unset it to let every client in")
-    return hashlib.sha256(key.strip().encode()).digest()
+    return endpoint.bind(
+        load,
+        None if key is None else ApiKeyDigest.of(key),
+        loopback_only=config.host in LOOPBACK,
+        deployment=deployment,
+    )
 
 
 def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:
@@ -166,27 +189,28 @@ def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:
     Raises:
         ArtefactError: the folder is incomplete, or its parts do not belong together.
     """
-    tokenizer = Tokenizer.load(args.exchange)
-    engine = _load_echo_engine(args, tokenizer) if args.engine == "echo" else _load_engine(args, choice)
-    require_same_tokenizer(engine.info.tokenizer_fingerprint, tokenizer.fingerprint, "the engine", f"{args.exchange}")
+    exchange = args.folder()
+    tokenizer = Tokenizer.load(exchange)
+    engine = _load_echo_engine(args, tokenizer) if args.engine == "echo" else _load_engine(args, exchange, choice)
+    require_same_tokenizer(engine.info.tokenizer_fingerprint, tokenizer.fingerprint, "the engine", f"{exchange}")
     return ServedModel(
         name=args.serve_config.model_name,
         engine=engine,
         tokenizer=tokenizer,
-        exchange_fingerprint=_exchange_fingerprint(args.exchange),
+        exchange_fingerprint=_exchange_fingerprint(exchange),
         max_choices=args.engine_config.max_queued_requests,
         created=int(time.time()),
     )
 
 
-def _load_engine(args: ServeArgs, choice: Choice | None) -> Engine:
+def _load_engine(args: ServeArgs, exchange: Path, choice: Choice | None) -> Engine:
     config = args.resolved_engine_config
-    choice = choice or choose_for(args.exchange, config)
+    choice = choice or choose_for(exchange, config)
     logger.info("%s", choice)
     if choice.kind == "torch":
-        return open_engine(choice, args.exchange, config)
-    bundle_indices = tuple(range(1, num_ways_of(args.exchange) + 1))  # the first bundle is this replica's
-    return open_engine(choice, args.exchange, config, Placement(group=_own_group(), bundle_indices=bundle_indices))
+        return open_engine(choice, exchange, config)
+    bundle_indices = tuple(range(1, num_ways_of(exchange) + 1))  # the first bundle is this replica's
+    return open_engine(choice, exchange, config, Placement(group=_own_group(), bundle_indices=bundle_indices))
 
 
 def _own_group() -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from kraken.engine.detokenizer import Detokenizer, generate_text
+from kraken.engine.prompt import encode_for_completion
 from kraken.engine.protocol import (
     Engine,
     EngineOverloaded,
@@ -21,12 +22,11 @@ from kraken.engine.protocol import (
     PromptOutput,
     Request,
     RequestError,
-    SamplingParams,
     TokenLogprobs,
     check_request,
 )
-from kraken.tokenizer import END_OF_TEXT, Tokenizer
-from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, Usage
+from kraken.tokenizer import Tokenizer
+from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, StreamOptions, Usage
 
 logger = logging.getLogger("ray.serve")
 
@@ -75,15 +75,6 @@ class Part:
         )
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text in which `<|endoftext|>` stands for the end of a document, as OpenAI defines it."""
-    first, *others = text.split(END_OF_TEXT)
-    ids = tokenizer.encode(first)
-    for other in others:
-        ids += [tokenizer.eot_id, *tokenizer.encode(other)]
-    return ids
-
-
 class CompletionCall:
     """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
 
@@ -93,15 +84,6 @@ class CompletionCall:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
-        num_choices = len(prompts) * body.n
-        if num_choices > model.max_choices:
-            raise ApiError(
-                400,
-                f"{len(prompts)} prompts with n={body.n} ask for {num_choices} choices, but one call may ask for "
-                f"{model.max_choices}; split the call",
-                param="prompt" if body.n == 1 else "n",
-                code="invalid_value",
-            )
         self._requests = [
             self._engine_request(prompt_ids, index=prompt_index * body.n + k, k=k)
             for prompt_index, prompt_ids in enumerate(prompts)
@@ -116,9 +98,30 @@ class CompletionCall:
             ApiError, RequestError: the request can never be served.
         """
         model.require_name(body.model)
+        prompts = _prompts_of(body.prompt)
+        num_choices = len(prompts) * body.n
+        if num_choices > model.max_choices:
+            raise ApiError(
+                400,
+                f"{len(prompts)} prompts with n={body.n} ask for {num_choices} choices, but one call may ask for "
+                f"{model.max_choices}; split the call",
+                param="prompt" if body.n == 1 else "n",
+                code="invalid_value",
+            )
+
+        def encode() -> list[tuple[int, ...]]:
+            length = model.engine.info.context_length
+            return [
+                tuple(
+                    encode_for_completion(model.tokenizer, prompt, body.max_tokens, length)
+                    if isinstance(prompt, str)
+                    else prompt
+                )
+                for prompt in prompts
+            ]
+
         # Off the event loop: other streams go on while a long prompt is encoded.
-        prompts = await asyncio.to_thread(_encode_prompts, body.prompt, model.tokenizer)
-        return cls(body, model, prompts)
+        return cls(body, model, await asyncio.to_thread(encode))
 
     async def parts(self) -> AsyncGenerator[Part, None]:
         """The parts of all choices as they come; closing it aborts what still runs."""
@@ -157,58 +160,36 @@ class CompletionCall:
     async def frames(self, first: Part, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[str, None]:
         """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error."""
         num_tokens = dict.fromkeys(range(len(self._requests)), 0)
-        with_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        options = self._body.stream_options or StreamOptions()
+        has_usage_field = options.include_usage or options.continuous_usage_stats
         try:
             part: Part | None = first
             while part is not None:
                 num_tokens[part.index] = part.num_tokens
-                yield self._frame([part.choice()], None, with_usage)
+                usage = self._usage_of(part) if options.continuous_usage_stats else None
+                yield self._frame([part.choice()], usage, has_usage_field)
                 part = await anext(parts, None)
-            if with_usage:
-                yield self._frame([], self._usage(num_tokens.values()), with_usage)
+            if options.include_usage:
+                yield self._frame([], self._usage(num_tokens.values()), has_usage_field)
             yield STREAM_END
-        except Exception as error:  # the status line is long gone, so this frame is all that can still tell
+        except BaseException as error:  # the status line is long gone, so this frame is all that can still tell
+            if is_end_of_task(error):
+                raise
             log_failure(error)
             yield f"data: {ApiError.of(error).json()}\n\n"
 
     def _engine_request(self, prompt_ids: tuple[int, ...], index: int, k: int) -> Request:
         body, info = self._body, self._model.engine.info
-        limit = info.context_length + (body.max_tokens == 0)
-        if len(prompt_ids) + body.max_tokens > limit:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {info.context_length} tokens, however you requested "
-                f"{len(prompt_ids) + body.max_tokens} tokens ({len(prompt_ids)} in your prompt; {body.max_tokens} for "
-                "the completion). Please reduce your prompt or completion length.",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        sampling = SamplingParams(
-            max_tokens=body.max_tokens,
-            temperature=body.temperature,
-            # top_p=0 leaves the most likely token alone, which the engine spells top_k=1.
-            top_p=body.top_p or 1.0,
-            top_k=body.top_k if body.top_p else 1,
-            min_p=body.min_p,
-            repetition_penalty=body.repetition_penalty,
-            min_tokens=body.min_tokens,
-            seed=None if body.seed is None else body.seed + k,
-            stop_ids=(*(() if body.ignore_eos else (info.eot_id,)), *body.stop_token_ids),
-        )
         echoes_logprobs = body.echo and body.logprobs is not None
         asked = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
         request = Request(
             id=f"{self._id}-{index}",
             prompt_ids=prompt_ids,
-            sampling=sampling,
+            sampling=body.sampling_params(info.eot_id, choice=k),
             num_logprobs=max(asked, default=None),
             prompt_logprobs=echoes_logprobs or body.prompt_logprobs is not None,
         )
-        try:
-            check_request(request, info)
-        except RequestError as error:
-            param = "stop_token_ids" if str(error).startswith("stop_ids") else "prompt"
-            raise ApiError(400, str(error), param=param, code="invalid_value") from error
+        check_request(request, info)
         return request
 
     async def _choice_parts(self, index: int, request: Request) -> AsyncGenerator[Part, None]:
@@ -249,6 +230,15 @@ class CompletionCall:
         pairs = (*logprobs.top[:num_top], (logprobs.token_id, logprobs.logprob))
         return {token_label(self._model.tokenizer, token_id): logprob for token_id, logprob in pairs}
 
+    def _usage_of(self, part: Part) -> Usage:
+        """Token counts of the choice that a frame belongs to, so far."""
+        num_prompt_tokens = len(self._requests[part.index].prompt_ids)
+        return Usage(
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=part.num_tokens,
+            total_tokens=num_prompt_tokens + part.num_tokens,
+        )
+
     def _usage(self, num_tokens: Iterable[int]) -> Usage:
         completion_tokens = sum(num_tokens)
         return Usage(
@@ -267,14 +257,14 @@ class CompletionCall:
             system_fingerprint=self._model.exchange_fingerprint,
         )
 
-    def _frame(self, choices: list[Choice], usage: Usage | None, with_usage: bool) -> str:
+    def _frame(self, choices: list[Choice], usage: Usage | None, has_usage_field: bool) -> str:
         completion = self._completion(choices, usage)
-        return f"data: {completion.model_dump_json(exclude=None if with_usage else {'usage'})}\n\n"
+        return f"data: {completion.model_dump_json(exclude=None if has_usage_field else {'usage'})}\n\n"
 
 
 async def merge(sources: Sequence[AsyncGenerator[Part, None]]) -> AsyncGenerator[Part, None]:
     """Run every source at once and yield what comes, as it comes. The first failure ends them all, as does closing."""
-    arrived: asyncio.Queue[Part | Exception | None] = asyncio.Queue()  # None: one source has ended
+    arrived: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()  # None: one source has ended
 
     async def pump(source: AsyncGenerator[Part, None]) -> None:
         try:
@@ -282,15 +272,17 @@ async def merge(sources: Sequence[AsyncGenerator[Part, None]]) -> AsyncGenerator
                 async for part in source:
                     arrived.put_nowait(part)
             arrived.put_nowait(None)
-        except Exception as error:
-            arrived.put_nowait(error)
+        except BaseException as error:
+            if is_end_of_task(error):
+                raise
+            arrived.put_nowait(error)  # else the loop below would wait for this source for ever
 
     tasks = [asyncio.create_task(pump(source)) for source in sources]
     try:
         num_open = len(tasks)
         while num_open:
             item = await arrived.get()
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             if item is None:
                 num_open -= 1
@@ -314,20 +306,22 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def log_failure(error: Exception) -> None:
+def is_end_of_task(error: BaseException) -> bool:
+    """Whether an exception ends this task or process by intention, as a cancellation does. Any other is a failure, also
+    one outside `Exception`: libraries in Rust raise `pyo3_runtime.PanicException`, which is a BaseException."""
+    return isinstance(error, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
+
+
+def log_failure(error: BaseException) -> None:
     """Record what is the server's fault; what the client did wrong, the client is told."""
     if not isinstance(error, ApiError | RequestError | EngineOverloaded):
         logger.error("A completion failed.", exc_info=error)
 
 
-def _encode_prompts(prompt: Prompt, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _prompts_of(prompt: Prompt) -> list[str | list[int]]:
+    """The four spellings of `prompt` as a list of texts or of lists of token ids."""
     is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
-    prompts = cast(list[str | list[int]], [prompt] if is_one else prompt)
-    # A model cannot be asked what follows nothing: an empty text is the beginning of a document.
-    return [
-        tuple(one) if isinstance(one, list) else tuple(encode_prompt(tokenizer, one)) or (tokenizer.eot_id,)
-        for one in prompts
-    ]
+    return cast(list[str | list[int]], [prompt] if is_one else prompt)
 
 
 def _decode_prompt(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:

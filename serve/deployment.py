@@ -5,14 +5,12 @@ engine. Requests queue inside the engine, which knows its batch, and never in Se
 """
 
 import asyncio
-import hashlib
-import hmac
 import importlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
 from starlette.exceptions import HTTPException
@@ -21,8 +19,11 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kraken.engine import protocol as engine_protocol
+from kraken.engine.prompt import encode_prompt
 from kraken.engine.protocol import SamplingParams
-from serve.completions import CompletionCall, ServedModel, encode_prompt, log_failure
+from serve.api_key import ApiKeyDigest
+from serve.completions import CompletionCall, ServedModel
+from serve.errors import MISSING_ENDPOINTS, ErrorResponses, missing_endpoint_response, routing_error_response
 from serve.protocol import (
     ApiError,
     CompletionRequest,
@@ -62,16 +63,22 @@ class Endpoint:
 
     Args:
         load: makes the model, in the replica and on its event loop, where the engine will run.
-        api_key_sha256: digest of the key that clients must show; None lets everybody in.
+        api_key: digest of the key that clients must show; None lets everybody in.
         loopback_only: nothing of this replica listens on another address.
+        deployment: digest of what is served and how, for `/health`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, load: Callable[[], ServedModel], api_key_sha256: bytes | None = None, loopback_only: bool = False
+        self,
+        load: Callable[[], ServedModel],
+        api_key: ApiKeyDigest | None = None,
+        loopback_only: bool = False,
+        deployment: str | None = None,
     ) -> None:
         if loopback_only:
             keep_replica_on_loopback()
-        self._api_key_sha256 = api_key_sha256
+        self._api_key = api_key
+        self._deployment = deployment
         self._model = load()
         await warm_up(self._model)
 
@@ -85,18 +92,21 @@ class Endpoint:
 
         # No documentation pages: they would load scripts from elsewhere. No CORS either: browsers stay out.
         app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-        guarded = APIRouter(dependencies=[Depends(self._require_api_key)])
-        guarded.add_api_route("/v1/completions", self._create_completion, methods=["POST"])
-        guarded.add_api_route("/v1/models", self._list_models, methods=["GET"])
-        guarded.add_api_route("/v1/models/{name:path}", self._get_model, methods=["GET"])
-        guarded.add_api_route("/tokenizer_info", self._tokenizer_info, methods=["GET"])
-        guarded.add_api_route("/tokenize", self._tokenize, methods=["POST"])
-        guarded.add_api_route("/detokenize", self._detokenize, methods=["POST"])
-        app.include_router(guarded)
+        guard = [Depends(self._require_api_key)]
+        for method, path, handler in (
+            ("POST", "/v1/completions", self._create_completion),
+            ("GET", "/v1/models", self._list_models),
+            ("GET", "/v1/models/{name:path}", self._get_model),
+            ("GET", "/tokenizer_info", self._tokenizer_info),
+            ("POST", "/tokenize", self._tokenize),
+            ("POST", "/detokenize", self._detokenize),
+        ):
+            app.add_api_route(path, handler, methods=[method], dependencies=guard)
+        for path in MISSING_ENDPOINTS:
+            app.add_api_route(path, missing_endpoint_response, methods=["GET", "POST"], dependencies=guard)
         app.add_api_route("/health", self._health, methods=["GET"])
-        app.add_exception_handler(HTTPException, _routing_error_response)
-        for error_class in (ApiError, engine_protocol.RequestError, engine_protocol.EngineError, Exception):
-            app.add_exception_handler(error_class, _error_response)
+        app.add_exception_handler(HTTPException, routing_error_response)
+        app.add_middleware(ErrorResponses)
         return app
 
     async def check_health(self) -> None:
@@ -149,6 +159,7 @@ class Endpoint:
             engine=model.engine.info.name,
             tokenizer_fingerprint=model.tokenizer.fingerprint,
             exchange_fingerprint=model.exchange_fingerprint,
+            deployment=self._deployment,
             stats=EngineStatus.model_validate(stats),
         )
         return _json(health, status=200 if stats.healthy else 503)
@@ -162,11 +173,10 @@ class Endpoint:
             self._model.require_name(name)
 
     async def _require_api_key(self, request: Request) -> None:
-        if self._api_key_sha256 is None:
+        if self._api_key is None:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        shown = hashlib.sha256(key.strip().encode()).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(shown, self._api_key_sha256):
+        if scheme.lower() != "bearer" or not self._api_key.matches(key):
             raise ApiError(
                 401,
                 "Incorrect or missing API key; send it as `Authorization: Bearer KEY`",
@@ -235,18 +245,6 @@ async def read_body(body_class: type[Body], request: Request) -> Body:
         return body_class.model_validate_json(bytes(raw))
     except ValidationError as error:
         raise bad_request(error) from None
-
-
-async def _routing_error_response(request: Request, error: Exception) -> Response:
-    """No such URL, or not with this method."""
-    assert isinstance(error, HTTPException)
-    message = f"{error.detail}: {request.method} {request.url.path}"
-    return ApiError(error.status_code, message, headers=error.headers).response()
-
-
-async def _error_response(_request: Request, error: Exception) -> Response:
-    log_failure(error)
-    return ApiError.of(error).response()
 
 
 def _json(body: BaseModel, status: int = 200) -> Response:

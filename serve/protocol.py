@@ -1,7 +1,10 @@
 """What travels over HTTP: typed requests, responses and stream frames in OpenAI's shapes, and its error object.
 
-A request is checked whole before anything runs. A field that OpenAI knows and this endpoint does not have is refused
-unless it says "off"; a field nobody knows is refused. null means the field's default, as it does for OpenAI.
+A request is checked whole before anything runs. A field that OpenAI or a well-known server or client has and this
+endpoint has not is refused, unless its value asks for what happens here anyway; any other field is refused. null means
+the field's default, as it does for OpenAI.
+
+Ranges of numbers are those of `SamplingParams`, so that the endpoint, the command line and every engine agree.
 """
 
 import json
@@ -9,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,11 +27,18 @@ from pydantic.types import FailFast
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
-from kraken.engine.protocol import EngineError, EngineOverloaded, FinishReason, RequestError
+from kraken.engine.protocol import (
+    ContextLengthExceeded,
+    EngineError,
+    EngineOverloaded,
+    FinishReason,
+    RequestError,
+    SamplingParams,
+    check_stop_strings,
+)
 from kraken.tokenizer import END_OF_TEXT
 
 MAX_CHOICES_PER_PROMPT = 128
-MAX_STOP_STRINGS = 4
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 5
 RETRY_AFTER_S = 1
@@ -65,13 +76,15 @@ class ApiError(Exception):
         return Response(self.json(), self.status, self.headers, media_type="application/json")
 
     @classmethod
-    def of(cls, error: Exception) -> "ApiError":
+    def of(cls, error: BaseException) -> "ApiError":
         """Any error as one for the client; what is unexpected shows nothing of its inside."""
         match error:
             case ApiError():
                 return error
+            case ContextLengthExceeded():
+                return cls(400, _context_length_message(error), param="prompt", code="context_length_exceeded")
             case RequestError():
-                return cls(400, str(error), code="invalid_value")
+                return cls(400, str(error), param=API_NAME.get(error.field or "", error.field), code="invalid_value")
             case EngineOverloaded():
                 headers = {"Retry-After": str(RETRY_AFTER_S)}
                 return cls(429, str(error), kind="rate_limit_error", code="engine_overloaded", headers=headers)
@@ -79,6 +92,22 @@ class ApiError(Exception):
                 return _server_error("the engine failed", code="engine_failed")
             case _:
                 return _server_error("the server failed", code=None)
+
+
+API_NAME = {"stop_ids": "stop_token_ids", "num_logprobs": "logprobs"}
+"""Field of `SamplingParams` or `Request` -> field of the HTTP request, where the two differ."""
+
+
+def _context_length_message(error: ContextLengthExceeded) -> str:
+    """OpenAI's sentence, which clients recognise, and what to do about it."""
+    length = error.context_length
+    num_tokens = f"{'at least ' if error.is_lower_bound else ''}{error.num_prompt_tokens + error.max_tokens} tokens"
+    return (
+        f"This model's maximum context length is {length} tokens, however you requested {num_tokens} "
+        f"({error.num_prompt_tokens} in your prompt; {error.max_tokens} for the completion). Please reduce your prompt "
+        f"or completion length; a client that cuts documents to windows must know this length (lm-eval: "
+        f"max_length={length})."
+    )
 
 
 def _server_error(message: str, code: str | None) -> ApiError:
@@ -138,16 +167,33 @@ def _check_prompt(value: Any) -> Any:
 Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_check_prompt)]
 Ids = Annotated[list[int], FailFast()]
 Stop = Annotated[
-    list[Annotated[str, Field(min_length=1)]],
-    Field(max_length=MAX_STOP_STRINGS),
+    list[str],
+    FailFast(),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
+
+
+def _only(expected: bool | int) -> AfterValidator:
+    """Accept one value of a field that other servers have: the one that says what happens here anyway."""
+
+    def check(value: bool | int) -> bool | int:
+        if value != expected:
+            shown = {"expected": json.dumps(expected)}
+            raise PydanticCustomError("unsupported_value", "only {expected} is possible here; leave it out", shown)
+        return value
+
+    return AfterValidator(check)
+
+
+Off = Annotated[bool, _only(False)]
 
 
 class StreamOptions(_Body):
     include_usage: bool = False
     """End the stream with a frame of token counts."""
-    include_obfuscation: Literal[False] = False
+    continuous_usage_stats: bool = False
+    """Not OpenAI's but vLLM's: every frame has the token counts of its own choice so far."""
+    include_obfuscation: Off = False
     """Padding against traffic analysis, which OpenAI adds; not here."""
 
 
@@ -157,17 +203,19 @@ class CompletionRequest(_Body):
     model: str
     prompt: Prompt = END_OF_TEXT
     """Left out: the beginning of a new document."""
-    max_tokens: Annotated[int, Field(ge=0)] = 16
+    max_tokens: int = 16
     """0 needs `echo`: the prompt comes back, scored."""
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """Not OpenAI's: draw from this many most likely tokens; 0 draws from all."""
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Not OpenAI's: draw from tokens at least this share as likely as the most likely one."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    max_completion_tokens: int | None = None
+    """`max_tokens` by the name that chat completions have for it."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """Not OpenAI's: sample from this many most likely tokens; 0 or -1 from all."""
+    min_p: float = 0.0
+    """Not OpenAI's: sample from tokens at least this share as likely as the most likely one."""
+    repetition_penalty: float = 1.0
     """Not OpenAI's: above 1, tokens of prompt and completion become less likely."""
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    min_tokens: int = 0
     """Not OpenAI's: tokens before the end of text, a stop id or a stop string may end the completion."""
     ignore_eos: bool = False
     """Not OpenAI's: the end of text is a token like any other."""
@@ -191,6 +239,36 @@ class CompletionRequest(_Body):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
+    # What other servers offer and their clients send. Only the values that say what happens here anyway are accepted.
+    add_special_tokens: bool = True
+    """Makes no difference, as with GPT-2: there is no special token that belongs around every text."""
+    skip_special_tokens: Off = False
+    """A special token that does not end the completion (see `ignore_eos`) is part of its text."""
+    spaces_between_special_tokens: Off = False
+    include_stop_str_in_output: Off = False
+    return_tokens_as_token_ids: Off = False
+    return_token_ids: Off = False
+    use_beam_search: Off = False
+    num_beams: Annotated[int, _only(1)] = 1
+    """Hugging Face's; lm-eval passes it on from some tasks."""
+    detokenize: Annotated[bool, _only(True)] = True
+    priority: Annotated[int, _only(0)] = 0
+    bad_words: Annotated[list[str], Field(max_length=0)] = []
+    store: Off = False
+    """Nothing is stored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merge_spellings_of_max_tokens(cls, values: Any) -> Any:
+        """Write `max_completion_tokens` as `max_tokens`; two different values are refused."""
+        if not isinstance(values, dict) or (limit := values.get("max_completion_tokens")) is None:
+            return values
+        other = values.get("max_tokens")
+        if other is not None and (type(other), other) != (type(limit), limit):
+            message = "max_tokens and max_completion_tokens are the same limit and differ; give one"
+            raise _refusal("invalid_value", "max_completion_tokens", message)
+        return values | {"max_tokens": limit}
+
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> "CompletionRequest":
         for param in ("suffix", "logit_bias", "presence_penalty", "frequency_penalty"):
@@ -205,10 +283,34 @@ class CompletionRequest(_Body):
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
             raise _refusal("invalid_value", "max_tokens", message)
-        if self.min_tokens > self.max_tokens:
-            message = f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower it"
-            raise _refusal("invalid_value", "min_tokens", message)
+        try:
+            self.sampling_params(eot_id=0)
+            check_stop_strings(self.stop)
+        except RequestError as error:
+            raise _refusal("invalid_value", str(error.field), str(error)) from None
         return self
+
+    def sampling_params(self, eot_id: int, choice: int = 0) -> SamplingParams:
+        """How the tokens of one choice of a prompt are sampled.
+
+        Args:
+            eot_id: the model's end-of-text id, which ends the completion unless `ignore_eos`.
+            choice: counts the choices of one prompt from 0.
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            seed=None if self.seed is None else self.seed + choice,
+            stop_ids=(*(() if self.ignore_eos else (eot_id,)), *self.stop_token_ids),
+        )
 
 
 def _refusal(code: Literal["unsupported_parameter", "invalid_value"], param: str, message: str) -> PydanticCustomError:
@@ -346,4 +448,6 @@ class Health(BaseModel):
     engine: str
     tokenizer_fingerprint: str
     exchange_fingerprint: str | None
+    deployment: str | None
+    """Digest of the model and of every setting and file of code that decides how it is served."""
     stats: EngineStatus

@@ -1,10 +1,12 @@
 """Several nodes of Ray on this machine, for tests that lose one: `python nodes.py CPUS [CPUS ...]`, the head's first.
 
 A process of its own, since a Cluster changes Ray's state in its process. Prints a line of JSON with the address and
-each node's id and raylet, and another after each command on standard input: `kill INDEX`, `add CPUS`.
+each node's id and raylet, and another after each command on standard input: `kill INDEX`, `add CPUS`. With
+NODES_FOLDER in the environment every node has a temporary folder of its own below it, so that nodes share no cache.
 """
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -40,6 +42,13 @@ def kill(node: Any) -> None:
             continue
 
 
+def own_folder() -> dict[str, Any]:
+    """Options of a node that shares no temporary folder with the others."""
+    if not (parent := os.environ.get("NODES_FOLDER")):
+        return {}
+    return {"env_vars": {"TMPDIR": tempfile.mkdtemp(prefix="node", dir=parent)}}
+
+
 def main() -> None:
     folder = tempfile.mkdtemp(prefix="kn", dir="/tmp")
     options = {"object_store_memory": 80 * 2**20}
@@ -47,9 +56,9 @@ def main() -> None:
     # a Cluster notes its address there, and does not make the folder
     Path(get_ray_address_file(None)).parent.mkdir(exist_ok=True)
     first, *others = (int(cpus) for cpus in sys.argv[1:])
-    cluster = Cluster(initialize_head=True, head_node_args={**options, **head, "num_cpus": first})
+    cluster = Cluster(initialize_head=True, head_node_args={**options, **head, **own_folder(), "num_cpus": first})
     try:
-        nodes = [cluster.head_node, *(cluster.add_node(num_cpus=cpus, **options) for cpus in others)]
+        nodes = [cluster.head_node, *(cluster.add_node(num_cpus=cpus, **options, **own_folder()) for cpus in others)]
         while True:
             print(json.dumps({"address": cluster.address, "nodes": [describe(node) for node in nodes]}), flush=True)
             if not (words := sys.stdin.readline().split()):
@@ -58,7 +67,7 @@ def main() -> None:
             if command == "kill":
                 kill(nodes[number])
             else:
-                nodes.append(cluster.add_node(num_cpus=number, **options))
+                nodes.append(cluster.add_node(num_cpus=number, **options, **own_folder()))
     finally:
         cluster.shutdown()
         for _ in range(20):  # its processes write to the last

@@ -38,17 +38,17 @@ SETTINGS = {
 }
 
 
-def command(storage: Path, **settings: Any) -> list[str]:
-    """`jobs.pretrain` of the tiny model; settings as `train__steps=5`."""
+def command(storage: Path | str, job: str = "pretrain", **settings: Any) -> list[str]:
+    """A command line, `jobs.pretrain` unless said otherwise, of the tiny model; settings as `train__steps=5`."""
     values = SETTINGS | {name.replace("__", ".").replace("_", "-"): value for name, value in settings.items()}
     options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["-m", "jobs.pretrain", "quickstart", "--storage", str(storage), *options]
+    return ["-m", f"jobs.{job}", "quickstart", "--storage", str(storage), *options]
 
 
 class Driver:
     """A job's driver: `jobs.pretrain` in a process of its own, its output kept."""
 
-    def __init__(self, address: str, storage: Path, environment: dict[str, str] | None = None, **settings: Any):
+    def __init__(self, address: str, storage: Path | str, environment: dict[str, str] | None = None, **settings: Any):
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, *command(storage, **settings)],
@@ -138,8 +138,11 @@ def workers(below: int | None = None) -> list[psutil.Process]:
 class Nodes:
     """A cluster of several nodes, in a process of its own; see tests/nodes.py."""
 
-    def __init__(self, *cpus: int):
+    def __init__(self, *cpus: int, folder: Path | None = None):
+        """With a folder, every node gets a temporary folder of its own below it."""
         variables = {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        if folder:
+            variables["NODES_FOLDER"] = str(folder)
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "nodes.py"), *map(str, cpus)],
             env={**os.environ, **variables},

@@ -1,6 +1,7 @@
 """The set-up script: what it reads from the pins, and how it explains a failure. It installs nothing here."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -55,6 +56,26 @@ def test_a_failure_is_one_line(output: str, hint: str) -> None:
     line = bootstrap.explain(output, "pip")
     assert hint in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["with space", "a'b", "a[b]", "a$b"])
+def test_a_checkout_that_ray_cannot_run_in_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    checkout = tmp_path / name
+    checkout.mkdir()
+    for file in ("bootstrap.py", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / file, checkout)
+    command = [sys.executable, "bootstrap.py"]
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False, timeout=10)
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"error: the path of this checkout, .* holds .*; move the checkout to a path of .*\n", result.stderr
+    )
+    assert not (checkout / ".venv").exists()
+
+
+def test_ordinary_paths_are_accepted() -> None:
+    for path in ("/home/me/kraken", "/srv/k-1.0_b/x+y@z", "/home/jürgen/kraken", "/a=b/#c/100%"):
+        bootstrap.require_usable_path(Path(path))
 
 
 def test_make_refuses_a_wrong_python_in_one_line() -> None:

@@ -21,10 +21,10 @@ from kraken.checkpoint.reader import KINDS, CheckpointReader, list_checkpoints, 
 from kraken.checkpoint.tensor_files import read_pieces, write_tensors
 from kraken.config import RunConfig
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
-from kraken.model import Kraken, part_of, whole_shapes
+from kraken.model.architecture import Kraken, part_of, whole_shapes
+from kraken.model.ways import WayGroup
 from kraken.storage import Storage
 from kraken.training.train import NoHooks, TrainingStopped, train
-from kraken.ways import WayGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

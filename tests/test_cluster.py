@@ -27,9 +27,11 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None
 def test_stages_ask_for_what_a_node_can_give(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, SMALL)
     monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0" * 56))
+    monkeypatch.setattr(cluster, "head_node", lambda: {"NodeID": "1" * 56})
     asked = {kind: cluster.stage_resources(config(), kind) for kind in ("prepare", "pretrain", "convert", "deploy")}
-    for kind in ("prepare", "pretrain", "deploy"):  # the driver's node, which is lost with the driver only
+    for kind in ("prepare", "pretrain"):  # the driver's node, which is lost with the driver only
         assert asked[kind].pop("scheduling_strategy").node_id == "0" * 56
+    assert asked["deploy"].pop("scheduling_strategy").node_id == "1" * 56, "Serve's proxy listens on the head"
     assert asked == {
         "prepare": {"num_cpus": 0},
         "pretrain": {"num_cpus": 0},  # its workers have their own; a task that held one would starve them

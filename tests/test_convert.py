@@ -20,6 +20,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.train((document.text for document in corpus.documents), 300)
 
 
+def wide(config: ModelConfig) -> ModelConfig:
+    """A shape whose vocabulary has room for the tokenizer's 301 ids."""
+    return dataclasses.replace(config, vocab_size=320)
+
+
 def float32_model(config: ModelConfig) -> Kraken:
     model = Kraken(config).requires_grad_(False)
     for index, parameter in enumerate(model.parameters()):
@@ -29,7 +34,7 @@ def float32_model(config: ModelConfig) -> Kraken:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_keeps_its_logits(variant: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    model = float32_model(VARIANTS[variant])
+    model = float32_model(wide(VARIANTS[variant]))
     write_folder(tmp_path, model.config, to_exchange(model), tokenizer)
     assert read_model_config(tmp_path)[0] == model.config
     ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -37,7 +42,7 @@ def test_every_variant_keeps_its_logits(variant: str, tokenizer: Tokenizer, tmp_
 
 
 def test_every_field_of_the_shape_survives(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    config = small(1, architecture="parallel", activation="swiglu", positions="rope", rope_base=5e5, bias=True)
+    config = wide(small(1, architecture="parallel", activation="swiglu", positions="rope", rope_base=5e5, bias=True))
     with_defaults = [f for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING]
     assert all(getattr(config, field.name) != field.default for field in with_defaults)
     write_folder(tmp_path, config, to_exchange(float32_model(config)), tokenizer)
@@ -46,7 +51,7 @@ def test_every_field_of_the_shape_survives(tokenizer: Tokenizer, tmp_path: Path)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_the_stored_type_is_kept_and_named(dtype: torch.dtype, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    model = float32_model(small(2)).to(dtype)
+    model = float32_model(wide(small(2))).to(dtype)
     write_folder(tmp_path, model.config, to_exchange(model), tokenizer)
     assert read_model_config(tmp_path)[1]["dtype"] == str(dtype).removeprefix("torch.")
     for (name, found), expected in zip(

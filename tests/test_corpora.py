@@ -18,7 +18,7 @@ import pytest
 import tiny
 
 from kraken.config import ConfigError, DataConfig
-from kraken.data.corpora import Corpus, Document
+from kraken.data.corpus import Corpus, Document
 from kraken.data.files import SECTION_BYTES, WHOLE_TEXT_BYTES, FilesCorpus
 from kraken.data.huggingface import HuggingFaceCorpus
 from kraken.data.nanogpt import NanoGptFolder
@@ -68,6 +68,69 @@ class TestFinding:
             _ = files(f"{tmp_path}/*.gz").fingerprint
         with pytest.raises(ConfigError, match="cannot be opened"):
             _ = files("gopher://host/x").fingerprint
+
+    @pytest.mark.parametrize("name", ["corpus [v2]", "what?", "all*", "[ab]"])
+    def test_what_exists_under_the_very_name_is_no_glob(self, tmp_path: Path, name: str) -> None:
+        folder = tmp_path / name
+        (folder / "sub").mkdir(parents=True)
+        (folder / "x.jsonl").write_bytes(jsonl(["one"]))
+        (folder / "sub" / "y [1].txt").write_text("two")
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "x.jsonl").write_bytes(jsonl(["what the glob [ab] matches"]))
+        assert texts(files(folder)) == ["two", "one"]
+        assert texts(files(folder / "x.jsonl")) == ["one"]
+        assert texts(files(folder / "sub" / "y [1].txt")) == ["two"]
+        assert texts(files(f"{folder}/*.jsonl")) == texts(files(f"{folder}/**/x.*")) == ["one"]
+        if "?" not in name:  # which begins the options of a URI
+            assert texts(files(f"{tmp_path.as_uri()}/{name}/*.jsonl")) == ["one"]
+
+    def test_a_link_to_a_folder_around_it_is_not_followed(self, tmp_path: Path) -> None:
+        folder = tmp_path / "corpus"
+        (folder / "sub").mkdir(parents=True)
+        for index in range(5):
+            (folder / f"{index}.jsonl").write_bytes(jsonl([f"text {index}"]))
+        (folder / "sub" / "5.jsonl").write_bytes(jsonl(["text 5"]))
+        (folder / "again").symlink_to(".")
+        (folder / "sub" / "up").symlink_to(folder)
+        (folder / "sub" / "itself").symlink_to("../sub")
+        expected = [f"{index}.jsonl:0" for index in range(5)] + ["sub/5.jsonl:0"]
+        assert [d.name for d in read(files(folder))] == expected
+        assert [d.name for d in read(files(folder.as_uri()))] == expected
+        assert [d.name for d in read(files(f"{folder}/**/*.jsonl"))] == expected
+        assert len(read(files(folder, folder / "again", f"{folder}/sub/../*.jsonl"))) == 6
+
+    def test_a_file_with_several_names_is_read_once(self, tmp_path: Path) -> None:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "x.txt").write_text("one")
+        (tmp_path / "a.txt").symlink_to("b/x.txt")
+        (tmp_path / "a").symlink_to("b")
+        os.link(tmp_path / "b" / "x.txt", tmp_path / "b" / "y.txt")
+        assert [d.name for d in read(files(tmp_path))] == ["b/x.txt"]
+        assert texts(files(tmp_path / "a.txt", tmp_path / "b" / ".." / "a" / "y.txt", tmp_path)) == ["one"]
+        # what a glob names is found by that name, though it is a link
+        assert [d.name for d in read(files(f"{tmp_path}/a/*.txt"))] == ["x.txt"]
+        assert [d.name for d in read(files(f"{tmp_path}/a*/x.txt"))] == ["a/x.txt"]
+        (tmp_path / "c").mkdir()
+        (tmp_path / "c" / "x.txt").write_text("one")  # an equal file is another one
+        assert texts(files(tmp_path)) == ["one", "one"]
+
+    def test_names_that_are_no_files(self, tmp_path: Path) -> None:
+        (tmp_path / "x.txt").write_text("one")
+        (tmp_path / "folder.txt").mkdir()
+        os.mkfifo(tmp_path / "pipe.txt")
+        assert texts(files(tmp_path)) == ["one"]
+        with pytest.raises(ConfigError, match="pipe.txt matches no file to read"):
+            texts(files(tmp_path / "pipe.txt"))
+        for target in ("missing.txt", "lost.txt"):  # a link to itself leads nowhere, too
+            (tmp_path / "lost.txt").symlink_to(target)
+            with pytest.raises(ConfigError, match=f"lost.txt, a link to {target}, which does not exist; restore"):
+                texts(files(tmp_path))
+            (tmp_path / "lost.txt").unlink()
+        (tmp_path / "lost.png").symlink_to("missing.png")
+        assert texts(files(tmp_path)) == ["one"]
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("two")
+        with pytest.raises(ConfigError, match=r"caf\\xe9.txt', whose name is not UTF-8; rename it"):
+            texts(files(tmp_path))
 
     def test_the_fingerprint_follows_names_sizes_and_times(self, tmp_path: Path) -> None:
         (tmp_path / "x.txt").write_text("one")
@@ -153,6 +216,19 @@ class TestText:
         assert read(files(tmp_path), on_bad=bad.append) == []
         assert bad == [f"{tmp_path}/x.txt, byte 2: not UTF-8 (invalid continuation byte)"]
 
+    @pytest.mark.parametrize("num_lines", [100, 2_000, 40_000])
+    def test_a_lone_text_is_cut_whatever_its_length(self, tmp_path: Path, num_lines: int) -> None:
+        text = "".join(f"line {i} of a text\n" for i in range(num_lines))
+        path = tmp_path / "x.txt"
+        path.write_text(text)
+        sections = read(files(path))
+        assert "".join(d.text for d in sections) == text and all(d.text.startswith("line") for d in sections)
+        assert len(sections) >= min(len(text) // 1100, 90)
+        assert [d.ends for d in sections] == [False] * (len(sections) - 1) + [True]
+        assert read(files(path), 1) == read(files(path), 3000) == sections
+        (tmp_path / "y.txt").write_text("another")
+        assert (len(read(files(tmp_path))) == 2) == (len(text) <= WHOLE_TEXT_BYTES)
+
     def test_a_file_that_changes_meanwhile_is_noticed(self, tmp_path: Path) -> None:
         (tmp_path / "x.txt").write_text("one")
         [piece] = files(tmp_path).pieces(100)
@@ -185,6 +261,69 @@ class TestParquet:
             read(files(path))
 
 
+class TestDamage:
+    """Damaged files end in an error that names them, or in bad documents: in no error of a library."""
+
+    @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet"])
+    def test_random_bytes_are_errors_that_name_the_file(self, tmp_path: Path, kind: str) -> None:
+        path = tmp_path / f"x.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": TEXTS}), path, row_group_size=70)
+        else:
+            with pa.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[kind[-3:].strip(".")]) as stream:
+                stream.write(jsonl(TEXTS))
+        whole = path.read_bytes()
+        rng = random.Random(0)
+        num_errors = 0
+        for _ in range(60):
+            content = bytearray(whole)
+            for _ in range(rng.choice([1, 20])):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+            path.write_bytes(content if rng.random() < 0.7 else whole[: rng.randrange(len(whole))])
+            try:
+                read(files(path), on_bad=lambda message: None)
+            except (ArtefactError, ConfigError) as error:
+                assert str(path) in str(error) or "matches no file" in str(error)
+                num_errors += 1
+        assert num_errors > 20
+
+    def test_every_cut_of_a_packed_file_is_noticed(self, tmp_path: Path) -> None:
+        with pa.CompressedOutputStream(str(tmp_path / "x.jsonl.zst"), "zstd") as stream:
+            stream.write(jsonl(TEXTS))
+        for path, whole in (
+            (tmp_path / "x.jsonl.zst", (tmp_path / "x.jsonl.zst").read_bytes()),
+            (tmp_path / "x.jsonl.gz", gzip.compress(jsonl(TEXTS))),
+        ):
+            for length in (len(whole) - 1, len(whole) - 9, len(whole) // 2, 3):
+                path.write_bytes(whole[:length])
+                with pytest.raises(ArtefactError, match=f"{path.name} cannot be read"):
+                    texts(files(path))
+            path.write_bytes(whole + whole)  # several packed one after the other are one file
+            assert texts(files(path)) == TEXTS * 2
+
+    @pytest.mark.parametrize("error", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), KeyError("x")])
+    def test_an_error_of_python_inside_arrow_names_the_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """Rare: a random byte in a footer's names, once in some thousand."""
+        path = tmp_path / "x.parquet"
+        pq.write_table(pa.table({"text": TEXTS}), path)
+
+        def fail(*args: Any, **options: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(pq, "ParquetFile", fail)
+        with pytest.raises(ArtefactError, match="x.parquet cannot be read"):
+            read(files(path))
+
+    def test_deep_json_and_huge_numbers_are_bad_documents(self, tmp_path: Path) -> None:
+        rows = [b'{"text": "a"}', b"[" * 10**6, b'{"text": ' + b"9" * 10**5 + b"}", b'{"a": ' * 10**5, b'{"text": "b"}']
+        (tmp_path / "x.jsonl").write_bytes(b"\n".join(rows))
+        bad: list[str] = []
+        assert [d.text for d in read(files(tmp_path), on_bad=bad.append)] == ["a", "b"]
+        assert len(bad) == 3 and max(map(len, bad)) < 1000
+
+
 class TestHuggingFace:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -207,6 +346,25 @@ class TestHuggingFace:
         assert changed.fingerprint != first
         with pytest.raises(ArtefactError, match="the work was planned for"):
             list(changed.read(corpus.pieces(1)[0], pytest.fail))
+
+    @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz", "jsonl.zst", "jsonl"])
+    def test_a_damaged_file_is_an_error_that_says_so(self, tmp_path: Path, kind: str) -> None:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        path = folder / f"train.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.table({"text": TEXTS}), path, compression="zstd")
+        elif kind == "jsonl":
+            path.write_bytes(jsonl(TEXTS))
+        else:
+            with pa.CompressedOutputStream(str(path), {"gz": "gzip", "zst": "zstd"}[kind[-3:].strip(".")]) as stream:
+                stream.write(jsonl(TEXTS))
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 3
+        content[middle : middle + 8] = b"\xff\xfe\xfd\xfc{{{{"
+        path.write_bytes(content)
+        with pytest.raises(ArtefactError, match="data cannot be read"):
+            texts(HuggingFaceCorpus(DataConfig(corpus="huggingface", dataset=str(folder))))
 
     def test_a_wrong_split_column_or_configuration_is_named(self, folder: Path) -> None:
         for changes, message in (

@@ -232,7 +232,7 @@ def test_inputs_equal_torchs(library: CpuLibrary, kind: str, num_ids: int) -> No
 TRUNCATED: list[dict[str, Any]] = [
     {"top_p": 0.9}, {"top_p": 0.3, "temperature": 2.0}, {"top_p": 0.999, "temperature": 0.5}, {"top_p": 1e-9},
     {"min_p": 0.05}, {"min_p": 1.0}, {"min_p": 0.3, "top_p": 0.8}, {"top_p": 0.7, "top_k": 20}, {"top_k": 600},
-    {"min_p": 0.01, "top_k": 40}, {"top_p": 0.95, "temperature": 1e-38},
+    {"min_p": 0.01, "top_k": 40}, {"top_p": 0.95, "temperature": 1e-37},
 ]  # fmt: skip
 
 

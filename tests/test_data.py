@@ -1,20 +1,26 @@
 """Corpora, tokenizer, shards and loader."""
 
 import collections
+import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import tiny
+import tokenizers
 
-from kraken.data.corpora import split_of
+import kraken.tokenizer
+from kraken.data.corpus import split_of
 from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.loader import Loader, sequential_windows
 from kraken.data.prepare import unigram_entropy
 from kraken.data.shards import ShardWriter, TokenShards, shard_name
+from kraken.huggingface.tokenizer import fast_tokenizer
 from kraken.manifest import ArtefactError
-from kraken.tokenizer import END_OF_TEXT, RANKS_NAME, Tokenizer
+from kraken.tokenizer import BLANK, CUT_BLANKS, END_OF_TEXT, RANKS_NAME, EncodingError, Tokenizer, cut_at_blanks
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,11 @@ class TestCorpus:
         (tmp_path / "document_000.py").write_text("changed")
         assert EmbeddedCorpus(tmp_path).fingerprint != first
 
-    def test_the_split_of_a_document_depends_on_its_name_alone(self) -> None:
-        held_out = [name for name in map(str, range(10_000)) if split_of(name, 0.05) == "validation"]
+    def test_the_split_of_a_document_depends_on_its_text_alone(self) -> None:
+        texts = [str(index).encode() for index in range(10_000)]
+        held_out = [text for text in texts if split_of(text, 0.05) == "validation"]
         assert 400 < len(held_out) < 600
-        assert all(split_of(name, 0.1) == "validation" for name in held_out)
+        assert all(split_of(text, 0.1) == "validation" for text in held_out)
 
     def test_pieces_hold_every_document_once_in_order(self, tmp_path: Path) -> None:
         corpus = tiny.corpus(tmp_path)
@@ -99,6 +106,58 @@ class TestTokenizer:
         (tmp_path / RANKS_NAME).write_text("not base64 at all")
         with pytest.raises(ArtefactError, match="damaged"):
             Tokenizer.load(tmp_path)
+
+    def test_cutting_long_runs_of_blanks_changes_no_id(
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against tiktoken on whole texts, where even short runs are cut."""
+        rng = random.Random(0)
+        for cut_blanks in (1, 2, 5):
+            monkeypatch.setattr(kraken.tokenizer, "CUT_BLANKS", cut_blanks)
+            num_cut = 0
+            for _ in range(300):
+                runs = (
+                    rng.choice(" \n\t\xa0\u3000") * rng.randint(0, 9) + rng.choice(["a", "'s", "7", "="])
+                    for _ in "123456"
+                )
+                text = "".join(rng.sample("\r  \n", k=rng.randint(0, 4))) + "".join(runs) + " " * rng.randint(0, 6)
+                num_cut += len(list(cut_at_blanks(text))) > 1
+                assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+            assert num_cut > 100
+
+    @pytest.mark.parametrize("num_blanks", [CUT_BLANKS, 2 * CUT_BLANKS, 2 * CUT_BLANKS + 1, 400_000, 900_000])
+    def test_below_the_limit_of_its_regular_expression_ids_are_tiktoken_s(
+        self, tokenizer: Tokenizer, num_blanks: int
+    ) -> None:
+        text = "def f" + "\t" * num_blanks + "x" + " \u3000" * (num_blanks // 2) + "\n="
+        assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+        assert len(list(cut_at_blanks(text))) >= 1 + 2 * (num_blanks > 2 * CUT_BLANKS)
+
+    def test_beyond_it_they_are_those_of_hugging_face(self, tokenizer: Tokenizer) -> None:
+        text = "a" + " " * 1_100_000 + "b" + "\n" * 1_100_000
+        fast = tokenizers.Tokenizer.from_str(json.dumps(fast_tokenizer(tokenizer)))
+        assert tokenizer.encode(text + "c") == fast.encode(text + "c").ids
+
+    def test_blanks_are_what_the_pattern_means(self) -> None:
+        """tiktoken keeps only what the pattern matches: here the blanks among all characters."""
+        bytes_alone = {bytes([byte]): byte for byte in range(256)}
+        encoding = tiktoken.Encoding("blanks", pat_str=r"\s", mergeable_ranks=bytes_alone, special_tokens={})
+        everything = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+        assert encoding.decode(encoding.encode_ordinary(everything)) == "".join(BLANK.findall(everything))
+
+    def test_training_reads_long_runs_of_blanks(self) -> None:
+        texts = ["def value " * 50, "a" + " " * 1_500_000 + "b"]
+        assert b" " * 128 in Tokenizer.train(texts, 268).ranks
+
+    def test_a_text_that_tiktoken_refuses_is_an_encoding_error(self, tokenizer: Tokenizer) -> None:
+        other = Tokenizer(tokenizer.ranks, r"\s+(?!\S)|\s|\S+", "other")  # a pattern that nobody cuts text for
+        for encode in (other.encode, other.encode_array):
+            with pytest.raises(EncodingError, match=r"cannot encode these 1500001 characters: .*[Rr]egex"):
+                encode(" " * 1_500_000 + "b")
+        assert other.encode("a b") == tokenizer._encoding.encode_ordinary("a") + other.encode(" b")
+
+    def test_half_a_surrogate_pair_becomes_a_replacement_character(self, tokenizer: Tokenizer) -> None:
+        assert tokenizer.decode(tokenizer.encode("a \ud83d\ude42 \ud800")) == "a 🙂 \ufffd"
 
     def test_too_little_text_is_an_error(self) -> None:
         with pytest.raises(ArtefactError, match="yields only"):

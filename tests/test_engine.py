@@ -36,7 +36,7 @@ from kraken.engine.protocol import (
 )
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
-from kraken.model import Kraken, next_token_loss
+from kraken.model.architecture import Kraken, next_token_loss
 from kraken.tokenizer import META_NAME, Tokenizer
 from kraken.training.train import train
 
@@ -321,8 +321,8 @@ class TestRequests:
         "fields",
         [
             {"temperature": -1.0},
-            {"top_p": 0.0},
-            {"top_k": -1},
+            {"top_p": -0.1},
+            {"top_k": -2},
             {"min_p": 1.5},
             {"repetition_penalty": 0.0},
             {"max_tokens": -1},

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from kraken.engine.echo import EchoEngine
-from kraken.engine.protocol import EngineInfo, Output, Request
+from kraken.engine.protocol import ContextLengthExceeded, EngineInfo, Output, Request, RequestError
 from kraken.tokenizer import Tokenizer
 from serve.completions import CompletionCall, ServedModel
 from serve.protocol import ApiError, Completion, CompletionRequest, bad_request
@@ -101,10 +102,107 @@ def test_the_field_is_only_there_when_asked_for(model: ServedModel) -> None:
     assert choice["text"] == "" and len(choice["prompt_logprobs"]["token_logprobs"]) > 1
 
 
+def frames_of(model: ServedModel, **fields: Any) -> list[Any]:
+    """The frames of a stream, without its end mark."""
+
+    async def main() -> list[str]:
+        body = CompletionRequest(model="kraken", stream=True, **fields)
+        call = await CompletionCall.prepare(body, model)
+        parts = call.parts()
+        first = await anext(parts)
+        return [frame async for frame in call.frames(first, parts)]
+
+    *frames, end = asyncio.run(main())
+    assert end == "data: [DONE]\n\n"
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def test_continuous_usage_counts_in_every_frame(model: ServedModel) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *frames, last = frames_of(model, prompt=[[5, 6], [7]], n=2, max_tokens=4, ignore_eos=True, stream_options=options)
+    counts: dict[int, list[int]] = {}
+    for frame in frames:
+        index, usage = frame["choices"][0]["index"], frame["usage"]
+        assert usage["prompt_tokens"] == (2 if index < 2 else 1)
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        counts.setdefault(index, []).append(usage["completion_tokens"])
+    assert sorted(counts) == [0, 1, 2, 3]
+    assert all(found == sorted(set(found)) and found[-1] == 4 for found in counts.values())
+    assert last == last | {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 16, "total_tokens": 19}}
+    without_last = frames_of(model, prompt=[5, 6], max_tokens=4, stream_options={"continuous_usage_stats": True})
+    assert [frame["usage"]["completion_tokens"] for frame in without_last] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # lm-eval: HumanEval's stop strings and one of its own; a task with nine; a field of Hugging Face's
+        {"temperature": 0, "seed": 1234, "stop": ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "<|endoftext|>"]},
+        {"temperature": 0, "seed": 1234, "stop": [f"stop {index}" for index in range(9)], "num_beams": 1},
+        {"stop": [f"stop {index}" for index in range(32)]},
+        # the benchmarks of vLLM and SGLang; LangChain; vLLM's own defaults, written out
+        {"repetition_penalty": 1.0, "logprobs": None, "ignore_eos": True},
+        {"best_of": 1, "temperature": 0.0, "ignore_eos": True},
+        {"temperature": 0.7, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "seed": None},
+        {"top_k": -1, "skip_special_tokens": False, "spaces_between_special_tokens": False, "add_special_tokens": True},
+        {"include_stop_str_in_output": False, "return_token_ids": False, "use_beam_search": False, "priority": 0},
+    ],
+    ids=str,
+)
+def test_bodies_of_known_clients_are_accepted(model: ServedModel, body: dict[str, Any]) -> None:
+    completion, _ = complete(model, prompt="the cat", max_tokens=3, **body)
+    assert completion.usage and completion.usage.completion_tokens == 3
+
+
+def test_both_spellings_of_the_limit_are_one(model: ServedModel) -> None:
+    for fields in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}):
+        completion, (request,) = complete(model, prompt="the cat", **fields)
+        assert completion.choices[0].finish_reason == "length" and request.sampling.max_tokens == 3
+    completion, _ = complete(model, prompt="the cat", max_tokens=2, max_completion_tokens=None)
+    assert completion.usage and completion.usage.completion_tokens == 2
+
+
+def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_encoded(
+    model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = model.tokenizer.encode
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        complete(model, prompt=" " * 1_100_000)
+    error = ApiError.of(caught.value)
+    assert (error.status, error.body["error"]["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 64 tokens" in str(error) and "max_length=64" in str(error) and not encoded
+    with pytest.raises(ContextLengthExceeded):
+        complete(model, prompt="the cat " * 100)
+    assert encoded == [800]  # 800 bytes might have been few enough tokens
+    scored, _ = complete(model, prompt="a" * 65, max_tokens=0, echo=True)
+    assert scored.usage and scored.usage.prompt_tokens == 65
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": float("inf")}, "top_p"),
+        ({"top_k": 5.0}, "top_k"),
+        ({"max_completion_tokens": 3, "max_tokens": 4}, "max_completion_tokens"),
+        ({"max_completion_tokens": True, "max_tokens": 1}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_tokens"),
+        ({"skip_special_tokens": True}, "skip_special_tokens"),
+        ({"skip_special_tokens": 0}, "skip_special_tokens"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+        ({"return_token_ids": True}, "return_token_ids"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"num_beams": True}, "num_beams"),
+        ({"bad_words": ["a"]}, "bad_words"),
+        ({"store": True}, "store"),
+        ({"stop": [f"{index}" for index in range(33)]}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"min_tokens": -1}, "min_tokens"),
@@ -123,6 +221,7 @@ def test_what_is_wrong_is_refused(fields: dict[str, Any], param: str) -> None:
 
 
 def test_an_id_that_is_none_is_refused(model: ServedModel) -> None:
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(RequestError) as caught:
         complete(model, prompt="a", stop_token_ids=[10**6])
-    assert (caught.value.status, caught.value.body["error"]["param"]) == (400, "stop_token_ids")
+    error = ApiError.of(caught.value)
+    assert (error.status, error.body["error"]["param"]) == (400, "stop_token_ids")

@@ -28,7 +28,7 @@ from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import EngineError, EngineInfo, Output, Request, SamplingParams
 from kraken.evaluate import collect
-from kraken.model import Kraken, whole_shapes
+from kraken.model.architecture import Kraken, whole_shapes
 
 INFO = EngineInfo(name="torch", context_length=CONTEXT, num_ids=NUM_IDS, eot_id=0, tokenizer_fingerprint="none")
 FOUR = {"width": 32, "num_heads": 8, "num_ways": 4}

@@ -187,12 +187,12 @@ class TestFailure:
         with pytest.raises(WorkerError):
             self.open(tmp_path, rendezvous, all_reduce="auto", startup_timeout_s=120.0)
 
-    def test_a_rank_that_fails_to_record_is_named(self, tmp_path: Path) -> None:
+    def test_a_rank_that_fails_to_capture_graphs_is_named(self, tmp_path: Path) -> None:
         failing = (
             "from kraken.engine import model_runner as runner\n"
             "from kraken.engine.distributed import worker\n"
-            "def record(self, sizes): raise ValueError('no graph today')\n"
-            "runner.ModelRunner.record = record; worker.main()"
+            "def capture_graphs(self, sizes): raise ValueError('no graph today')\n"
+            "runner.ModelRunner.capture_graphs = capture_graphs; worker.main()"
         )
         rendezvous = Rendezvous(2)
         rendezvous.launch(1, {1: [sys.executable, "-c", failing]})

@@ -1,5 +1,6 @@
 """The command lines: what is wrong is said in one line, with the way out, before anything starts."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import absolute_storage, parse
+from jobs.command import NO_READER, absolute_storage, parse, quiet_without_reader
 from kraken.config import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,10 @@ ROOT = Path(__file__).parent.parent
         (["quickstart", "--train.steps", "many"], "--train.steps: invalid literal for int() with base 10: 'many'"),
         (["quickstart", "--train.precision", "int8"], "invalid choice 'int8' for argument '--train.precision'"),
         (["quickstart", "--model.num-ways", "3"], "model.num_heads=8 is not divisible by model.num_ways=3"),
-        (["quickstart", "--data.tokenizer", "gpt2"], "choose model.vocab_size=50304"),
+        (
+            ["quickstart", "--data.tokenizer", "gpt2", "--model.vocab-size", "4160"],
+            "model.vocab_size=4160 does not fit the 50257 ids of data.tokenizer=gpt2; choose model.vocab_size=50304",
+        ),
     ],
 )
 def test_bad_input_is_one_line(argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +82,17 @@ def test_a_dry_run_shows_the_graph_and_changes_nothing(tmp_path: Path) -> None:
     assert all(line.endswith("run") for line in lines[1:])
     assert "convert, evaluate" in lines[5]
     assert not (tmp_path / "storage").exists()
+
+
+def test_only_a_reader_that_has_left_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as left, quiet_without_reader():
+            print("nobody reads this")
+        assert left.value.code == NO_READER
+    with open(tmp_path / "output", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError, match="a socket of a library"), quiet_without_reader():
+            raise BrokenPipeError("a socket of a library")

@@ -47,6 +47,39 @@ def test_what_the_pipeline_would_refuse_starts_no_cluster(tmp_path: Path, capsys
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
+def test_a_taken_port_and_a_storage_without_tracking_start_no_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(local_cluster, "_start", lambda *arguments: pytest.fail("a cluster was started"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert local.main(["run", "quickstart", "--storage", str(tmp_path), "--serve.port", str(port)]) == 2
+    assert f"serve.port={port} on serve.host=127.0.0.1 cannot be used" in capsys.readouterr().err
+    assert local.main(["run", "quickstart", "--storage", str(tmp_path / "a%b")]) == 2
+    assert "cannot hold MLflow's database" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_that_ray_cannot_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/home/me/my clone/.venv/bin/python")
+    with pytest.raises(ClusterError, match="my clone.* holds ' ', at which Ray's command lines break"):
+        local_cluster.start(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["with space", "long" * 30])
+def test_a_temporary_folder_that_ray_cannot_use_is_replaced(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+    temp_dir = local_cluster.make_temp_dir(f"test {name} {os.getpid()}")
+    temp_dir.rmdir()
+    assert temp_dir.parent == Path("/tmp")
+
+
 def test_stop_and_env_without_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert local.main(["stop", "--storage", str(tmp_path)]) == 0
     assert local.main(["env", "--storage", str(tmp_path)]) == 2
@@ -276,6 +309,33 @@ def test_a_pipeline_outside_a_job_uses_the_local_cluster(storages: list[str], he
     command = [sys.executable, "-c", CONNECTED, storages[0]]
     result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout.strip() == head.address, result.stderr
+
+
+ASKED = """
+import dataclasses, sys
+import ray
+from kraken.presets import PRESETS
+from pipelines import cluster
+
+def actors_known_to_the_state_api():
+    from ray.util.state import list_actors  # as Ray Train's cleaner of placement groups asks
+    return len(list_actors())
+
+config = dataclasses.replace(PRESETS["quickstart"](), storage=sys.argv[1])
+with cluster.connect(config):
+    print(actors_known_to_the_state_api())
+    task = ray.remote(max_retries=0)(actors_known_to_the_state_api)
+    print(ray.get(task.options(**cluster.stage_options(config, "pretrain")).remote()))
+"""
+
+
+@pytest.mark.ray
+def test_rays_own_tools_ask_our_cluster_though_another_runs(storages: list[str], head: Head) -> None:
+    command = [sys.executable, "-c", ASKED, storages[0]]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == 2
+    assert "Found multiple active Ray instances" not in result.stderr
 
 
 @pytest.mark.ray

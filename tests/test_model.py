@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kraken.loss
-from kraken.alignment import Alignment
+import kraken.model.loss
 from kraken.config import ModelConfig
-from kraken.model import Kraken, next_token_loss
+from kraken.model.alignment import Alignment
+from kraken.model.architecture import Kraken, next_token_loss
 from kraken.presets import PRESETS
 
 
@@ -153,7 +153,7 @@ def test_loss_in_chunks_and_padding_change_nothing(
     variant: str, alignment: Alignment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training path (padded sizes, no whole logits) against the plain one, gradients included."""
-    monkeypatch.setitem(kraken.loss.LOGITS_PER_CHUNK, "cpu", 64 * 7)  # 24 tokens in chunks of at most 7
+    monkeypatch.setitem(kraken.model.loss.LOGITS_PER_CHUNK, "cpu", 64 * 7)  # 24 tokens in chunks of at most 7
     model, plain = float64_model(VARIANTS[variant]), float64_model(VARIANTS[variant])
     inputs, targets = batch()
     model.align(alignment)

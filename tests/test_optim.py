@@ -16,12 +16,12 @@ from kraken.config import ModelConfig, RunConfig
 from kraken.data.loader import Loader
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
-from kraken.model import Kraken, is_vector, part_of
+from kraken.model.architecture import Kraken, is_vector, part_of
+from kraken.model.ways import WayGroup
 from kraken.training import muon
 from kraken.training.muon import MOMENTUM, Muon, is_hidden_matrix, matrices_of, orthogonalised
 from kraken.training.optim import Optimizer
 from kraken.training.train import NoHooks, train
-from kraken.ways import WayGroup
 
 SWIGLU = {"activation": "swiglu", "positions": "rope"}
 DECAY = 0.1

@@ -1,6 +1,7 @@
 """Every mesh of processes trains the model that one process trains: losses, gradients, weights; float64 over gloo."""
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -15,9 +16,10 @@ import torch
 from kraken.checkpoint.history import read_history
 from kraken.checkpoint.reader import KINDS, CheckpointReader
 from kraken.config import ConfigError, ModelConfig, RunConfig
+from kraken.model.ways import WayGroup
 from kraken.training.parallel import join_mesh
+from kraken.training.step import TrainingStep
 from kraken.training.train import NoHooks, train
-from kraken.ways import WayGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,15 +161,15 @@ def test_a_trace_shows_attention_while_the_sum_is_in_flight(overlap: bool, data:
     for rank in range(2):
         trace = tmp_path / f"trace_rank_{rank}.json"
         for begins, attention, ends in (
-            ("_StartSum", "aten::_scaled_dot_product_flash_attention_for_cpu", "_WaitForSum"),
-            ("_WaitForSumBackward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_StartSumBackward"),
+            ("_StartSum", "aten::_scaled_dot_product_flash_attention_for_cpu", "_WaitSum"),
+            ("_WaitSumBackward", "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "_StartSumBackward"),
         ):
             begun, ended, attended = spans(trace, begins), spans(trace, ends), spans(trace, attention)
             assert len(begun) == len(ended) == 4 * 2 // 2 * 2  # micro-batches, times the layers that read a sum
             for (_, begin), (end, _) in zip(begun, ended, strict=True):
                 assert any(begin < start and stop < end for start, stop in attended)
         if not overlap:  # then nothing is in flight any more when the launch returns
-            launched = [span for name in ("_StartSum", "_WaitForSumBackward") for span in spans(trace, name)]
+            launched = [span for name in ("_StartSum", "_WaitSumBackward") for span in spans(trace, name)]
             reduced = spans(trace, "gloo:all_reduce")
             for begin, end in launched:
                 assert any(begin < start and stop < end for start, stop in reduced)
@@ -180,6 +182,57 @@ def test_a_checkpoint_of_any_mesh_continues_on_any_other(data: Path, alone: Path
     train_on(run_config(1), data, tmp_path, stop_at=5)
     train_on(run_config(4, way=2, shard=2), data, tmp_path)
     assert_equal_runs(alone, tmp_path, steps=(3, 5, STEPS))
+
+
+def steps_as_rank(rank: int, port: int, compiles: str, results: Any) -> None:
+    """Five steps on two processes that share a model; rank 0 tells the losses, graph breaks and living tensors."""
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    run = run_config(2, way=2)
+    config = dataclasses.replace(run.train, compile=compiles, precision="float32", sequences_per_step=2)
+    tokens = torch.Generator().manual_seed(0)
+    shape = (2, run.model.context_length + 1)
+    if compiles == "off":
+        gc.disable()
+    with join_mesh(False, way_size=2) as mesh:
+        step = TrainingStep(run.model, config, mesh)
+        step.start(STEPS)
+        losses, living = [], []
+        for index in range(5):
+            ids = torch.randint(run.model.vocab_size, shape, generator=tokens)
+            losses.append(float(step(index, ids[:, :-1].contiguous(), ids[:, 1:].contiguous())[0]))
+            step.bad_steps()
+            living.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        if mesh.is_main:
+            results.put((losses, living, sum(torch._dynamo.utils.counters["graph_break"].values())))
+
+
+def run_steps(compiles: str) -> tuple[list[float], list[int], int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=steps_as_rank, args=(rank, port, compiles, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = results.get(timeout=600)
+    for process in processes:
+        process.join()
+    return found
+
+
+def test_a_step_leaves_no_tensor_behind_that_only_the_collector_would_free() -> None:
+    _, living, _ = run_steps("off")
+    assert living[1] == living[-1], living  # the first step makes the optimizer's moments
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_is_one_graph_with_its_sum_inside() -> None:
+    eager, compiled = run_steps("off"), run_steps("on")
+    assert compiled[0] == pytest.approx(eager[0], rel=1e-5)
+    assert compiled[2] == 0
 
 
 class TestBadInput:
@@ -213,7 +266,7 @@ def test_parts_cover_everything_once(count: int, size: int) -> None:
 
 def test_the_largest_preset_is_never_whole_on_a_process() -> None:
     """A process's parameters are its part; on the meta device, since nothing has to be computed for that."""
-    from kraken.model import Kraken, part_of, whole_shapes
+    from kraken.model.architecture import Kraken, part_of, whole_shapes
     from kraken.presets import PRESETS
 
     config: ModelConfig = PRESETS["kraken_760m_4way"]().model

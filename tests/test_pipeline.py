@@ -6,6 +6,7 @@ import errno
 import json
 import socket
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +16,15 @@ import ray
 import tiny
 
 from kraken.config import ConfigError, RunConfig
-from kraken.manifest import MANIFEST_NAME, ArtefactError
-from kraken.storage import Storage
+from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
+from kraken.storage import Storage, join, local_artefact
 from pipelines import deploy, end_to_end, summary
-from pipelines.stage import Stage
+from pipelines.application import http_address
+from pipelines.local_cluster import ClusterError
+from pipelines.stage import Stage, fingerprints
+from pipelines.tracking import Tracker
+from pipelines.training.lease import Lease
+from serve.api_key import ApiKey
 
 pytestmark = pytest.mark.ray
 
@@ -108,6 +114,12 @@ def test_the_summary_holds_what_it_promises(
     assert deploy.health(config.serve)["exchange_fingerprint"] == finished["convert"].manifest.fingerprint
 
 
+def test_the_proxy_knows_how_many_replicas_run(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
+    from serve.unavailable import running_replicas
+
+    assert running_replicas() == {"/": 1}
+
+
 def test_a_second_run_reuses_everything(
     finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
 ) -> None:
@@ -126,8 +138,50 @@ def test_changing_a_setting_reruns_only_what_depends_on_it(
     assert [planned.manifest is None for planned in plan] == [False, True, True, True, True]
     described = end_to_end.describe(plan)
     assert "pretrain" in described and described.count("would be") == 1 and described.count(" run") == 4
+    origin = finished["pretrain"].manifest.fingerprint[:12]
+    assert described.splitlines()[-1] == (
+        f"pretrain: starts at step 0; training {origin} (train.steps=6) has a checkpoint of step 6 to go on from: "
+        f"--continue-from {origin}"
+    )
     other_port = dataclasses.replace(config, serve=dataclasses.replace(config.serve, model_name="other"))
     assert [planned.manifest is None for planned in end_to_end.plan(other_port)] == [False] * 4 + [True]
+
+
+def test_changing_how_a_stage_works_reruns_nothing(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    """Only the endpoint, which is its settings, is made anew."""
+    operation: dict[str, Any] = {
+        "log_every": 1,
+        "checkpoint_every": 5,
+        "keep_checkpoints": 1,
+        "sequences_per_microbatch": 1,
+        "on_bad_step": "skip",
+    }
+    quieter = dataclasses.replace(config, train=dataclasses.replace(config.train, **operation))
+    assert all(planned.manifest is not None for planned in end_to_end.plan(quieter))
+    longer_queue = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+    assert [planned.manifest is None for planned in end_to_end.plan(longer_queue)] == [False] * 4 + [True]
+
+
+def test_more_steps_continue_an_earlier_training(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    longer = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=8), continue_from="latest", name="longer"
+    )
+    plan = end_to_end.plan(longer)
+    assert (plan[1].first_step, "continue at step 6" in end_to_end.describe(plan)) == (6, True)
+    manifest = end_to_end.run(longer, until="pretrain")["pretrain"].manifest
+    origin = f"{finished['pretrain'].manifest.fingerprint}@6"
+    assert manifest.config["continue_from"] == origin and manifest.value("steps") == 8
+    [run] = [run for run in mlflow_runs(storage) if run.data.tags.get("kraken.continued_from") == origin]
+    assert (run.info.run_name, run.info.status) == ("pretrain", "FINISHED")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2, 3, 4, 6, 8]
+    assert end_to_end.run(longer, until="pretrain")["pretrain"].reused
 
 
 def test_failed_parity_refuses_deployment_and_loses_nothing(
@@ -143,6 +197,132 @@ def test_failed_parity_refuses_deployment_and_loses_nothing(
     assert ("deploy", "FAILED") in states and ("evaluate", "FINISHED") in states
     assert not [state for state in states if state[1] == "RUNNING"]
     assert deploy.is_serving(config, finished["deploy"].manifest)
+
+
+def test_two_storages_of_one_server_have_a_run_each(
+    finished: dict[str, end_to_end.StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/server.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    configs = [run_config(tmp_path / name, 8000) for name in ("a", "b")]
+    for config in (*configs, configs[0]):  # the last is a resumption
+        end_to_end.run(config, "prepare")
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("kraken").experiment_id])
+    pipelines = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert {run.data.params["storage"] for run in pipelines} == {config.storage for config in configs}
+    assert sorted(run.data.tags["kraken.attempts"] for run in pipelines) == ["1", "2"]
+    for run in pipelines:
+        children = [child for child in found if child.data.tags.get("mlflow.parentRunId") == run.info.run_id]
+        assert [child.data.tags["kraken.artefact"].rsplit("/", 2)[0] for child in children] == [
+            run.data.params["storage"]
+        ]
+
+
+def test_the_same_pipeline_twice_at_once_is_recorded_on_the_second_only(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {run.info.run_id: run for run in mlflow_runs(storage)}
+    tracker = Tracker(config.storage, config.experiment)
+    key = tracker.key("pipeline", config.name, fingerprints(end_to_end.STAGES, config))
+    monkeypatch.setenv("KRAKEN_SUBMISSION", "job-1")
+    with Lease(f"pipeline/{key}"), pytest.raises(ClusterError, match="ray job logs job-1 --follow.*ray job stop job-1"):
+        end_to_end.run(config)
+    after = {run.info.run_id: run for run in mlflow_runs(storage)}
+    for run_id, run in before.items():
+        assert after[run_id].info.status == run.info.status
+        assert after[run_id].data.tags == run.data.tags
+    [refused] = [run for run_id, run in after.items() if run_id not in before]
+    assert (refused.info.run_name, refused.info.status) == (f"{config.name} (refused)", "FAILED")
+    assert "ray job logs job-1" in refused.data.tags["kraken.error"]
+
+
+def status_of(config: RunConfig, key: str | None) -> int | None:
+    return deploy.status_of_models(config.serve, None if key is None else ApiKey(key))
+
+
+def test_a_new_key_or_another_deployment_is_never_reused(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster's processes do not have the key in their environment: it was set after they started."""
+
+    def is_reused(config: RunConfig) -> bool:
+        return end_to_end.plan(config)[-1].manifest is not None
+
+    limited = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+    assert is_reused(config)
+    for changed, key, others in ((config, "first-key", (None, "wrong")), (limited, "second-key", (None, "first-key"))):
+        monkeypatch.setenv("KRAKEN_API_KEY", key)
+        assert not is_reused(config)
+        results = end_to_end.run(changed)
+        assert not results["deploy"].reused and results["evaluate"].reused
+        assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
+        assert is_reused(changed)
+    assert not is_reused(config), "its manifest is there, but the endpoint has the other limits"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(limited, results))
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "code_digest", lambda: "of other code")
+        assert not is_reused(limited)
+    monkeypatch.delenv("KRAKEN_API_KEY")
+    assert not is_reused(limited), "the endpoint asks for a key, and none is configured"
+
+    secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
+    for path in storage.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), path
+
+
+def test_a_name_belongs_to_the_pipeline_that_deployed_under_it(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    def named(**fields: Any) -> RunConfig:
+        return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
+
+    def deployed() -> Any:
+        return deploy.health(config.serve)["deployment"]
+
+    before = deployed()
+    refused = f"serve.name=kraken belongs to run {config.name} of experiment kraken in storage {config.storage}"
+    with pytest.raises(ConfigError, match=rf"{refused}.*--serve.name other.*--serve.replace"):
+        end_to_end.run(named())
+    assert deployed() == before
+
+    beside = end_to_end.run(named(name="beside"))["deploy"].manifest
+    assert beside.details["endpoint"] == f"http://127.0.0.1:{config.serve.port}/beside/v1"
+    assert deploy.complete(beside.details["endpoint"], summary.request_body(config))
+    assert deploy.is_serving(named(name="beside"), beside)
+    assert deployed() == before
+
+    taken_over = end_to_end.run(named(replace=True))["deploy"].manifest
+    assert deploy.is_serving(named(), taken_over)
+    assert status_of(config, None) == 200
+    with pytest.raises(ConfigError, match="serve.name=kraken belongs to run other"):
+        end_to_end.run(config)
+
+
+@pytest.mark.slow
+def test_another_host_restarts_serve_and_a_strange_application_is_not_ended(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    from ray import serve as ray_serve
+
+    from serve.app import ServeArgs, build
+
+    ray_serve.shutdown()
+    end_to_end.run(config)
+    host = dataclasses.replace(config, serve=dataclasses.replace(config.serve, host="localhost"))
+    args = ServeArgs(exchange=Path(config.storage) / "convert" / finished["convert"].manifest.fingerprint[:16])
+    ray_serve.run(build(args), name="strange", route_prefix="/strange")
+    with pytest.raises(ConfigError, match="serve.host=localhost.*would end the application strange"):
+        end_to_end.run(host)
+    ray_serve.delete("strange")
+    end_to_end.run(host)
+    assert http_address() == ("localhost", config.serve.port)
+    end_to_end.run(config)
+    assert http_address() == ("127.0.0.1", config.serve.port)
 
 
 def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
@@ -166,6 +346,41 @@ def test_a_port_of_another_program_is_a_clear_error(
         ):
             deploy.require_free_port(dataclasses.replace(config.serve, port=port))
     deploy.require_free_port(dataclasses.replace(config.serve, port=free_port()))
+
+
+def test_what_deploy_would_refuse_is_said_before_any_work(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, 8000)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        busy = dataclasses.replace(config.serve, port=other.getsockname()[1])
+        with pytest.raises(ConfigError, match="serve.port"):
+            end_to_end.run(dataclasses.replace(config, serve=busy))
+    assert not list(tmp_path.glob("prepare/*"))
+
+    def refused(message: str, **sections: dict[str, Any]) -> None:
+        changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+        with pytest.raises(ConfigError, match=message):
+            deploy.require_possible(dataclasses.replace(config, **changed))
+
+    monkeypatch.setattr(deploy, "require_free_port", lambda serve: None)
+    deploy.require_possible(config)
+    need = "serve.num_replicas=2 with serve.cpus_per_replica=2 need more than the cluster has .* room for 1 replicas"
+    refused(need, serve={"num_replicas": 2, "cpus_per_replica": 2.0})
+    refused("serve.num_replicas=1 with serve.gpus_per_replica=1 need more", serve={"gpus_per_replica": 1.0})
+    refused("engine.device=cuda needs a GPU", engine={"device": "cuda"})
+    refused("engine.kind=tensorrt_llm is not possible here", engine={"kind": "tensorrt_llm"})
+    monkeypatch.setenv("KRAKEN_API_KEY", " ")
+    refused("KRAKEN_API_KEY is set but empty")
+
+
+def test_an_endpoint_needs_a_cluster_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="the endpoint needs a cluster that outlives this command"):
+        end_to_end.run(run_config(tmp_path, 8000))
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_no_artefact(tmp_path: Path) -> None:
@@ -198,6 +413,52 @@ class TestStorage:
         manifest = reader.find("prepare", "tiny")
         assert manifest is not None
         manifest.verify(reader.folder("prepare", "tiny"))
+
+    def test_an_artefact_is_opened_by_its_location(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        folder = writer.folder("convert", "tiny")
+        tiny.prepared(folder)
+        with pytest.raises(ArtefactError, match="holds no finished artefact"):
+            local_artefact(writer.location("convert", "tiny"))
+        writer.publish(folder)
+        local = local_artefact(writer.location("convert", "tiny"))
+        Manifest.read(local).verify(local)
+        assert local == Storage(uri).root / "convert" / "tiny"
+        assert local_artefact(str(folder)) == folder
+        for uri in ("s3://bucket", "s3://bucket/convert", "s3://"):
+            with pytest.raises(ArtefactError, match="is no artefact"):
+                local_artefact(uri)
+
+    def test_a_copy_that_lost_files_is_fetched_again(self, tmp_path: Path) -> None:
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        tiny.prepared(writer.folder("prepare", "tiny"))
+        writer.publish(writer.folder("prepare", "tiny"))
+        reader = Storage(uri, cache=tmp_path / "reader")
+        reader.fetch("prepare", "tiny")
+        folder = reader.folder("prepare", "tiny")
+        next(folder.glob("train_*.bin")).unlink()
+        reader.fetch("prepare", "tiny")
+        Manifest.read(folder).verify(folder)
+
+    def test_the_query_of_a_uri_stays_at_its_end(self) -> None:
+        uri = "s3://bucket/prefix?endpoint_override=http://minio:9000"
+        assert join(uri, "convert", "x") == "s3://bucket/prefix/convert/x?endpoint_override=http://minio:9000"
+        assert join("/data/kraken", "convert") == "/data/kraken/convert"
+
+    def test_a_storage_that_does_not_answer_is_not_an_empty_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage = Storage((tmp_path / "remote").as_uri(), cache=tmp_path / "cache")
+
+        def away(*arguments: object) -> bool:
+            raise OSError("Couldn't connect to server")
+
+        monkeypatch.setattr(storage, "_download", away)
+        with pytest.raises(ArtefactError, match="check that this node reaches the storage"):
+            storage.find("prepare", "f" * 64)
 
     def test_the_newest_remote_checkpoint_is_fetched(self, tmp_path: Path) -> None:
         from kraken.checkpoint.reader import newest_checkpoint

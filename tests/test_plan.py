@@ -13,12 +13,12 @@ import torch
 
 from jobs.command import USER_ERROR
 from jobs.plan import count, main
-from kraken import plan
 from kraken.config import ConfigError, ModelConfig
 from kraken.model import Kraken
-from kraken.plan import FULL_PADDING, LEAST_PADDING, num_parameters
+from kraken.plan import cost as plan
+from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, num_parameters
+from kraken.plan.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
 from kraken.presets import PRESETS
-from kraken.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = (ROOT / "docs/plan.md").read_text()

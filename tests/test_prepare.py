@@ -13,15 +13,17 @@ from typing import Any
 import pytest
 import tiny
 
-from kraken.config import DataConfig, RunConfig
-from kraken.data.corpora import Document, Piece, open_corpus, split_of
+from kraken.config import ConfigError, DataConfig, RunConfig
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import Document, Piece, split_of
 from kraken.data.files import SECTION_BYTES
-from kraken.data.pieces import RECORDS_FOLDER, tokenize_piece, training_texts
+from kraken.data.pieces import RECORDS_FOLDER, finished_record, tokenize_piece, training_texts
 from kraken.data.prepare import prepare
-from kraken.data.shards import TokenShards
-from kraken.manifest import MANIFEST_NAME, ArtefactError
+from kraken.data.shards import TokenShards, shard_name
+from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric
 from kraken.storage import Storage
 from kraken.tokenizer import Tokenizer
+from pipelines.prepare import is_valid
 from pipelines.progress import ProgressLines
 
 Files = dict[str, bytes]
@@ -72,7 +74,7 @@ class TestTokens:
         pieces = corpus.pieces(2**30)
         documents = [document for piece in pieces for document in corpus.read(piece, pytest.fail)]
         for split in ("train", "validation"):
-            mine = [d for d in documents if split_of(d.name, 0.2) == split]
+            mine = [d for d in documents if split_of(d.text.encode(), 0.2) == split]
             expected = [i for d in mine for i in (*tokenizer.encode(d.text), *[tokenizer.eot_id] * d.ends)]
             shards = TokenShards(tmp_path, split, tokenizer.num_ids)
             assert shards.read(0, shards.num_tokens).tolist() == expected
@@ -102,7 +104,7 @@ class TestTokens:
         unbounded = data_config(source)
         everything = list(training_texts(unbounded, corpus, pieces))
         documents = (document for piece in pieces for document in corpus.read(piece, pytest.fail))
-        assert everything == [d.text for d in documents if split_of(d.name, 0.2) == "train"]
+        assert everything == [d.text for d in documents if split_of(d.text.encode(), 0.2) == "train"]
 
 
 class TestBadInput:
@@ -117,6 +119,66 @@ class TestBadInput:
         assert metrics["skipped_documents"].value == 2
         assert metrics["train_documents"].value + metrics["validation_documents"].value == 100
         assert "not a JSON object" in details["skipped"][0] and "surrogate" in details["skipped"][1]
+
+    def test_a_document_of_blanks_is_a_document_like_others(self, tmp_path: Path) -> None:
+        texts = [f"text {i} " + "word " * 50 for i in range(100)]
+        texts[20] = "a" + " " * 1_500_000 + "b"
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        metrics, _ = prepare_here(data_config(tmp_path / "x.jsonl"), tmp_path / "out")
+        assert metrics["train_documents"].value + metrics["validation_documents"].value == 100
+        assert metrics["train_bytes"].value + metrics["validation_bytes"].value == sum(map(len, texts))
+
+    def test_a_document_that_cannot_be_encoded_is_named(self, tmp_path: Path) -> None:
+        texts = ["text one", " " * 1_500_000 + "b", "text two"]
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        tokenizer = Tokenizer(ranks, r"\s+(?!\S)|\s|\S+", "other")  # a pattern for which runs of blanks are not cut
+        config = data_config(tmp_path / "x.jsonl")
+        corpus = open_corpus(config)
+        [piece] = corpus.pieces(2**30)
+        with pytest.raises(ArtefactError, match=r"x.jsonl:21: tiktoken cannot encode .*data.on_bad_document=skip"):
+            tokenize_piece(config, corpus, piece, tokenizer, tmp_path)
+        config = data_config(tmp_path / "x.jsonl", on_bad_document="skip")
+        record = tokenize_piece(config, corpus, piece, tokenizer, tmp_path)
+        assert record.num_skipped == 1 and record.num_tokens == 18
+        assert record.skipped[0].startswith("x.jsonl:21: tiktoken cannot encode these 1500001 characters")
+        assert finished_record(tmp_path, piece, tokenizer) == record
+
+    def test_both_settings_share_what_has_no_bad_document(self, tmp_path: Path) -> None:
+        """The folder is the same: `skip` continues what `stop` left, and `stop` accepts nothing skipped."""
+        folder = tmp_path / "corpus"
+        folder.mkdir()
+        for name, bad in (("a.jsonl", []), ("b.jsonl", ["{"]), ("c.jsonl", [])):
+            rows = [json.dumps({"text": f"text {i} " + "word " * 50}) for i in range(100)]
+            (folder / name).write_text("\n".join([*bad, *rows]))
+        stop, skip = (data_config(folder, on_bad_document=choice) for choice in ("stop", "skip"))
+        made = tmp_path / "made"
+        made.mkdir()
+        Tokenizer.train(("text and word " * 50 for _ in range(9)), 257).save(made)  # so that the pieces come first
+        with pytest.raises(ArtefactError, match="b.jsonl"):
+            prepare_here(stop, made)
+        finished = made / shard_name("train", 0)
+        written_at = finished.stat().st_mtime_ns
+        metrics, _ = prepare_here(skip, made)
+        assert metrics["skipped_documents"].value == 1
+        assert finished.stat().st_mtime_ns == written_at, "the piece before the bad document is not done again"
+        with pytest.raises(ArtefactError, match="b.jsonl"):
+            prepare_here(stop, made)
+
+    def test_data_without_their_bad_documents_are_not_reused_for_stop(self) -> None:
+        manifest = Manifest(
+            kind="prepare",
+            fingerprint="f" * 64,
+            config={},
+            parents={},
+            metrics={"skipped_documents": Metric(2, "documents")},
+        )
+        config = tiny.config()
+        with pytest.raises(
+            ConfigError, match="data.on_bad_document=stop, but the prepared data ffffffffffff leave out 2"
+        ):
+            is_valid(config, manifest)
+        assert is_valid(config, dataclasses.replace(manifest, metrics={"skipped_documents": Metric(0, "documents")}))
 
     def test_empty_corpora_and_splits_are_errors(self, tmp_path: Path) -> None:
         (tmp_path / "x.txt").write_text("")
@@ -293,12 +355,26 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
     for times in (1, 4):
         folder = tmp_path / str(times)
         folder.mkdir()
-        (folder / "a.jsonl").write_text((json.dumps({"text": "word " * 1000}) + "\n") * 400 * times)
+        lines = (json.dumps({"text": f"{index} " + "word " * 1000}) + "\n" for index in range(400 * times))
+        (folder / "a.jsonl").write_text("".join(lines))
         (folder / "b.txt").write_text("the quick brown fox jumps\n" * 300_000 * times)
         command = [sys.executable, "-c", code, str(folder), str(tmp_path / f"out{times}")]
         result = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks_kib.append(int(result.stdout))
     assert peaks_kib[1] < peaks_kib[0] + 16 * 2**10 and peaks_kib[1] < 2**20
+
+
+def test_the_fingerprint_follows_the_rules_of_preparation(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards that were made by other rules are not reused."""
+    import kraken.data.prepare
+    from pipelines.prepare import STAGE
+    from pipelines.stage import fingerprints
+
+    config = run_config(data_config(source), "/storage")
+    before = fingerprints((STAGE,), config)
+    assert fingerprints((STAGE,), config) == before
+    monkeypatch.setattr(kraken.data.prepare, "RULES", kraken.data.prepare.RULES + 1)
+    assert fingerprints((STAGE,), config) != before
 
 
 def test_progress_lines_carry_the_note(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from kraken import plan
 from kraken.config import ModelConfig
-from kraken.plan import num_parameters
+from kraken.plan import cost as plan
+from kraken.plan.cost import num_parameters
 from kraken.presets import PRESETS
 
 MILLIONS = {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -47,7 +47,7 @@ def inputs(W: int, D: int, P: int, kind: str, dtype: torch.dtype) -> tuple[list[
 @pytest.mark.parametrize(("W", "D", "P"), [(1, 8, 8), (2, 13, 16), (3, 20, 24), (4, 16, 16), (6, 5, 8)])
 def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kind: str) -> None:
     leaves, is_summed = inputs(W, D, P, kind, torch.float32)
-    a, n, _, total = torch.ops.kraken.residual_norm(*leaves, P, is_summed)
+    a, n, _, total = torch.ops.kraken.residual_norm(*leaves, P, torch.float32 if is_summed else None)
     found, expected = [a, n, total], plain(*leaves, P, is_summed)
     used = [leaf for leaf in leaves if leaf is not None]
     weights = [torch.randn_like(y) for y in expected]
@@ -62,7 +62,7 @@ def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kin
 
 def test_rounds_what_it_adds_as_plain_operations_do() -> None:
     leaves, _ = inputs(2, 24, 24, "seen", HALF)
-    a, n, _, _ = torch.ops.kraken.residual_norm(*leaves, 24, False)
+    a, n, _, _ = torch.ops.kraken.residual_norm(*leaves, 24, None)
     assert torch.equal(a, leaves[0] + leaves[1])
     assert n.dtype == HALF
     exact = plain(*[y if y is None else y.double() for y in leaves], 24, False)[1]
@@ -71,7 +71,7 @@ def test_rounds_what_it_adds_as_plain_operations_do() -> None:
 
 def test_sums_what_it_has_rounded() -> None:
     leaves, _ = inputs(3, 24, 24, "summed", HALF)
-    a, _, _, total = torch.ops.kraken.residual_norm(*leaves, 24, True)
+    a, _, _, total = torch.ops.kraken.residual_norm(*leaves, 24, torch.float32)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, a.float().sum(0, keepdim=True), rtol=0, atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_sums_what_it_has_rounded() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_a_sound_operator(kind: str) -> None:
     leaves, is_summed = inputs(2, 13, 16, kind, torch.float32)
-    torch.library.opcheck(torch.ops.kraken.residual_norm.default, (*leaves, 16, is_summed))
+    torch.library.opcheck(torch.ops.kraken.residual_norm.default, (*leaves, 16, torch.float32 if is_summed else None))
 
 
 @pytest.mark.gpu
@@ -87,9 +87,8 @@ def test_is_a_sound_operator(kind: str) -> None:
 def test_compiled_training_equals_plain_operations(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    from kraken import residual_norm
-    from kraken.alignment import Alignment
-    from kraken.model import Kraken
+    from kraken.model import Kraken, residual_norm
+    from kraken.model.alignment import Alignment
     from kraken.presets import PRESETS
 
     config = dataclasses.replace(PRESETS[preset]().model, num_layers=3, context_length=64, vocab_size=512)

@@ -17,12 +17,13 @@ import pytest
 
 from kraken.config import EngineConfig, ServeConfig
 from kraken.engine.echo import EchoEngine
-from kraken.engine.protocol import EngineError, EngineStats, Output, Request
+from kraken.engine.prompt import encode_prompt
+from kraken.engine.protocol import EngineError, EngineStats, Output, Request, RequestError
 from kraken.tokenizer import END_OF_TEXT, Tokenizer
 from serve.app import API_KEY_VARIABLE, ServeArgs, bind, build, load_model
 from serve.completions import CompletionCall, ServedModel
 from serve.deployment import MAX_BODY_BYTES
-from serve.protocol import CompletionRequest
+from serve.protocol import ApiError, CompletionRequest
 
 pytestmark = pytest.mark.ray
 
@@ -34,7 +35,11 @@ DELAY_S = 0.01
 PRIVATE = "xyzzyprivate"
 """In many prompts below; must be in no log."""
 
-RAISE_AT_ONCE, RAISE_AFTER_A_TOKEN, RAISE_A_BUG, FALL_ILL = 0, 1, 2, 3
+RAISE_AT_ONCE, RAISE_AFTER_A_TOKEN, RAISE_A_BUG, FALL_ILL, PANIC_AT_ONCE, PANIC_AFTER_A_TOKEN = range(6)
+
+
+class Panic(BaseException):
+    """As the panics of libraries written in Rust: not an `Exception`."""
 
 
 class FaultyEngine(EchoEngine):
@@ -48,10 +53,14 @@ class FaultyEngine(EchoEngine):
         self.ill = self.ill or fault == FALL_ILL
         if fault in (RAISE_AT_ONCE, RAISE_A_BUG):
             raise EngineError("inside") if fault == RAISE_AT_ONCE else KeyError("inside")
+        if fault == PANIC_AT_ONCE:
+            raise Panic("inside")
         async for output in super().generate(request):
             yield output
             if fault == RAISE_AFTER_A_TOKEN:
                 raise EngineError("inside")
+            if fault == PANIC_AFTER_A_TOKEN:
+                raise Panic("inside")
 
     def stats(self) -> EngineStats:
         return replace(super().stats(), healthy=not self.ill)
@@ -384,10 +393,10 @@ def test_lm_eval_finds_the_tokenizer(sound: Endpoint) -> None:
         ({"max_tokens": True}, "max_tokens", "invalid_type"),
         ({"max_tokens": -1}, "max_tokens", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
-        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": 100.1}, "temperature", "invalid_value"),
         ({"temperature": float("nan")}, "temperature", "invalid_value"),
         ({"top_p": -0.1}, "top_p", "invalid_value"),
-        ({"top_k": -1}, "top_k", "invalid_value"),
+        ({"top_k": -2}, "top_k", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"n": QUEUE_LENGTH + 1}, "n", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),
@@ -396,7 +405,7 @@ def test_lm_eval_finds_the_tokenizer(sound: Endpoint) -> None:
         ({"user": 5}, "user", "invalid_type"),
         ({"stop": ""}, "stop", "invalid_value"),
         ({"stop": ["a", ""]}, "stop", "invalid_value"),
-        ({"stop": list("abcde")}, "stop", "invalid_value"),
+        ({"stop": list(map(str, range(33)))}, "stop", "invalid_value"),
         ({"stop": 3}, "stop", "invalid_type"),
         ({"prompt": []}, "prompt", "invalid_type"),
         ({"prompt": [1, "a"]}, "prompt", "invalid_type"),
@@ -416,11 +425,58 @@ def test_what_is_wrong_or_not_there_is_refused(sound: Endpoint, fields: dict[str
     assert (status, error["param"], error["code"], error["type"]) == (400, param, code, "invalid_request_error")
 
 
+def test_a_million_blanks_are_a_prompt_like_others(sound: Endpoint) -> None:
+    prompt = " " * 1_100_000 + "a"
+    status, error = sound.refused(prompt=prompt)
+    assert (status, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+    status, body = sound.call("POST", "/tokenize", {"prompt": prompt})
+    assert status == 200 and body["count"] == len(body["tokens"]) > CONTEXT_LENGTH
+    assert sound.tokenizer.decode(body["tokens"]) == prompt
+
+
+def test_a_prompt_that_cannot_be_encoded_is_the_client_s_error() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = Tokenizer(ranks, r"\s+(?!\S)|\s|\S+", "other")  # a pattern for which long runs of blanks are not cut
+    with pytest.raises(RequestError, match="prompt cannot be encoded: tiktoken") as refused:
+        encode_prompt(tokenizer, f"a{END_OF_TEXT}" + " " * 1_500_000 + "b")
+    error = ApiError.of(refused.value)
+    assert (error.status, error.body["error"]["param"]) == (400, "prompt")
+
+
 def test_neutral_values_and_nulls_are_accepted(sound: Endpoint) -> None:
     neutral = {"suffix": "", "best_of": 2, "n": 2, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0}
     assert len(sound.complete("a", **neutral, stop=[], top_p=0, top_k=3, max_tokens=1)["choices"]) == 2
     names = set(CompletionRequest.model_fields) - {"model", "prompt"}
     assert sound.complete("a", **dict.fromkeys(names))["usage"]["completion_tokens"] == 16
+
+
+def test_numbers_that_json_can_spell_and_engines_cannot_hold(sound: Endpoint) -> None:
+    """Every number of a request, at values beyond int64 and float32: a completion, or an error that names the field."""
+    numbers = ("1e-46", "1e-300", "5e-324", "1e400", "-1e400", "NaN", "Infinity", "true", "9223372036854775808")
+    numbers = (*numbers, "1180591620717411303424", "1" + "0" * 400, "-1", "1.5")
+    fields = [
+        name
+        for name, field in CompletionRequest.model_fields.items()
+        if {"int", "float"} & set(str(field.annotation).replace("]", " ").replace("[", " ").replace("'", " ").split())
+        or field.annotation in (int, float)
+    ]
+    assert {"max_tokens", "temperature", "top_k", "seed", "logprobs", "best_of", "prompt_logprobs"} <= set(fields)
+    for field in fields:
+        for number in numbers:
+            body = f'{{"model": "{MODEL}", "prompt": "a", "{field}": {number}}}'.encode()
+            status, answer = sound.call("POST", "/v1/completions", body)
+            if status != 200:
+                named = (answer["error"]["param"], answer["error"]["code"])
+                assert status == 400 and (named[0] in (field, "prompt", "max_tokens") or named[1] == "invalid_json"), (
+                    field,
+                    number,
+                    answer,
+                )
+    for number in numbers:
+        if number not in ("1e-46", "true"):
+            for prompt in (f"[{number}]", f"[[{number}]]", f"[5, {number}]"):
+                body = f'{{"model": "{MODEL}", "prompt": {prompt}}}'.encode()
+                assert sound.call("POST", "/v1/completions", body)[0] == 400, prompt
 
 
 def test_openai_client_raises_the_right_errors(sound: Endpoint) -> None:
@@ -432,8 +488,14 @@ def test_openai_client_raises_the_right_errors(sound: Endpoint) -> None:
         client.completions.create(model=MODEL, prompt="a", suffix="b")
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model=MODEL, messages=[])
+    for call in (
+        partial(client.chat.completions.create, model=MODEL, messages=[]),
+        partial(client.responses.create, model=MODEL, input="a"),
+        partial(client.embeddings.create, model=MODEL, input="a"),
+    ):
+        with pytest.raises(openai.BadRequestError, match="not supported.* POST /v1/completions") as missing:
+            call()
+        assert missing.value.code == "unsupported_endpoint"
 
 
 def test_errors_outside_the_fields(sound: Endpoint) -> None:
@@ -442,11 +504,21 @@ def test_errors_outside_the_fields(sound: Endpoint) -> None:
         assert status == 400 and body["error"]["message"]
     status, body = sound.call("POST", "/v1/completions", b"{}", **{"Content-Type": "text/plain"})
     assert (status, body["error"]["code"]) == (400, "unsupported_content_type")
-    assert sound.call("GET", "/v1/nothing")[0] == 404
-    assert sound.call("GET", "/docs")[0] == 404
-    with contextlib.closing(sound.connect("GET", "/v1/completions")) as response:
-        assert (response.status, response.headers["Allow"]) == (405, "POST")
-        assert "error" in json.loads(response.read())
+    for method, path in (
+        ("GET", "/v1/nothing"),
+        ("POST", "/completions"),
+        ("POST", "/v1/completions/"),
+        ("GET", "/docs"),
+    ):
+        status, body = sound.call(method, path)
+        assert (status, body["error"]["code"]) == (404, "unknown_url")
+        assert f"{method} {path}. This endpoint has POST /v1/completions, GET /v1/models," in body["error"]["message"]
+        assert "/v1/embeddings" not in body["error"]["message"] and "{name" not in body["error"]["message"]
+    for method, path, allowed in (("GET", "/v1/completions", "POST"), ("POST", "/v1/models", "GET")):
+        with contextlib.closing(sound.connect(method, path)) as response:
+            assert (response.status, response.headers["Allow"]) == (405, allowed)
+            error = json.loads(response.read())["error"]
+        assert error["code"] == "method_not_allowed" and f"{allowed} {path}" in error["message"]
     status, body = sound.call("POST", "/v1/completions", b" " * (MAX_BODY_BYTES + 1))
     assert (status, body["error"]["code"]) == (413, "request_too_large")
     with contextlib.closing(sound.connect("OPTIONS", "/v1/completions", Origin="http://evil.example")) as response:
@@ -554,6 +626,24 @@ def test_a_failure_in_a_stream_is_an_error_frame(faulty: Endpoint) -> None:
     stream = faulty.client().completions.create(model=MODEL, prompt=[RAISE_AFTER_A_TOKEN], stream=True, max_tokens=9)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(stream)
+
+
+def test_a_panic_is_an_error_object_and_leaves_other_streams_alone(faulty: Endpoint) -> None:
+    num_tokens = 200
+    stream = faulty.client().completions.create(model=MODEL, prompt=[9], max_tokens=num_tokens, stream=True)
+    chunks = [next(iter(stream))]
+    for fields in ({}, {"stream": True}, {"prompt": [[9], [PANIC_AFTER_A_TOKEN]]}):
+        body = {"model": MODEL, "prompt": [PANIC_AT_ONCE], **fields}
+        with contextlib.closing(faulty.connect("POST", "/v1/completions", body)) as response:
+            assert (response.status, response.headers["Content-Type"]) == (500, "application/json")
+            error = json.loads(response.read())["error"]
+        assert error["type"] == "server_error" and "inside" not in error["message"]
+    with pytest.raises(openai.APIError, match="the server failed"):
+        list(faulty.client().completions.create(model=MODEL, prompt=[PANIC_AFTER_A_TOKEN], stream=True, max_tokens=9))
+    chunks += list(stream)
+    assert sum(len(chunk.choices[0].text) for chunk in chunks) == num_tokens
+    faulty.wait_until_idle()
+    assert faulty.complete("the cat")["choices"][0]["text"]
 
 
 def test_one_failed_choice_ends_the_others(faulty: Endpoint) -> None:

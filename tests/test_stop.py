@@ -70,6 +70,50 @@ class TestLease:
             assert time.monotonic() - started_at >= lease.DEAD_AFTER_S
             assert LeaseRef("lease/run", "dead").is_lost()
 
+    def test_the_refusal_says_how_to_follow_and_to_stop_the_holder(
+        self, store: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KRAKEN_SUBMISSION", "job-7")
+        commands = r"follow it with `ray job logs job-7 --follow`, or stop it with `ray job stop job-7`"
+        with Lease("run"), pytest.raises(ClusterError, match=commands), Lease("run"):
+            raise AssertionError("two hold it")
+        monkeypatch.delenv("KRAKEN_SUBMISSION")
+        monkeypatch.setattr(lease, "submission", lambda: None)
+        without = rf"process {os.getpid()} on .* which no submitted job owns.*kill -INT {os.getpid()}"
+        with Lease("run", "comparison"), pytest.raises(ClusterError, match=without), Lease("run", "comparison"):
+            raise AssertionError("two hold it")
+
+    def test_of_two_that_come_at_once_one_gets_it(self, store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        both = threading.Barrier(2)
+        looked: set[str] = set()
+        outcomes = []
+
+        def look_together(key: str) -> str:
+            value = store.get(key, "")
+            name = threading.current_thread().name
+            if name.startswith("attempt") and name not in looked:
+                looked.add(name)
+                both.wait(10)
+            return value
+
+        monkeypatch.setattr(lease, "get", look_together)
+
+        def enter() -> None:
+            try:
+                with Lease("run"):
+                    time.sleep(0.2)
+                    outcomes.append("held")
+            except ClusterError as error:
+                outcomes.append(str(error))
+
+        threads = [threading.Thread(target=enter, name=f"attempt {index}") for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted("held" if outcome == "held" else "refused" for outcome in outcomes) == ["held", "refused"]
+        assert any("this very training runs already" in outcome for outcome in outcomes)
+
     def test_who_lost_it_does_not_take_it_back(self, store: dict[str, str]) -> None:
         with Lease("run") as ref:
             taken = json.dumps({"holder": "other", "pid": 1, "submission": "", "count": 0})

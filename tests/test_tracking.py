@@ -248,6 +248,77 @@ def test_reconcile_ends_what_dead_submissions_left_running(
     assert [client.get_run(run_id).info.status for run_id in left["alive"]] == ["FINISHED"] * 2
 
 
+def test_users_and_storages_of_one_server_have_runs_of_their_own(
+    client: "MlflowClient", tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.tracking_uri)
+    monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
+    found: dict[tuple[str, str], str] = {}
+    for attempt in range(2):  # the second time is a resumption
+        for user in ("ada", "grace"):
+            for name in ("a", "b"):
+                monkeypatch.setenv("KRAKEN_USER", user)
+                theirs = Tracker(str(tmp_path / name))
+                key = theirs.key("pipeline", "quickstart", {"prepare": "f" * 64})
+                with theirs.pipeline(key, "quickstart") as run, run.stage("s", "stage") as stage:
+                    stage.log_metrics({"loss": float(attempt)}, step=attempt)
+                assert found.setdefault((user, name), run.run_id) == run.run_id
+                assert steps(client, stage.run_id, "loss") == list(range(attempt + 1))
+                for run_id in (run.run_id, stage.run_id):
+                    logged = client.get_run(run_id)
+                    assert logged.data.tags[tracking.STORAGE_TAG] == str(tmp_path / name)
+                    assert logged.data.tags[tracking.USER_TAG] == logged.info.user_id == user
+                    assert logged.data.tags[tracking.SOURCE_NAME_TAG]
+    assert len(set(found.values())) == 4
+
+
+def test_the_user_is_the_one_who_submits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KRAKEN_USER", "MLFLOW_TRACKING_USERNAME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value, user in (
+        ("LOGNAME", "account", "account"),
+        ("MLFLOW_TRACKING_URI", "http://of-the-uri:secret@host:5000", "of-the-uri"),
+        ("MLFLOW_TRACKING_USERNAME", "of-mlflow", "of-mlflow"),
+        ("KRAKEN_USER", "ada", "ada"),
+    ):
+        monkeypatch.setenv(name, value)
+        assert tracking.submitter() == user
+
+
+def test_reconcile_leaves_other_storages_alone(
+    tracker: Tracker, client: "MlflowClient", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their submissions are of clusters that this one knows nothing of."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.tracking_uri)
+    other = Tracker(str(tmp_path), submission="elsewhere")
+    with other.pipeline("elsewhere", "pipeline") as run:
+        assert tracker.reconcile({"elsewhere": "FAILED"}.get) == []  # type: ignore[arg-type]
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_a_process_that_was_replaced_does_not_end_the_run(tracker: Tracker, client: "MlflowClient") -> None:
+    """It stood still until another attempt took its run over, and fails when it wakes up."""
+    tags = {tracking.SUBMISSION_TAG: "first"}
+    first = tracking.PipelineRun(tracker.tracking_uri, tracker.experiment_id, "replaced", "pipeline", {}, tags)
+    assert first.flush()
+    with tracker.pipeline("replaced", "pipeline") as second, second.stage("s", "stage") as stage:
+        first.end("FAILED", "the workers are gone")
+        for run in (second, stage):
+            logged = client.get_run(run.run_id)
+            assert logged.info.status == "RUNNING"
+            assert tracking.ERROR_TAG not in logged.data.tags
+    assert second.run_id == first.run_id
+    assert client.get_run(second.run_id).info.status == "FINISHED"
+
+
+def test_a_finished_run_has_no_error(tracker: Tracker, client: "MlflowClient") -> None:
+    with tracker.pipeline("mended", "pipeline") as run:
+        client.set_tag(run.run_id, tracking.ERROR_TAG, "of another process")
+    logged = client.get_run(run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert tracking.ERROR_TAG not in logged.data.tags
+
+
 def test_no_metric_has_a_step_twice(ref: RunRef, client: "MlflowClient") -> None:
     with ref.stage("steps", "stage") as stage:
         for step in (10, 20, 20, 10, 30):
@@ -357,6 +428,17 @@ def test_storages_that_cannot_hold_the_database(storage_uri: str, monkeypatch: p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri(storage_uri) == "http://tracking:5000"
     assert ui_command(storage_uri)[-1] == "http://tracking:5000"
+
+
+def test_a_missing_database_driver_is_named_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tracking, "CONNECT_LIMIT_S", 0.5)
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # an import of it fails, installed or not
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@127.0.0.1:1/kraken")
+    with pytest.raises(ConfigError, match=r"needs a database driver .*pip install .*\[pipelines,postgres\]") as caught:
+        Tracker(str(tmp_path))
+    assert "secret" not in str(caught.value)
 
 
 def test_an_unusable_store_is_one_clear_line(

@@ -15,7 +15,7 @@ import torch
 from kraken.checkpoint.reader import CheckpointReader, list_checkpoints, load_model, newest_checkpoint
 from kraken.config import RunConfig, TrainConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError
-from kraken.model import Kraken, next_token_loss
+from kraken.model.architecture import Kraken, next_token_loss
 from kraken.training.optim import Optimizer, learning_rate
 from kraken.training.train import NoHooks, train
 

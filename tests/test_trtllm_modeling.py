@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from trtllm_ranks import RankFailureError, Ranks, RankServer, run_with_fake
 
-from kraken.alignment import pad
 from kraken.config import ModelConfig
 from kraken.convert import model_config_json, to_exchange
 from kraken.model import Kraken
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.alignment import pad
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.trtllm.checkpoint import trtllm_config
 from kraken.trtllm.parts import padded_tensors
 
@@ -93,6 +93,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.ffn_size,
         "max_position_embeddings": config.context_length,
         "vocab_size": config.vocab_size,
+        "num_token_ids": config.vocab_size,
         "torch_dtype": "float32",
         "tie_word_embeddings": True,
         "layer_norm_eps": LAYER_NORM_EPSILON,
@@ -220,7 +221,7 @@ def test_the_folder_of_the_converter_fits(tmp_path: Path, ranks_of: Callable[...
         torch.testing.assert_close(tensor, by_hand[name], atol=0, rtol=1e-6)
     values = model_config_json(model.config, num_ids=190, eot_id=0, dtype=torch.float32)
     config = trtllm_config(model.config, values, torch.float32)
-    assert config_json(model.config).items() <= config.items()
+    assert (config_json(model.config) | {"num_token_ids": 190}).items() <= config.items()
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(converted, tmp_path / "model.safetensors")
     with ranks_of(tmp_path, 2) as ranks:

@@ -31,4 +31,6 @@ def read_history(folder: Path) -> History:
     except FileNotFoundError as error:
         raise ArtefactError(f"{path} is missing: no finished training is in {folder}; run pretrain again") from error
     except ValueError as error:
-        raise ArtefactError(f"{path} is damaged ({error}); delete {folder} and run pretrain again") from error
+        raise ArtefactError(
+            f"{path} is damaged ({error}); delete this file and run pretrain again, which continues from a checkpoint"
+        ) from error

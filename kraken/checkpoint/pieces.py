@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kraken.config import ModelConfig
-from kraken.model import own_shard, part_of
-from kraken.ways import WayGroup
+from kraken.model.architecture import own_shard, part_of
+from kraken.model.ways import WayGroup
 
 Slices = tuple[slice, ...]
 

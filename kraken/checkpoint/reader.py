@@ -14,8 +14,6 @@ distributed checkpoint does the same with pickled metadata, or needs every tenso
 The folder has another name until its manifest is there: a checkpoint is whole, or not there at all.
 """
 
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +23,19 @@ import safetensors
 import torch
 from torch import Tensor
 
+from kraken.checkpoint.folders import STEP_FOLDER as STEP_FOLDER
+from kraken.checkpoint.folders import list_checkpoints as list_checkpoints
+from kraken.checkpoint.folders import newest_checkpoint as newest_checkpoint
+from kraken.checkpoint.folders import step_folder as step_folder
+from kraken.checkpoint.folders import step_of as step_of
 from kraken.checkpoint.history import History, read_history
 from kraken.checkpoint.pieces import Piece, Slices, whole_piece
 from kraken.checkpoint.tensor_files import read_pieces
 from kraken.config import ModelConfig, from_dict, to_dict
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
-from kraken.model import Kraken, whole_shapes
+from kraken.model.architecture import Kraken, whole_shapes
 from kraken.tokenizer import require_same_tokenizer
 
-STEP_FOLDER = re.compile(r"step_(\d{9})")
 KINDS = ("model", "optimizer")
 PROGRESS = "progress"
 """Name of the tensor of `TrainingStep.progress`, among the optimizer's."""
@@ -49,34 +51,6 @@ class Held:
 
 State = Mapping[str, Mapping[str, Held]]
 """What a checkpoint holds of a rank: kind ("model", "optimizer") -> name -> what is held."""
-
-
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where the finished checkpoint of a step lies."""
-    return run_folder / f"step_{step:09d}"
-
-
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    return sorted(path for path in run_folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
-
-
-def step_of(folder: Path) -> int:
-    """The step of a checkpoint's folder."""
-    match = STEP_FOLDER.fullmatch(folder.name)
-    assert match, folder
-    return int(match[1])
-
-
-def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint whose files match their hashes; damaged ones are passed over with a warning."""
-    for folder in reversed(list_checkpoints(run_folder)):
-        try:
-            Manifest.read(folder).verify(folder)
-            return folder
-        except ArtefactError as error:
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
-    return None
 
 
 class CheckpointReader:
@@ -113,7 +87,7 @@ class CheckpointReader:
             ):
                 continue
             if sha256_of_file(self.folder / record.path) != record.sha256:
-                raise ArtefactError(f"{self.folder / record.path} does not match its hash; delete {self.folder}")
+                raise ArtefactError(f"{self.folder / record.path} does not match its hash")
 
     def require_fitting(self, config: ModelConfig, *, data_fingerprint: str, tokenizer_fingerprint: str) -> None:
         """Raises:

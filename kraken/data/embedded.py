@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from kraken.data.corpora import Document, OnBad, Part, Piece, group
+from kraken.data.corpus import Document, OnBad, Part, Piece, group
 from kraken.manifest import ArtefactError
 
 # Not the library's own text: tests, what it vendors, what others installed, and a folder of demos.

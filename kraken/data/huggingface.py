@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from kraken.config import ConfigError, DataConfig
-from kraken.data.corpora import Document, OnBad, Part, Piece
+from kraken.data.corpus import Document, OnBad, Part, Piece
 from kraken.data.files import PARQUET_ROWS, read_column
 from kraken.manifest import ArtefactError
+from kraken.tokenizer import first_line
 
 SHORT_NAMES = {"openwebtext": ("Skylion007/openwebtext", "refs/convert/parquet")}
 """Name -> id and revision. The data set's own branch holds a loading script, which `datasets` no longer runs."""
@@ -76,6 +77,8 @@ class HuggingFaceCorpus:
             try:
                 stream = self._builder.as_streaming_dataset(split)
             except ValueError as error:
+                if "split" not in str(error):
+                    raise
                 raise ConfigError(f"data.dataset_split={split} does not exist: {first_line(error)}") from error
             names = stream.column_names or list(next(iter(stream), {}))
             if field not in names:
@@ -84,15 +87,18 @@ class HuggingFaceCorpus:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Errors of the network and of damaged files as one that says what was read."""
-        import pyarrow as pa
+        """Any error of the network, of decompression or of a damaged file as one that says what was read.
 
+        `datasets` lets errors of all the libraries through that it reads with: httpx, fsspec, zlib, zstandard, pandas.
+        """
         try:
             yield
-        except (OSError, pa.ArrowException) as error:
+        except (ConfigError, ArtefactError):
+            raise
+        except Exception as error:
             raise ArtefactError(
-                f"{self.dataset} cannot be read ({first_line(error)}); run the same command again: what is "
-                "finished stays"
+                f"{self.dataset} cannot be read ({first_line(error)}); run the same command again, which keeps what is "
+                "finished; if it fails again, download its files and read them with data.corpus=files"
             ) from error
 
     def pieces(self, bytes_per_piece: int) -> tuple[Piece, ...]:
@@ -134,8 +140,3 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """An error's message without what follows its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.fs
 
 from kraken.config import ConfigError
-from kraken.data.corpora import Split
+from kraken.data.corpus import Split
 from kraken.data.files import open_path, readable
 from kraken.data.shards import shard_name, token_dtype
 from kraken.manifest import ArtefactError
@@ -32,10 +32,15 @@ class NanoGptFolder:
     def __init__(self, path: str):
         self.path = path
 
+    def _locate(self, name: str) -> tuple[pyarrow.fs.FileSystem, str]:
+        """The file system, and the path of one of the folder's files in it."""
+        file_system, root, rest = open_path(self.path)
+        return file_system, "/".join(filter(None, (root.rstrip("/"), rest, name)))
+
     def _info(self, name: str) -> pyarrow.fs.FileInfo:
-        file_system, root = open_path(self.path)
+        file_system, path = self._locate(name)
         with readable(self.path):
-            return file_system.get_file_info(f"{root.rstrip('/')}/{name}")
+            return file_system.get_file_info(path)
 
     @property
     def fingerprint(self) -> str:
@@ -68,8 +73,8 @@ class NanoGptFolder:
         Raises:
             ArtefactError: the file is empty or truncated, or holds ids that are not GPT-2's; nothing is left then.
         """
-        file_system, root = open_path(self.path)
-        source, target = f"{root.rstrip('/')}/{FILE_NAMES[split]}", folder / shard_name(split, 0)
+        file_system, source = self._locate(FILE_NAMES[split])
+        target = folder / shard_name(split, 0)
         target.unlink(missing_ok=True)
         try:
             if not isinstance(file_system, pyarrow.fs.LocalFileSystem):

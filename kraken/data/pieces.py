@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -12,14 +13,17 @@ import dacite
 import numpy as np
 
 from kraken.config import DataConfig
-from kraken.data.corpora import SPLITS, Corpus, Piece, Split, split_of
+from kraken.data.corpus import SPLITS, Corpus, Piece, Split, position_of, split_of
 from kraken.data.shards import ShardWriter, shard_name, token_dtype
 from kraken.manifest import ArtefactError, write_atomically
-from kraken.tokenizer import META_NAME, RANKS_NAME, Tokenizer
+from kraken.tokenizer import META_NAME, RANKS_NAME, EncodingError, Tokenizer
 
 RECORDS_FOLDER = "pieces"
 KEPT_REASONS = 5
 """Documents left out that a piece's record names; the others it counts."""
+
+FIRST_DOCUMENTS = 64
+"""Documents whose positions a piece's record holds."""
 
 MAX_SAMPLED_PIECES = 64
 """Pieces that a tokenizer's training text is taken from; each may be a download."""
@@ -46,6 +50,9 @@ class PieceRecord:
     """Documents left out."""
     skipped: tuple[str, ...]
     """The first of them, with the reasons."""
+    first_documents: tuple[tuple[float, int], ...]
+    """(position, tokens) of the first documents by position, see `position_of`: what a larger validation fraction would
+    hold out."""
 
     @property
     def num_tokens(self) -> int:
@@ -98,23 +105,31 @@ def tokenize_piece(config: DataConfig, corpus: Corpus, piece: Piece, tokenizer: 
     bad = BadDocuments(config)
     documents = dict.fromkeys(SPLITS, 0)
     num_bytes = dict.fromkeys(SPLITS, 0)
+    last_first: list[tuple[float, int]] = []  # a heap of the first documents, with negative positions
     end_of_text = np.array([tokenizer.eot_id], dtype=np.uint32)
     with ExitStack() as stack:
         writers = {split: ShardWriter(folder, split, piece.index, tokenizer.num_ids) for split in SPLITS}
         for writer in writers.values():
             stack.callback(writer.discard)
         for document in corpus.read(piece, bad):
-            split = split_of(document.name, config.validation_fraction)
             try:
-                ids, size = tokenizer.encode_array(document.text), len(document.text.encode())
+                content = document.text.encode()
+                ids = tokenizer.encode_array(document.text)
             except UnicodeEncodeError as error:
                 bad(f"{document.name}: not UTF-8 (half of a surrogate pair at its character {error.start})")
                 continue
+            except EncodingError as error:
+                bad(f"{document.name}: {error}")
+                continue
+            split = split_of(content, config.validation_fraction)
             writers[split].write(ids)
             if document.ends:
                 writers[split].write(end_of_text)
             documents[split] += 1
-            num_bytes[split] += size
+            num_bytes[split] += len(content)
+            heapq.heappush(last_first, (-position_of(content), len(ids) + document.ends))
+            if len(last_first) > FIRST_DOCUMENTS:
+                heapq.heappop(last_first)
         for writer in writers.values():
             writer.finish()
     record = PieceRecord(
@@ -123,6 +138,7 @@ def tokenize_piece(config: DataConfig, corpus: Corpus, piece: Piece, tokenizer: 
         splits={s: SplitCounts(documents[s], num_bytes[s], writers[s].num_tokens) for s in SPLITS},
         num_skipped=bad.num_skipped,
         skipped=tuple(bad.reasons),
+        first_documents=tuple(sorted((-position, size) for position, size in last_first)),
     )
     write_atomically(record_path(folder, piece.index), json.dumps(dataclasses.asdict(record)))
     return record
@@ -130,19 +146,30 @@ def tokenize_piece(config: DataConfig, corpus: Corpus, piece: Piece, tokenizer: 
 
 def finished_record(folder: Path, piece: Piece, tokenizer: Tokenizer) -> PieceRecord | None:
     """The record of a piece that an earlier attempt finished by the same rules and whose files are whole."""
-    path = record_path(folder, piece.index)
+    record = read_record(record_path(folder, piece.index))
+    if record is None or record.digest != digest_of(piece, tokenizer):
+        return None
+    itemsize = token_dtype(tokenizer.num_ids).itemsize
+    for split, counts in record.splits.items():
+        path = folder / shard_name(split, piece.index)
+        if counts.num_tokens and (not path.is_file() or path.stat().st_size != counts.num_tokens * itemsize):
+            return None
+    return record
+
+
+def read_record(path: Path) -> PieceRecord | None:
+    """A piece's record; None where there is none, or a damaged one."""
     try:
         values = json.loads(path.read_text())
-        record = dacite.from_dict(PieceRecord, values, config=dacite.Config(strict=True, cast=[tuple]))
-        itemsize = token_dtype(tokenizer.num_ids).itemsize
-        for split, counts in record.splits.items():
-            if counts.num_tokens and (
-                (folder / shard_name(split, piece.index)).stat().st_size != counts.num_tokens * itemsize
-            ):
-                return None
+        return dacite.from_dict(PieceRecord, values, config=dacite.Config(strict=True, cast=[tuple]))
     except (OSError, ValueError, KeyError, TypeError, dacite.DaciteError):
         return None
-    return record if record.digest == digest_of(piece, tokenizer) else None
+
+
+def read_records(folder: Path) -> list[PieceRecord]:
+    """The records of a prepared artefact's pieces."""
+    paths = sorted((folder / RECORDS_FOLDER).glob("*.json"))
+    return [record for path in paths if (record := read_record(path)) is not None]
 
 
 def finished_records(folder: Path, pieces: Sequence[Piece], tokenizer: Tokenizer) -> dict[int, PieceRecord]:
@@ -170,8 +197,12 @@ def training_texts(config: DataConfig, corpus: Corpus, pieces: Sequence[Piece]) 
     for piece in pieces:
         end = max(left - share, 0)
         for document in corpus.read(piece, bad):
-            if split_of(document.name, config.validation_fraction) == "train":
-                text = document.text.encode(errors="ignore")[: left - end]
+            try:
+                content = document.text.encode()
+            except UnicodeEncodeError:
+                continue  # no document: refused or left out when the pieces are tokenised
+            if split_of(content, config.validation_fraction) == "train":
+                text = content[: left - end]
                 left -= len(text)
                 yield text.decode(errors="ignore")  # a character may be cut at the end
                 if left <= end:

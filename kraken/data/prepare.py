@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from kraken.config import DataConfig
-from kraken.data.corpora import SPLITS, Corpus, Piece, open_corpus
+from kraken.data.corpora import open_corpus
+from kraken.data.corpus import SPLITS, Corpus, Piece
 from kraken.data.nanogpt import NanoGptFolder
 from kraken.data.pieces import PieceRecord, finished_records, tokenize_piece, training_texts
 from kraken.data.shards import TokenShards
+from kraken.data.splits import way_out
 from kraken.manifest import ArtefactError, Metric
 from kraken.tokenizer import META_NAME, Tokenizer
 
@@ -26,10 +28,16 @@ Outcome = tuple[dict[str, Metric], dict[str, Any]]
 
 SHOWN_SKIPPED = 20
 
+RULES = 2
+"""Version of the rules by which documents become shards; part of the stage's fingerprint. 2: the split of a document
+follows from its text instead of its name, a file with several names is read once, a lone text file is cut."""
 
-def corpus_fingerprint(config: DataConfig) -> str:
-    """Hash of what a data config's source holds, without reading it all."""
-    return NanoGptFolder(config.paths[0]).fingerprint if config.corpus == "nanogpt" else open_corpus(config).fingerprint
+
+def identity(config: DataConfig) -> dict[str, Any]:
+    """What determines the shards beside the data config: what its source holds, and by which rules it is read."""
+    if config.corpus == "nanogpt":  # its files are the shards
+        return {"corpus_fingerprint": NanoGptFolder(config.paths[0]).fingerprint}
+    return {"corpus_fingerprint": open_corpus(config).fingerprint, "rules": RULES}
 
 
 def prepare(
@@ -47,6 +55,8 @@ def prepare(
         raise ArtefactError(f"the corpus is empty: nothing in {config.paths or config.dataset or corpus.name} is text")
     tokenizer = make_tokenizer(config, corpus, pieces, folder)
     finished = finished_records(folder, pieces, tokenizer)
+    if config.on_bad_document == "stop":  # pieces of which an earlier attempt skipped documents must stop this one
+        finished = {index: record for index, record in finished.items() if not record.num_skipped}
     records = list(finished.values())
     meter = Meter(pieces, records, on_progress)
     todo = [piece for piece in pieces if piece.index not in finished]
@@ -56,7 +66,7 @@ def prepare(
         meter.add(record)
     for path in folder.glob(".*"):  # of attempts whose process was killed
         path.unlink()
-    return summarise(corpus, tokenizer, records, folder)
+    return summarise(config, corpus, tokenizer, records, folder)
 
 
 def make_tokenizer(config: DataConfig, corpus: Corpus, pieces: Sequence[Piece], folder: Path) -> Tokenizer:
@@ -93,7 +103,9 @@ class Meter:
         self._on_progress(self._done, self._total, f"{self._num_tokens / seconds:,.0f} tokens/s")
 
 
-def summarise(corpus: Corpus, tokenizer: Tokenizer, records: Sequence[PieceRecord], folder: Path) -> Outcome:
+def summarise(
+    config: DataConfig, corpus: Corpus, tokenizer: Tokenizer, records: Sequence[PieceRecord], folder: Path
+) -> Outcome:
     """What the manifest says of finished shards.
 
     Raises:
@@ -110,7 +122,8 @@ def summarise(corpus: Corpus, tokenizer: Tokenizer, records: Sequence[PieceRecor
         if metrics[f"{split}_tokens"].value == 0:
             left_out = f" ({num_skipped} documents were left out)" if num_skipped else ""
             raise ArtefactError(
-                f"the {split} split holds no tokens{left_out}; give more text or another data.validation_fraction"
+                f"the {split} split holds no tokens with data.validation_fraction={config.validation_fraction}"
+                f"{left_out}; {way_out(records)}"
             )
     metrics["skipped_documents"] = Metric(num_skipped, "documents")
     metrics["unigram_entropy"] = Metric(

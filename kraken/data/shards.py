@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from kraken.data.corpora import Split
+from kraken.data.corpus import Split
 from kraken.manifest import ArtefactError
 
 FLUSH_TOKENS = 2**18

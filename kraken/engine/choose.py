@@ -139,10 +139,8 @@ def choose_for(exchange: Path, config: EngineConfig, look: Callable[[], Machine]
     Raises:
         ConfigError: TensorRT-LLM is asked for and not possible.
     """
-    if config.kind == "auto" and config.device == "cpu":
-        return Choice("torch", "engine.device=cpu")
-    if config.kind == "auto" and config.num_devices > 1:
-        return Choice("torch", f"engine.num_devices={config.num_devices}, which TensorRT-LLM does not know")
+    if config.kind == "auto" and config.refused_by_tensorrt_llm:
+        return Choice("torch", f"{config.refused_by_tensorrt_llm} with TensorRT-LLM")
     is_converted = is_converted_for_tensorrt_llm(exchange)
     matters = config.kind != "torch" and is_converted
     machine = look() if matters else Machine(version=None)

@@ -1,7 +1,8 @@
 """Forward passes as CUDA graphs: one launch instead of one for each of the hundreds of small kernels of a token.
- `ModelRunner.record` captures a graph for each of a few batch sizes of decoding sequences and for each of a few lengths
-of a whole prompt; a step is padded to the next larger one. Other steps (chunks of prompts, prompts beside decoding
-sequences, prompts whose every position is scored) run without a graph.
+
+`ModelRunner.capture_graphs` captures a graph for each of a few batch sizes of decoding sequences and for each of a few
+lengths of a whole prompt; a step is padded to the next larger one. Other steps (chunks of prompts, prompts beside
+decoding sequences, prompts whose every position is scored) run without a graph.
 
 Shape letters as in `kraken/engine/kernels/torch/attention.py`, and: B decoding sequences, M blocks of the largest block
 table, C inputs of one sequence.

@@ -1,16 +1,18 @@
 """An engine without a model, which completes a prompt with the prompt itself: for tests of serving and evaluation.
- Its log-probabilities come from a distribution in closed form: after token p, the id p + r (modulo the number of ids)
+
+Its log-probabilities come from a distribution in closed form: after token p, the id p + r (modulo the number of ids)
 has probability 2 ** -(r + 1). The completion is not sampled from it.
 """
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import AsyncIterator
 from itertools import pairwise
 
 import numpy as np
 
-from kraken.config import EngineConfig
+from kraken.config import ConfigError, EngineConfig
 from kraken.engine.protocol import (
     EngineError,
     EngineInfo,
@@ -25,20 +27,33 @@ from kraken.engine.protocol import (
     check_request,
 )
 
+HONOURED = frozenset({"kind", "max_batch_size", "max_queued_requests"})
+"""Fields of `EngineConfig` that may be set."""
+
 
 class EchoEngine:
-    """Completes a prompt with its own ids in a cycle, whatever the temperature.
+    """Completes a prompt with its own ids in a cycle, at any temperature.
 
     Args:
         info: of the model that it stands for.
         token_delay_s: pause before every token, so that tests can observe and cancel a stream.
-        config: limits of batch and queue.
+        config: limits of batch and queue, honoured as a real engine would; no other setting may differ from its default
+            but the kind, which chooses between real engines.
+
+    Raises:
+        ConfigError: another setting is given, which cannot have an effect here.
     """
 
     def __init__(self, info: EngineInfo, token_delay_s: float = 0.0, config: EngineConfig | None = None):
         self.info = info
         self.token_delay_s = token_delay_s
         self._config = config or EngineConfig()
+        for spec in dataclasses.fields(self._config):
+            value = getattr(self._config, spec.name)
+            if spec.name not in HONOURED and value != spec.default:
+                raise ConfigError(
+                    f"engine.{spec.name}={value} has no effect with the echo engine, which has no model; leave it out"
+                )
         self._running: set[str] = set()
         self._queued: dict[str, asyncio.Future[None]] = {}  # in order of arrival
         self._num_finished = self._num_aborted = 0

@@ -45,7 +45,7 @@ from kraken.engine.request_state import RequestState
 from kraken.engine.scheduler import Scheduler
 from kraken.manifest import Manifest
 from kraken.model import Kraken
-from kraken.plan import kv_bytes_per_token
+from kraken.plan.cost import kv_bytes_per_token
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 
 MAX_STEP_LOGITS = 512
@@ -144,7 +144,7 @@ class TorchEngine:
             num_blocks = _num_blocks(network, config)
             runner = ModelRunner(network, num_blocks, config.tokens_per_block)
             if graph_sizes is not None:
-                runner.record(graph_sizes)
+                runner.capture_graphs(graph_sizes)
             network.kernels.release_threads()
             return cls(runner, info, config, num_blocks)
         distributed_model = load_distributed(source, info.num_ids, config, device, dtype, rendezvous)

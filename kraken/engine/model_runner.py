@@ -35,7 +35,7 @@ class ModelRunner:
         self.sampler = Sampler(choose_kernels(network.device, torch.float32))  # logits are float32 in every model
         self._graphs: CudaGraphRunner | None = None
 
-    def record(self, sizes: GraphSizes) -> None:
+    def capture_graphs(self, sizes: GraphSizes) -> None:
         """On CUDA, capture graphs for these steps. All ranks must call it at the same time: the graphs contain
         all-reduces."""
         if self.network.device.type == "cuda":

@@ -4,7 +4,7 @@ Token ids in, token ids out. `generate` is an async iterator on the caller's eve
 cancellation) aborts the request and frees its memory.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -22,7 +22,43 @@ class EngineOverloaded(EngineError):
 
 
 class RequestError(ValueError):
-    """The request can never be served. The message names the field, the value and the way out."""
+    """A request that can never be served; the message names the field, the value and the way out.
+
+    Args:
+        field: the field of `SamplingParams` or `Request` at fault, `prompt` or `stop`; None where no single one is.
+    """
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
+
+
+class ContextLengthExceeded(RequestError):
+    """Prompt and completion together are longer than the model's context.
+
+    Args:
+        num_prompt_tokens: tokens of the prompt; a lower bound where `is_lower_bound`.
+        is_lower_bound: the prompt is so long that it was refused before it was encoded.
+    """
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, context_length: int, is_lower_bound: bool = False):
+        self.num_prompt_tokens, self.max_tokens, self.context_length = num_prompt_tokens, max_tokens, context_length
+        self.is_lower_bound = is_lower_bound
+        super().__init__(
+            f"prompt of {'at least ' if is_lower_bound else ''}{num_prompt_tokens} tokens and max_tokens={max_tokens} "
+            f"exceed the context of {context_length}; shorten the prompt or lower max_tokens",
+            field="prompt",
+        )
+
+
+SMALLEST_FLOAT32 = 2.0**-126
+"""The smallest float32 that hardware computes with everywhere. Engines hold sampling parameters in float32, where a
+smaller one may become 0 and give 0/0."""
+MIN_REPETITION_PENALTY = 0.01
+"""A logit divided by a much smaller penalty could leave the range of float32."""
+MORE_THAN_ALL_IDS = 2**30
+"""No vocabulary has so many ids."""
+MAX_STOP_STRINGS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +70,13 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens to generate before a stop id may be sampled or a stop string takes effect."""
     temperature: float = 1.0
-    """0 takes the most likely token."""
+    """0 takes the most likely token, and so does what float32 cannot hold (below 2 ** -126)."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches this."""
+    """Sample from the smallest set of tokens whose probability reaches this. The set holds the most likely token in any
+    case. It holds no other for 0, or for a value that the most likely token of any vocabulary reaches: such a value is
+    stored as `top_k=1`."""
     top_k: int = 0
-    """Sample from so many most likely tokens; 0 from all."""
+    """Sample from this many most likely tokens; 0 or -1, or more than any vocabulary has, from all (stored as 0)."""
     min_p: float = 0.0
     """Sample from tokens at least this share as likely as the most likely one; 0 from all."""
     repetition_penalty: float = 1.0
@@ -51,25 +89,51 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:
-            raise RequestError(f"max_tokens={self.max_tokens} is negative; 0 scores the prompt only")
+            raise RequestError(f"max_tokens={self.max_tokens} is negative; 0 scores the prompt only", "max_tokens")
         if not 0.0 <= self.temperature <= 100.0:
-            raise RequestError(f"temperature={self.temperature} is outside 0..100; 0 is greedy, 1 samples as trained")
-        if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"top_p={self.top_p} is outside (0, 1]; 1 samples from every token")
-        if self.top_k < 0:
-            raise RequestError(f"top_k={self.top_k} is negative; 0 samples from every token")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise RequestError(f"min_p={self.min_p} is outside 0..1; 0 samples from every token")
-        if not 0.0 < self.repetition_penalty <= 100.0:
             raise RequestError(
-                f"repetition_penalty={self.repetition_penalty} is outside (0, 100]; 1 switches it off, 1.1 is mild"
+                f"temperature={self.temperature} is outside 0..100; 0 is greedy, 1 samples as trained", "temperature"
+            )
+        if not 0.0 <= self.top_p <= 1.0:
+            raise RequestError(
+                f"top_p={self.top_p} is outside 0..1; 1 samples from every token, 0 takes the most likely one", "top_p"
+            )
+        if self.top_k < -1:
+            raise RequestError(f"top_k={self.top_k} is below -1; 0 and -1 sample from every token", "top_k")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise RequestError(f"min_p={self.min_p} is outside 0..1; 0 samples from every token", "min_p")
+        if not MIN_REPETITION_PENALTY <= self.repetition_penalty <= 100.0:
+            raise RequestError(
+                f"repetition_penalty={self.repetition_penalty} is outside {MIN_REPETITION_PENALTY}..100; "
+                "1 switches it off, 1.1 is mild",
+                "repetition_penalty",
             )
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(
-                f"min_tokens={self.min_tokens} is outside 0..max_tokens={self.max_tokens}; lower it or raise max_tokens"
+                f"min_tokens={self.min_tokens} is outside 0..max_tokens={self.max_tokens}; lower it or raise "
+                "max_tokens",
+                "min_tokens",
             )
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise RequestError(f"seed={self.seed} does not fit 64 bits; choose a smaller one")
+            raise RequestError(f"seed={self.seed} does not fit 64 bits; choose a smaller one", "seed")
+        self._replace_what_engines_cannot_compute()
+
+    def _replace_what_engines_cannot_compute(self) -> None:
+        """Write values that float32 or int64 would distort as values that mean the same and that every engine holds.
+
+        Otherwise a tiny `top_p` or `temperature` becomes 0 in float32 and the engine divides 0 by 0.
+        """
+        replaced: dict[str, float] = {}
+        if self.temperature < SMALLEST_FLOAT32:
+            replaced["temperature"] = 0.0
+        if self.top_k == -1 or self.top_k >= MORE_THAN_ALL_IDS:
+            replaced["top_k"] = 0
+        if self.top_p <= 1.0 / MORE_THAN_ALL_IDS:  # the most likely of n ids has a probability of at least 1/n
+            replaced |= {"top_p": 1.0, "top_k": 1}
+        if self.min_p < SMALLEST_FLOAT32:  # weights that small are 0 in float32, and are never sampled anyway
+            replaced["min_p"] = 0.0
+        for name, value in replaced.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,23 +257,35 @@ def check_request(request: Request, info: EngineInfo) -> None:
     """
     num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
     if num_prompt == 0:
-        raise RequestError("prompt is empty; give at least one token")
+        raise RequestError("prompt is empty; give at least one token", "prompt")
     for extreme in (min(request.prompt_ids), max(request.prompt_ids)):
         if not 0 <= extreme < info.num_ids:
-            raise RequestError(f"prompt holds token id {extreme}; this model's ids are 0..{info.num_ids - 1}")
+            raise RequestError(f"prompt holds token id {extreme}; this model's ids are 0..{info.num_ids - 1}", "prompt")
     limit = info.context_length + (max_tokens == 0)
     if num_prompt + max_tokens > limit:
-        raise RequestError(
-            f"prompt of {num_prompt} tokens and max_tokens={max_tokens} exceed the context of {info.context_length}; "
-            "shorten the prompt or lower max_tokens"
-        )
+        raise ContextLengthExceeded(num_prompt, max_tokens, info.context_length)
     num_logprobs, stop_ids = request.num_logprobs, request.sampling.stop_ids
     if num_logprobs is not None and not 0 <= num_logprobs <= info.num_ids:
-        raise RequestError(f"num_logprobs={num_logprobs} is outside 0..{info.num_ids}")
+        raise RequestError(f"num_logprobs={num_logprobs} is outside 0..{info.num_ids}", "num_logprobs")
     bad = next((i for i in stop_ids if not 0 <= i < info.num_ids), None)
     if bad is not None:
-        raise RequestError(f"stop_ids holds token id {bad}; this model's ids are 0..{info.num_ids - 1}")
+        raise RequestError(f"stop_ids holds token id {bad}; this model's ids are 0..{info.num_ids - 1}", "stop_ids")
     if request.sampling.min_tokens and len(set(stop_ids)) == info.num_ids:
         raise RequestError(
-            f"stop_ids holds every id, which leaves none for min_tokens={request.sampling.min_tokens}; name fewer"
+            f"stop_ids holds every id, which leaves none for min_tokens={request.sampling.min_tokens}; name fewer",
+            "stop_ids",
         )
+
+
+def check_stop_strings(stop: Sequence[str]) -> None:
+    """Refuse stop strings that a detokenizer could not watch for.
+
+    Raises:
+        RequestError: too many, or one is empty, which would end every completion before its first character.
+    """
+    if len(stop) > MAX_STOP_STRINGS:
+        raise RequestError(
+            f"stop holds {len(stop)} strings, at most {MAX_STOP_STRINGS} are possible; name fewer", "stop"
+        )
+    if "" in stop:
+        raise RequestError("stop holds an empty string, which nothing could come before; leave it out", "stop")

@@ -1,6 +1,7 @@
 """The scheduler: which tokens of which requests the next step computes. Policy only, without tensors or clocks; called
 by `EngineCore`.
- First come, first served. A step takes one token of every request that decodes, then fills its budget with the next
+
+First come, first served. A step takes one token of every request that decodes, then fills its budget with the next
 chunks of prompts, oldest request first. A request is admitted when the cache has room for all its known tokens. When
 the cache is full and an older request needs a block, the newest one is preempted: it loses its blocks and recomputes
 them later. The oldest request therefore always advances, and none starves.

@@ -24,7 +24,7 @@ class KrakenConfig(PretrainedConfig):
         hidden_size: width of one way.
         num_attention_heads: heads over all ways together.
         ffn_multiple: hidden size of a way's FFN over its width; `swiglu` has two thirds of it, rounded up to 8.
-        num_token_ids: ids that the tokenizer has; the vocabulary is padded beyond them.
+        num_token_ids: ids that the tokenizer has; the vocabulary is padded beyond them. The model asks for it.
         bias: whether linears and LayerNorms add a bias.
         head_dim: channels of one head as the engine that reads the folder computes with them; None is the true number.
 
@@ -33,7 +33,7 @@ class KrakenConfig(PretrainedConfig):
     """
 
     model_type = "kraken"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class KrakenConfig(PretrainedConfig):
         self.num_ways = num_ways
         self.max_position_embeddings = max_position_embeddings
         self.vocab_size = vocab_size
-        self.num_token_ids = vocab_size if num_token_ids is None else num_token_ids
+        self.num_token_ids = num_token_ids
         self.ffn_multiple = ffn_multiple
         self.activation = activation
         self.positions = positions

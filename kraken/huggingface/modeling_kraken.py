@@ -9,6 +9,9 @@ With x_i the input of way i, one layer computes
 and the first layer has no incoming sum. After the last layer one linear, the conjunction, brings the concatenated ways
 back to one width; the head is the token embedding. The `standard` and `parallel` baselines have one way.
 
+The vocabulary is padded beyond the ids of the tokenizer. The logits of the padding ids are -inf, so that probabilities,
+loss and generation are over the tokenizer's ids.
+
 Shape letters: B batch, T new tokens, S all tokens of the cache, W ways, D width of a way, N heads per way, H head size,
 V vocabulary.
 """
@@ -21,6 +24,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_kraken import KrakenConfig
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache: `cache` from 5.24 on, `past_key_values` before."""
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,7 +103,11 @@ class KrakenTransformer(nn.Module):
 
 
 class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model. Its cache holds one layer per layer, with the heads of all ways side by side."""
+    """The language model. Its cache holds one layer per layer, with the heads of all ways side by side.
+
+    Raises:
+        ValueError: the configuration does not say how many ids the tokenizer has.
+    """
 
     config_class = KrakenConfig
     base_model_prefix = "transformer"
@@ -105,6 +115,12 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KrakenConfig):
         super().__init__(config)
+        if config.num_token_ids is None or not 0 < config.num_token_ids <= config.vocab_size:
+            raise ValueError(
+                f"num_token_ids={config.num_token_ids}: config.json must give the number of the tokenizer's ids, at "
+                f"most vocab_size={config.vocab_size}; the ids beyond only pad the vocabulary and have no probability. "
+                "Set it to len(tokenizer)"
+            )
         self.transformer = KrakenTransformer(config)
         self.post_init()
 
@@ -132,42 +148,46 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
-        """Logits [B, T, V] of the next token, of the last `logits_to_keep` positions (0: all).
+        """Logits [B, T, V] of the next token, of the last `logits_to_keep` positions (0: all); -inf for padding ids.
 
         Args:
             attention_mask: [B, S], zero for padding, or a mask [B, 1, T, S] as transformers prepares it.
             labels: [B, T]; position t is compared with label t + 1, and -100 is left out.
+            cache: the same as `past_key_values`, by its name in transformers 5.24 and newer.
             cache_position: [T], places of the new tokens in the cache; None continues it.
         Raises:
-            ValueError: neither or both of ids and embeddings, a position past the context, or an output that this
-                model does not give.
+            ValueError: neither or both of ids and embeddings, two caches, a position past the context, or an output
+                that this model does not give.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not available; leave them out")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+        cache = past_key_values if cache is None else cache
         x_BTD = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        num_past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        num_past = 0 if cache is None else cache.get_seq_length()
         if cache_position is None:
             cache_position = torch.arange(x_BTD.shape[1], device=x_BTD.device) + num_past
         if position_ids is None:
             position_ids = positions_of(attention_mask, cache_position)
-        hidden_BTD = self._hidden(x_BTD, attention_mask, position_ids, past_key_values, cache_position)
+        hidden_BTD = self._hidden(x_BTD, attention_mask, position_ids, cache, cache_position)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = F.linear(hidden_BTD[:, kept], self.transformer.wte.weight)
+        logits_BTV[..., self.config.num_token_ids :] = -torch.inf
         loss = None
         if labels is not None:
             if logits_BTV.shape[1] != labels.shape[1]:
                 raise ValueError("labels need the logits of every position; leave out logits_to_keep")
             logits = logits_BTV[:, :-1].to(exact_dtype(logits_BTV.dtype))
             loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits_BTV, past_key_values=past_key_values if use_cache else None
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: cache if use_cache else None})
         return output.to_tuple() if return_dict is False else output
 
     def _hidden(

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kraken.manifest import write_atomically
+from kraken.manifest import ArtefactError, write_atomically
 from kraken.tokenizer import END_OF_TEXT, Tokenizer
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -25,6 +25,9 @@ def write_fast_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "padding_side": "left",  # a batch's prompts end together, where generation goes on
+        "model_input_names": ["input_ids", "attention_mask"],  # otherwise also token types, which the model refuses
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
     }
@@ -67,6 +70,40 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [[spelled[left], spelled[right]] for left, right in merges(tokenizer.ranks)],
         },
     }
+
+
+def read_fast_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, which transformers may have written again after reading ours.
+
+    Raises:
+        ArtefactError: the file is damaged, or encodes differently from every tokenizer of tiktoken's kind.
+    """
+    way_out = "give --tokenizer with the folder that the model was loaded from"
+    try:
+        found = json.loads(path.read_text())
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        spelled = {token: rank for token, rank in found["model"]["vocab"].items() if token != END_OF_TEXT}
+        ranks = {bytes(byte_of[character] for character in token): rank for token, rank in spelled.items()}
+        pattern = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"].replace(r"\z", "$")
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+        tokenizer = Tokenizer(ranks, pattern, path.parent.name)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ArtefactError(f"{path} cannot be read as a tokenizer of this project ({error!r}); {way_out}") from error
+    expected = fast_tokenizer(tokenizer)
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in found["model"]["merges"]]
+    special = [(token["id"], token["content"]) for token in found.get("added_tokens", [])]
+    checks = {
+        "merges": pairs == expected["model"]["merges"],
+        "ignore_merges": found["model"].get("ignore_merges") is True,
+        "normalizer": found.get("normalizer") is None,
+        "pattern": found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] == oniguruma(pattern),
+        "added_tokens": special == [(tokenizer.eot_id, END_OF_TEXT)],
+    }
+    different = [name for name, is_same in checks.items() if not is_same]
+    if different:
+        raise ArtefactError(f"{path} encodes differently from a tokenizer of this project, in {different}; {way_out}")
+    return tokenizer
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

@@ -46,6 +46,13 @@ class GraphedBackward:
         self._attach(self._gradients)
         return recording.loss
 
+    def close(self) -> None:
+        """Give the graphs back; waits until the device has finished them."""
+        torch.cuda.synchronize()
+        for recording in self._recordings.values():
+            recording.graph.reset()
+        self._recordings.clear()
+
     def _record(self, inputs: Tensor, targets: Tensor, num_tokens: int, is_first: bool) -> "_Recording":
         assert (self._gradients[0] is None) == is_first, "a step's first microbatch must always have the same shape"
         inputs, targets = inputs.clone(), targets.clone()

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from kraken.model import Kraken, is_vector
+from kraken.model.architecture import Kraken, is_vector
 
 MOMENTUM = 0.95
 """m above: what Jordan, and torch by default, take at every size of model."""

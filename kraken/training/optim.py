@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kraken.config import TrainConfig
-from kraken.model import Kraken, is_vector
+from kraken.model.architecture import Kraken, is_vector
 from kraken.training.muon import Muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -16,10 +16,11 @@ MUON_MOMENT = "momentum_buffer"
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Rate of the step that follows `step` finished ones: linear warm-up, then a cosine down to its final fraction."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+    warmup_steps = config.num_warmup_steps
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
     final = config.learning_rate * config.final_learning_rate_fraction
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = (step - warmup_steps) / max(1, config.steps - warmup_steps)
     return final + (config.learning_rate - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 

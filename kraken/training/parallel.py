@@ -15,16 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn.parallel import DistributedDataParallel
 
 from kraken.config import ConfigError
-from kraken.model import way_dimension
+from kraken.model.architecture import way_dimension
+from kraken.model.ways import WayGroup
 from kraken.stopwatch import Stopwatch
-from kraken.ways import WayGroup
 
 AXES = ("replicate", "shard", "way")
+VALUES_PER_BUCKET = 2**26
+"""Gradients of the replicas that are summed in one all-reduce: 256 MB in float32, far more than latency matters for."""
 
 
 def num_replicas(num_processes: int, shard_size: int, way_size: int) -> int:
@@ -53,8 +54,8 @@ class Mesh:
     devices: DeviceMesh | None = None
     overlap: bool = True
     communication: Stopwatch = field(default_factory=Stopwatch)
-    """Runs while a collective of ours is waited for: sums over the ways, the loss over a divided vocabulary, the
-    gradients' norm. Not in it is what DDP and FSDP wait for inside of them, which neither tells."""
+    """Runs while a collective of ours is waited for: sums over the ways, the loss over a divided vocabulary, gradients
+    and their norm. Not in it is what FSDP waits for, which it does not tell, nor what compiled code waits for."""
 
     @property
     def rank(self) -> int:
@@ -85,7 +86,8 @@ class Mesh:
         if self.devices is None or self.axis_size("way") == 1:
             return WayGroup(overlap=self.overlap)
         axis = self.devices["way"]
-        return WayGroup(axis.get_local_rank(), axis.size(), axis.get_group(), self.overlap, self.communication)
+        group = axis.get_group()
+        return WayGroup(axis.get_local_rank(), axis.size(), group, group.group_name, self.overlap, self.communication)
 
     @property
     def num_data_ranks(self) -> int:
@@ -97,12 +99,17 @@ class Mesh:
         """Which part of a step's batch this process trains on."""
         return self.rank // self.axis_size("way")
 
-    def shard(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        """Divide parameters, gradients and optimizer state over the shard axis, layer by layer; no-op without one."""
+    def shard(self, model: nn.Module, layers: nn.ModuleList, compute: torch.dtype) -> None:
+        """Divide parameters, gradients and optimizer state over the shard axis, layer by layer; no-op without one.
+
+        Parameters are gathered in the type of the computation, and gradients are reduced in that of the master weights.
+        """
         if self.devices is None or self.axis_size("shard") == 1:
             return
         mesh = self.devices["replicate", "shard"] if self.axis_size("replicate") > 1 else self.devices["shard"]
         num_shards = self.axis_size("shard")
+        master = next(model.parameters()).dtype
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master, cast_forward_inputs=False)
 
         def placement(parameter: nn.Parameter) -> Shard:
             # the ways come first and are few; a matrix's rows are many
@@ -110,32 +117,31 @@ class Mesh:
             return Shard(1 if rows_divide else 0)
 
         for layer in layers:
-            fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
-        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+            fully_shard(layer, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
 
     def reshard(self, model: nn.Module) -> None:
         """Give back what FSDP gathered for a forward pass that no backward pass followed, such as a validation."""
         if isinstance(model, FSDPModule):
             model.reshard()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """A model whose backward averages the gradients over the data ranks, overlapped with the backward itself."""
-        if self.devices is None or self.axis_size("shard") > 1 or self.axis_size("replicate") == 1:
-            return model
-        group = self.devices["replicate"].get_group()
-        return DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+    @torch.no_grad()
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace the gradients by their mean over the replicas, in a few large all-reduces.
 
-    @contextmanager
-    def accumulating(self, model: nn.Module, enabled: bool) -> Iterator[None]:
-        """Inside, the model's backward only adds to the local gradients."""
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(not enabled)
-            yield
-        elif enabled and isinstance(model, DistributedDataParallel):
-            with model.no_sync():
-                yield
-        else:
-            yield
+        Called once a step, after the last microbatch. Where FSDP shards the model, it has done so already.
+        """
+        if self.devices is None or self.axis_size("replicate") == 1 or self.axis_size("shard") > 1:
+            return
+        group, size = self.devices["replicate"].get_group(), self.axis_size("replicate")
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for bucket in buckets_of(gradients, VALUES_PER_BUCKET):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            with self.communication.running():
+                dist.all_reduce(flat, group=group)
+            flat /= size
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(to) for part, to in zip(parts, bucket, strict=True)])
 
     @torch.no_grad()
     def clip_gradients(self, model: nn.Module, max_norm: float) -> Tensor:
@@ -167,6 +173,20 @@ class Mesh:
         """Return when every process has arrived."""
         if self.size > 1:
             dist.barrier()
+
+
+def buckets_of(tensors: list[Tensor], num_values: int) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in lists of at most so many values, or of one tensor that is larger."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and held + tensor.numel() > num_values:
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 def local(tensor: Tensor) -> Tensor:

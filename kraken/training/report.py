@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kraken.checkpoint.history import History
 from kraken.config import RunConfig
-from kraken.plan import training_flops_per_token
+from kraken.plan.cost import training_flops_per_token
 from kraken.stopwatch import Stopwatch
 from kraken.training.agreement import Agreement
 from kraken.training.optim import learning_rate
@@ -70,6 +70,9 @@ class Reporter:
 
     def report(self, done: int, grad_norm: Tensor) -> dict[str, float]:
         """The metrics since the last report, and a new start; equal on every rank.
+
+        `loss` is the objective: its softmax is over the padded vocabulary, that of the validation over the tokenizer's
+        ids.
 
         Times in data, in checkpoints and in communication are of the rank that spent most in each, in seconds.
         """

@@ -17,8 +17,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from kraken.checkpoint.folders import (
+    is_checkpoint,
+    is_set_aside,
+    list_checkpoints,
+    list_set_aside,
+    reason,
+    set_aside,
+    set_aside_name,
+    step_folder,
+    step_of,
+)
 from kraken.checkpoint.history import HISTORY_NAME, History, write_history
-from kraken.checkpoint.reader import STEP_FOLDER, State, list_checkpoints, step_folder, step_of
+from kraken.checkpoint.reader import State
 from kraken.checkpoint.tensor_files import write_tensors
 from kraken.manifest import (
     MANIFEST_NAME,
@@ -31,10 +42,13 @@ from kraken.manifest import (
     sha256_of_file,
 )
 from kraken.stopwatch import Stopwatch
-from kraken.storage import Storage
+from kraken.storage import Storage, is_remote
 from kraken.training.agreement import Agreement
 from kraken.training.parallel import Mesh
 from kraken.training.snapshot import Snapshot
+
+KEEP_SET_ASIDE = 2
+"""Newest damaged checkpoints that stay, under their other name, until training has finished."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +59,8 @@ class Label:
     """The model's."""
     data_fingerprint: str
     tokenizer_fingerprint: str
+    origin: dict[str, Any] | None = None
+    """Where a continued run began: `fingerprint` of the earlier run, `step`, and its `skipped_steps` until then."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -126,6 +142,37 @@ class Saver:
     def is_busy(self) -> bool:
         """Whether a checkpoint is under way; the same on every rank."""
         return self._flight is not None
+
+    def set_label(self, label: Label) -> None:
+        """Say of the checkpoints that follow what is known only once one was read."""
+        self._label = label
+
+    def set_aside(self, step: int) -> None:
+        """Rename a checkpoint that failed its checks on some rank, so that it neither counts as kept nor is read again.
+
+        Called on every rank, each of which may have a folder of its own.
+        """
+        folder = step_folder(self._run_folder, step)
+        has_own_cache = self._storage is not None and is_remote(self._storage.uri)
+        if self._mesh.is_main or has_own_cache:
+            set_aside(folder)
+        if self._mesh.is_main:
+            warnings.warn(
+                f"{folder} is damaged and set aside as {set_aside_name(folder).name}; training goes on from the one "
+                "before",
+                stacklevel=2,
+            )
+            if self._storage is not None:
+                self._storage.move_remote(folder, set_aside_name(folder))
+
+    def delete_set_aside(self, keep: int = 0) -> None:
+        """On rank 0: delete damaged checkpoints but the newest few, here and in a remote storage."""
+        folders = set(list_set_aside(self._run_folder))
+        if self._storage is not None:
+            folders |= {path for path in self._storage.remote_folders(self._run_folder) if is_set_aside(path)}
+        for folder in sorted(folders)[: len(folders) - keep]:
+            warnings.warn(f"{folder}, a damaged checkpoint that was set aside, is deleted", stacklevel=2)
+            self._delete(folder)
 
     def start(self, step: int, state: State, history: History, interval: Mapping[str, float]) -> None:
         """Begin writing what is held after so many steps; tensors may change after `snapshot.before_change`.
@@ -233,6 +280,7 @@ class Saver:
             details={
                 "tokenizer_fingerprint": self._label.tokenizer_fingerprint,
                 "interval": dict(flight.interval),
+                **({"origin": self._label.origin} if self._label.origin else {}),
             },
             files=tuple(sorted(records, key=lambda record: record.path)),
             libraries=library_versions(),
@@ -242,26 +290,51 @@ class Saver:
         ).write(partial)
         for name in (HISTORY_NAME, MANIFEST_NAME):
             self._upload(partial / name, flight.step)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of this step
+        shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged since the start
         partial.rename(folder)
         _flush_folder(self._run_folder)
         self._prune(flight.history)
 
     def _prune(self, history: History) -> None:
-        """Delete all but the newest checkpoints and the best, here and in a remote storage."""
-        folders = set(list_checkpoints(self._run_folder))
-        if self._storage is not None:
-            folders |= {path for path in self._storage.remote_folders(self._run_folder) if STEP_FOLDER.match(path.name)}
-        ordered = sorted(folders)
+        """Delete all but the newest good checkpoints and the best, here and in a remote storage."""
+        ordered = self._good_checkpoints()
         keep = set(ordered[-self._keep :])
         losses = {int(report["step"]): report.get("validation_loss") for report in history}
         validated = [(loss, path) for path in ordered if (loss := losses.get(step_of(path))) is not None]
         if self._keep_best and validated:
             keep.add(min(validated)[1])
-        for folder in folders - keep:
-            shutil.rmtree(folder, ignore_errors=True)
-            if self._storage is not None:
-                self._storage.delete_remote(folder)
+        for folder in ordered:
+            if folder not in keep:
+                self._delete(folder)
+        self.delete_set_aside(KEEP_SET_ASIDE)
+
+    def _good_checkpoints(self) -> list[Path]:
+        """Checkpoints that are whole as far as their manifests and the files' sizes show, oldest first.
+
+        The others are set aside: a name alone must not keep a place among the newest from one that can be read.
+        """
+        folders = set(list_checkpoints(self._run_folder))
+        remote = self._storage.remote_folders(self._run_folder) if self._storage is not None else []
+        folders |= {path for path in remote if is_checkpoint(path)}
+        good = []
+        for folder in sorted(folders):
+            try:
+                if folder.is_dir():
+                    Manifest.read(folder)
+                if self._storage is not None and folder in remote:
+                    self._storage.read_manifest(folder)
+                good.append(folder)
+            except ArtefactError as error:
+                warnings.warn(f"{reason(error)}; set aside as {set_aside_name(folder).name}", stacklevel=2)
+                set_aside(folder)
+                if self._storage is not None:
+                    self._storage.move_remote(folder, set_aside_name(folder))
+        return good
+
+    def _delete(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        if self._storage is not None:
+            self._storage.delete_remote(folder)
 
     def _upload(self, path: Path, step: int) -> None:
         if self._storage is not None:

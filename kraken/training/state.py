@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kraken.checkpoint.pieces import held_piece, whole_piece
 from kraken.checkpoint.reader import PROGRESS, CheckpointReader, Held, State
-from kraken.model import way_dimension, whole_shapes
+from kraken.model.architecture import way_dimension, whole_shapes
 from kraken.training.parallel import Mesh, local
 from kraken.training.step import TrainingStep
 

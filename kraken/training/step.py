@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kraken.alignment import Alignment
 from kraken.config import ModelConfig, TrainConfig
 from kraken.model import Kraken
-from kraken.plan import training_flops_per_token
-from kraken.precision import Precision, choose_precision
+from kraken.model.alignment import Alignment
+from kraken.model.precision import Precision, choose_precision
+from kraken.plan.cost import training_flops_per_token
 from kraken.training.graph import GraphedBackward
 from kraken.training.optim import Optimizer, learning_rate
 from kraken.training.parallel import Mesh
@@ -48,14 +48,14 @@ def should_compile(setting: str, device: torch.device, training_flops: float, nu
 
 
 class SummedLoss(nn.Module):
-    """A model as a module whose forward is its loss, which is what data parallelism wraps."""
+    """A model as a module whose forward is its loss, which is what FSDP wraps."""
 
     def __init__(self, model: Kraken):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        return self.model.loss(inputs_BT, targets_BT)
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
+        return self.model.loss(inputs_BT, targets_BT, num_ids)
 
 
 class TrainingStep:
@@ -70,14 +70,13 @@ class TrainingStep:
         with torch.device("meta"):  # so that no process ever holds more than its own part and one whole parameter
             self.model = Kraken(model_config, mesh.ways).to(self.precision.master)
         self._loss = SummedLoss(self.model)
-        mesh.shard(self._loss, self.model.h)
+        mesh.shard(self._loss, self.model.h, self.precision.compute)
         self._loss.to_empty(device=mesh.device)
         self.model.init_weights(config.seed)
         self.model.align(choose_alignment(mesh.device, self.precision))
         if config.recompute_activations:
             self.model.recompute_activations()
         self.optimizer = Optimizer(config, self.model, self.precision.compute)
-        self._averaged: nn.Module = self._loss
         self._graphed: GraphedBackward | None = None
         self.progress = torch.tensor([torch.nan, 0.0], device=mesh.device, dtype=torch.float64)
         """[running mean of the loss, bad steps]; with weights and moments, all that a step leaves to the next."""
@@ -86,9 +85,10 @@ class TrainingStep:
         self._is_bad: list[tuple[int, Tensor]] = []
 
     def start(self, num_steps: int) -> None:
-        """Compile, if that pays for so many steps, and join the other processes; the weights are the first step's.
+        """Compile, if that pays for so many steps; the weights are the first step's.
 
-        On one GPU, compiled steps are recorded as CUDA graphs too.
+        On GPUs compiled steps are recorded as CUDA graphs too, with the ways' sums inside, except where FSDP gathers
+        parameters while the step runs.
         """
         c, mesh = self._config, self._mesh
         tokens = num_steps * c.sequences_per_step * self.model.config.context_length / mesh.size
@@ -96,9 +96,13 @@ class TrainingStep:
         compiles = should_compile(c.compile, mesh.device, flops, torch.get_num_threads())
         if compiles:
             self.model.compile_parts()
-        self._averaged = mesh.wrap(self._loss)
-        if compiles and mesh.device.type == "cuda" and mesh.size == 1:
+        if compiles and mesh.device.type == "cuda" and mesh.axis_size("shard") == 1:
             self._graphed = GraphedBackward(self._backward, self.model)
+
+    def close(self) -> None:
+        """Drop the CUDA graphs; NCCL's groups cannot end while graphs hold their collectives."""
+        if self._graphed is not None:
+            self._graphed.close()
 
     def __call__(self, step: int, inputs_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Train on this process's share of a step's batch.
@@ -111,12 +115,11 @@ class TrainingStep:
         microbatches = list(zip(inputs_BT.split(size), targets_BT.split(size), strict=True))
         loss_sum = torch.zeros((), device=mesh.device, dtype=torch.float64)
         for index, (inputs, targets) in enumerate(microbatches):
-            is_last = index == len(microbatches) - 1
-            with mesh.accumulating(self._averaged, enabled=not is_last):
-                if self._graphed is None:
-                    loss_sum += self._backward(inputs, targets, targets_BT.numel())
-                else:
-                    loss_sum += self._graphed(inputs, targets, targets_BT.numel(), is_first=index == 0)
+            if self._graphed is None:
+                loss_sum += self._backward(inputs, targets, targets_BT.numel())
+            else:
+                loss_sum += self._graphed(inputs, targets, targets_BT.numel(), is_first=index == 0)
+        mesh.average_gradients(self.model)
         grad_norm = mesh.clip_gradients(self.model, c.clip_norm)
         loss = loss_sum / mesh.num_data_ranks
         is_bad = self._judge(loss, grad_norm)
@@ -130,7 +133,7 @@ class TrainingStep:
     def _backward(self, inputs_BT: Tensor, targets_BT: Tensor, num_tokens: int) -> Tensor:
         """Add a microbatch's gradients; returns its part of the mean loss over `num_tokens`."""
         with self.precision.autocast(self._mesh.device):
-            loss = self._averaged(inputs_BT, targets_BT)
+            loss = self._loss(inputs_BT, targets_BT)
         # the mean over this rank's tokens: averaging the data ranks then gives the mean over the global batch
         loss = loss / num_tokens
         loss.backward()
@@ -162,9 +165,14 @@ class TrainingStep:
         return [step for (step, _), bad in zip(judged, is_bad, strict=True) if bad]
 
     @torch.no_grad()
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Summed loss in nats of this data rank's sequences, for validation."""
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor, num_ids: int) -> Tensor:
+        """Summed loss in nats of this data rank's sequences, for validation.
+
+        Args:
+            num_ids: ids of the tokenizer; probabilities are over them, as in every engine. The objective of the step
+                itself is over the padded vocabulary.
+        """
         with self.precision.autocast(self._mesh.device):
-            loss: Tensor = self._loss(inputs_BT, targets_BT)
+            loss: Tensor = self._loss(inputs_BT, targets_BT, num_ids)
         self._mesh.reshard(self._loss)  # so that every parameter is its shard again
         return loss

@@ -4,6 +4,7 @@ It resumes by itself from the newest good checkpoint in its folder, and ends in 
 stopped: the batch of a step and its learning rate depend on nothing but the step.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -14,14 +15,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from kraken.checkpoint.folders import list_checkpoints, newest_checkpoint, reason, step_folder, step_of
 from kraken.checkpoint.history import History, write_history
-from kraken.checkpoint.reader import CheckpointReader, list_checkpoints, newest_checkpoint, step_folder, step_of
+from kraken.checkpoint.reader import CheckpointReader
 from kraken.config import RunConfig, to_dict
 from kraken.data.loader import Loader, sequential_windows, split_windows
 from kraken.data.prefetch import Prefetcher
 from kraken.data.shards import TokenShards
+from kraken.data.splits import require_windows
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.plan import num_parameters, training_flops_per_token
+from kraken.plan.cost import num_parameters, training_flops_per_token
 from kraken.storage import Storage
 from kraken.training.agreement import Agreement
 from kraken.training.arrivals import Arrivals
@@ -106,6 +109,11 @@ def train(
             raise
 
 
+def validation_report(loss: float) -> dict[str, float]:
+    """What a validation adds to a step's report."""
+    return {"validation_loss": loss, "validation_perplexity": math.exp(loss)}
+
+
 class _Run:
     """The state of one training run on one rank."""
 
@@ -127,13 +135,14 @@ class _Run:
                 f"ranks; choose a multiple of {mesh.num_data_ranks}"
             )
         self.data = Manifest.read(data_folder)
-        num_ids = int(self.data.value("vocabulary_ids"))
+        self.num_ids = num_ids = int(self.data.value("vocabulary_ids"))
         if num_ids > config.model.vocab_size:
             raise ArtefactError(
                 f"the data's tokenizer has {num_ids} ids, model.vocab_size={config.model.vocab_size} is smaller; "
                 "prepare the data with this config"
             )
         T = config.model.context_length
+        require_windows(data_folder, self.data, T)
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
         # a little less than the gradients' collectives have: NCCL ends the process when their time is out, unexplained
@@ -162,12 +171,22 @@ class _Run:
         self.num_skipped_in_a_row = 0
 
     def _resume(self) -> tuple[int, History, dict[str, float]]:
-        """Continue from the newest checkpoint that is good on every rank; those before it are passed over together."""
+        """Continue from the newest checkpoint that is good on every rank; newer ones are set aside by all together.
+
+        Raises:
+            ArtefactError: the checkpoint does not fit, or holds skipped steps that the settings do not allow, or a run
+                that began at another one's checkpoint has none left.
+        """
         below = 10**9
         while True:
             steps = [step_of(path) for path in list_checkpoints(self.run_folder)] if self.mesh.is_main else []
             (newest,) = self.agreement.largest(max((step for step in steps if step < below), default=0))
             if newest == 0:
+                if self.config.continue_from is not None:
+                    raise ArtefactError(
+                        f"{self.run_folder} continues {self.config.continue_from}, and no good checkpoint is left in "
+                        "it; run the same command again while that training's checkpoint is there"
+                    )
                 return 0, [], {}
             wanted = self.state.to_read()
             checkpoint = None
@@ -176,7 +195,7 @@ class _Run:
                 checkpoint.verify(wanted.places)
             except ArtefactError as error:
                 checkpoint = None
-                warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+                warnings.warn(f"checkpoint passed over: {reason(error)}", stacklevel=2)
             (is_damaged,) = self.agreement.largest(int(checkpoint is None))
             if checkpoint is not None and not is_damaged:
                 checkpoint.require_fitting(
@@ -185,10 +204,36 @@ class _Run:
                     tokenizer_fingerprint=self.label.tokenizer_fingerprint,
                 )
                 wanted.read(checkpoint)
+                self.label = dataclasses.replace(self.label, origin=checkpoint.manifest.details.get("origin"))
+                self.saver.set_label(self.label)
+                self._require_no_skipped_steps(newest)
+                self._warn_of_late_trace(newest)
                 history = checkpoint.read_history()
                 self.agreement.largest(0)  # nobody deletes what another still reads
                 return newest, history, checkpoint.manifest.details["interval"]
+            self.saver.set_aside(newest)
             below = newest
+
+    def _require_no_skipped_steps(self, step: int) -> None:
+        """Refuse a checkpoint of this run that has passed over bad steps, where the settings say to stop at them."""
+        inherited = int((self.label.origin or {}).get("skipped_steps", 0))
+        num_skipped = int(self.step.progress[1]) - inherited
+        if num_skipped > 0 and self.config.train.on_bad_step == "stop":
+            raise ArtefactError(
+                f"{num_skipped} of the {step} steps in {step_folder(self.run_folder, step)} were bad and skipped, and "
+                "train.on_bad_step=stop would have ended training there; go on with train.on_bad_step=skip, or change "
+                "what makes them bad, such as train.learning_rate"
+            )
+
+    def _warn_of_late_trace(self, step: int) -> None:
+        trace_step = self.config.train.trace_step
+        has_trace = any(self.run_folder.glob("trace_rank_*.json"))
+        if 0 < trace_step <= step and not has_trace and self.mesh.is_main:
+            warnings.warn(
+                f"train.trace_step={trace_step} is past: training continues at step {step}; for a trace choose a step "
+                "after it",
+                stacklevel=2,
+            )
 
     def run(self) -> dict[str, Metric]:
         c, mesh = self.config.train, self.mesh
@@ -207,14 +252,20 @@ class _Run:
             self.saver,
             Prefetcher(self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, first, last) as self.batches,
         ):
-            self._run_steps()
+            try:
+                self._run_steps()
+            finally:
+                self.step.close()
         if self.history and "validation_loss" in self.history[-1]:
             validation_loss = self.history[-1]["validation_loss"]
         else:  # of a checkpoint that was written by a run with other settings
             validation_loss = self._validate()
+            if self.history and self.history[-1]["step"] == c.steps:
+                self.history[-1] |= validation_report(validation_loss)
         seconds = self.history[-1]["seconds"] if self.history else 0.0
         if mesh.is_main:
             write_history(self.run_folder, self.history)
+            self.saver.delete_set_aside()
         self.agreement.close()
         return {
             "parameters": Metric(num_parameters(self.config.model), "parameters"),
@@ -224,6 +275,7 @@ class _Run:
             "training_seconds": Metric(seconds, "s"),
             "mean_tokens_per_second": Metric(c.steps * self.tokens_per_step / max(seconds, 1e-9), "tokens/s"),
             "training_flops_per_token": Metric(training_flops_per_token(self.config.model), "FLOP/token"),
+            "skipped_steps": Metric(int(self.step.progress[1]), "optimizer steps"),
             "num_workers": Metric(mesh.size, "processes"),
         }
 
@@ -251,7 +303,7 @@ class _Run:
                 report = self.reporter.report(done, grad_norm)
                 if validates:
                     validation_loss = self._validate()
-                    report |= {"validation_loss": validation_loss, "validation_perplexity": math.exp(validation_loss)}
+                    report |= validation_report(validation_loss)
                 self.history.append(report)
                 self.hooks.on_step(report)
                 self.reporter.restart_clock()
@@ -285,12 +337,15 @@ class _Run:
         profiler.export_chrome_trace(str(self.run_folder / f"trace_rank_{self.mesh.rank}.json"))
 
     def _validate(self) -> float:
-        """Mean loss in nats per token over the same windows every time, spread evenly over the validation split."""
+        """Mean loss in nats per token over the same windows every time, spread evenly over the validation split.
+
+        Probabilities are over the tokenizer's ids, without the padding ids of the vocabulary, as in every engine.
+        """
         mesh = self.mesh
         total = torch.zeros(2, device=mesh.device, dtype=torch.float64)
         for windows in self._validation_batches():
             inputs, targets = (x.to(mesh.device) for x in split_windows(windows))
-            total[0] += self.step.loss(inputs, targets)
+            total[0] += self.step.loss(inputs, targets, self.num_ids)
             total[1] += targets.numel()
         loss_sum, num_tokens = mesh.sum(total).tolist()
         return loss_sum / num_tokens
@@ -299,11 +354,7 @@ class _Run:
         """This rank's validation windows, [B, T+1] each."""
         c, T = self.config.train, self.config.model.context_length
         spans = [span for span in sequential_windows(self.validation_shards.num_tokens, T) if span[1] == T + 1]
-        if not spans:
-            raise ArtefactError(
-                f"the validation split of {self.validation_shards.num_tokens} tokens is shorter than "
-                f"model.context_length={T}; give more text, a larger data.validation_fraction or a shorter context"
-            )
+        assert spans, "the validation split's length is checked before the first step"
         chosen = spans[:: max(1, len(spans) // c.validation_windows)][: c.validation_windows]
         mine = chosen[self.mesh.data_rank :: self.mesh.num_data_ranks]
         for first in range(0, len(mine), c.sequences_per_microbatch):
@@ -323,8 +374,9 @@ class _Run:
             last_good = newest_checkpoint(self.run_folder)
             raise ArtefactError(
                 f"{self._what_is_bad()} at step {bad_steps[0] + 1}: {self._windows(bad_steps[0])}; the last good "
-                f"checkpoint is {last_good or 'none'}, and nothing was written since; lower train.learning_rate, warm "
-                "up longer, train in float32, or pass over such steps with train.on_bad_step=skip"
+                f"checkpoint is {last_good or 'none'}, and nothing was written since; pass over such steps with "
+                "train.on_bad_step=skip, which continues from there, or lower train.learning_rate, warm up longer or "
+                "train in float32, which continue from there with --continue-from latest"
             )
         self.reporter.num_bad += len(bad_steps)
         if self.mesh.is_main:
@@ -337,7 +389,8 @@ class _Run:
         if self.num_skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise ArtefactError(
                 f"the {self.num_skipped_in_a_row} steps until step {done} were all skipped, {self._what_is_bad()}; "
-                "lower train.learning_rate, warm up longer, or raise train.max_loss_spike"
+                "lower train.learning_rate, warm up longer, or raise train.max_loss_spike; --continue-from latest "
+                "starts such a training from the newest checkpoint"
             )
 
     def _what_is_bad(self) -> str:

@@ -30,7 +30,7 @@ from kraken.convert import (
     write_tokenizer,
 )
 from kraken.manifest import ArtefactError, Manifest, finish_artefact, make_fingerprint, write_atomically
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.tokenizer import Tokenizer
 from kraken.trtllm.parts import Part, ReadRows, padded_head_size, padded_vocab_size, plan_parts, require_convertible
 from kraken.trtllm.proof import proof_metrics, proof_shape, prove_padding

@@ -287,8 +287,8 @@ async def _compare(exchange: Path, patient: Patient) -> Check:
         await engine.start()
         report = await parity(engine, model, prompts, num_tokens, tolerance)
         detail = (
-            f"logits differ by {report.max_abs_diff:.2e} (at most {tolerance:.2e}), {report.num_different} of "
-            f"{report.num_tokens} tokens; {engine.capabilities}"
+            f"log-probabilities differ by {report.max_abs_diff:.2e} (at most {tolerance:.2e}), "
+            f"{report.num_different} of {report.num_tokens} tokens; {engine.capabilities}"
         )
     finally:
         await engine.close()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kraken.config import EngineConfig
+from kraken.config import ConfigError, EngineConfig
 from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import (
     EngineError,
@@ -159,7 +159,10 @@ class TensorRTEngine:
 
         Raises:
             ArtefactError: the folder is unfinished or damaged, or its padded heads change the logits.
+            ConfigError: TensorRT-LLM cannot honour one of the settings.
         """
+        if config.refused_by_tensorrt_llm:
+            raise ConfigError(f"{config.refused_by_tensorrt_llm} with TensorRT-LLM; leave it out")
         manifest, tokenizer = Manifest.read(folder), Tokenizer.load(folder)
         require_proven(manifest)
         if recorded := manifest.details.get("tokenizer_fingerprint"):
@@ -180,7 +183,12 @@ class TensorRTEngine:
             dtype="bfloat16" if config.dtype == "auto" else config.dtype,
             max_batch_size=config.max_batch_size,
             exchange_fingerprint=next(iter(manifest.parents.values()), manifest.fingerprint),
-            overlap=overlap,
+            overlap=overlap and config.overlap == "overlapped",
+            prefix_reuse=config.prefix_reuse,
+            tokens_per_block=config.tokens_per_block,
+            kv_cache_tokens=_cache_tokens(config, info.context_length),
+            cuda_graphs=config.cuda_graphs,
+            cuda_graph_sizes=config.cuda_graph_sizes,
         )
         backend = ProcessBackend(launch) if placement is None else RayBackend(launch, placement)
         return cls(backend, info, config)
@@ -442,6 +450,20 @@ class TensorRTEngine:
             await asyncio.wait_for(self._collect(make_job(request, self._info.eot_id)), PROBE_TIMEOUT_S)
         except Exception as error:
             self._failure = error if str(error) else EngineError("TensorRT-LLM does not answer")
+
+
+def _cache_tokens(config: EngineConfig, context_length: int) -> int:
+    """`kv_cache_tokens` in whole blocks.
+
+    Raises:
+        ConfigError: it does not hold one context, so that a request would wait for ever.
+    """
+    if config.kv_cache_tokens and config.kv_cache_tokens < context_length:
+        raise ConfigError(
+            f"engine.kv_cache_tokens={config.kv_cache_tokens} does not hold one context of {context_length} tokens; "
+            "raise it, or leave it out"
+        )
+    return -(-config.kv_cache_tokens // config.tokens_per_block) * config.tokens_per_block
 
 
 def _reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ attention, in prefill as in decoding:
 
 The baselines are split as tensor parallelism splits any Transformer, with their all-reduces in the way: `standard` two
 a layer, `parallel` one. Importing this file imports TensorRT-LLM and registers the model; shape letters are those of
-`kraken/model.py`, and T counts the tokens of all requests in the step, one after the other.
+`kraken/model/architecture.py`, and T counts the tokens of all requests in the step, one after the other.
 
 What looks odd here answers a behaviour of TensorRT-LLM:
 * A linear in ROW mode drops its bias on ranks above 0, under Ray even where its group has one rank. Private linears
@@ -61,6 +61,11 @@ def require_supported(model_config: ModelConfig) -> None:
         ConfigError: names the setting, its value and the way out.
     """
     shape, mapping = model_config.pretrained_config, model_config.mapping
+    if getattr(shape, "num_token_ids", None) is None:
+        raise ConfigError(
+            "num_token_ids is missing in config.json, so that nobody knows which ids only pad the vocabulary and must "
+            "have no probability; convert again"
+        )
     if shape.positions != "learned":
         raise ConfigError(
             f"positions={shape.positions} is not supported with TensorRT-LLM; serve this model with engine.kind=torch"
@@ -463,8 +468,7 @@ class KrakenForCausalLM(DecoderModelForCausalLM):
             return_context_logits=return_context_logits,
             **kwargs,
         )
-        num_ids = getattr(self.shape, "num_token_ids", self.shape.vocab_size)
-        logits_TV[..., num_ids:] = torch.finfo(logits_TV.dtype).min
+        logits_TV[..., self.shape.num_token_ids :] = torch.finfo(logits_TV.dtype).min
         return logits_TV
 
     def load_weights(self, weights: Tensors) -> None:

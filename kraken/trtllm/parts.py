@@ -3,7 +3,7 @@
 A head of size H becomes one of the padded size P: rows of zeros are added to its queries, keys and values, and columns
 of zeros to the output projection. Products of queries and keys stay what they are, but kernels divide them by sqrt(P);
 so the queries' weights and biases are multiplied by sqrt(P/H), in float32. `kraken/trtllm/proof.py` shows that the
-logits are the same. Shape letters as in `kraken/model.py`; none of this needs TensorRT-LLM.
+logits are the same. Shape letters as in `kraken/model/architecture.py`; none of this needs TensorRT-LLM.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kraken.config import VOCAB_MULTIPLE, ConfigError, ModelConfig
 from kraken.convert import exchange_shapes
-from kraken.plan import FULL_PADDING
+from kraken.plan.cost import FULL_PADDING
 
 BLOCK_BYTES = 2**21
 """What is read, padded and handed on at once."""

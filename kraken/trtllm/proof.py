@@ -1,7 +1,7 @@
 """Proof that a TensorRT-LLM folder's padded tensors give the logits of the exchange folder's.
 
-The arithmetic of TensorRT-LLM is written out here in plain torch, way after way, and compared with `kraken/model.py` on
-random weights. Shape letters as there; P is the padded head size.
+The arithmetic of TensorRT-LLM is written out here in plain torch, way after way, and compared with
+`kraken/model/architecture.py` on random weights. Shape letters as there; P is the padded head size.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from kraken.config import ModelConfig
 from kraken.convert import exchange_parts, exchange_shapes
 from kraken.evaluate import Parity
 from kraken.manifest import ArtefactError, Manifest, Metric
-from kraken.model import Kraken, is_vector
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.architecture import Kraken, is_vector
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.trtllm.parts import padded_head_size, padded_tensors
 
 TOLERANCE = 1e-5

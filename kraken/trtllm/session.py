@@ -48,6 +48,16 @@ class Launch:
     """Of the exchange folder it was converted from."""
     overlap: bool = True
     """Whether the all-reduces run beside the attention; False is the baseline that this is measured against."""
+    prefix_reuse: bool = True
+    """Whether requests share what is cached of prompts that begin alike."""
+    tokens_per_block: int = 16
+    """Tokens of the cache that are handed out and reused together."""
+    kv_cache_tokens: int = 0
+    """Tokens that the cache has room for at most; 0 takes what TensorRT-LLM's share of the free memory holds."""
+    cuda_graphs: bool = True
+    """Whether decoding is recorded as CUDA graphs."""
+    cuda_graph_sizes: tuple[int, ...] = ()
+    """Batch sizes to record; empty leaves the choice to TensorRT-LLM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,8 +138,13 @@ def _drawing(sampling: SamplingParams) -> dict[str, Any]:
 
 def llm_arguments(launch: Launch) -> dict[str, Any]:
     """Keywords that `LLM` and `AsyncLLM` are both made with."""
-    from kraken.trtllm.compat import CudaGraphConfig
+    from kraken.trtllm.compat import CudaGraphConfig, KvCacheConfig
 
+    graphs = None  # which switches them off
+    if launch.cuda_graphs and launch.cuda_graph_sizes:
+        graphs = CudaGraphConfig(batch_sizes=sorted(set(launch.cuda_graph_sizes)), enable_padding=True)
+    elif launch.cuda_graphs:
+        graphs = CudaGraphConfig(max_batch_size=launch.max_batch_size, enable_padding=True)
     return {
         **({} if launch.overlap else {"model_kwargs": {"overlap_all_reduce": False}}),
         "model": launch.folder,
@@ -143,7 +158,12 @@ def llm_arguments(launch: Launch) -> dict[str, Any]:
         # Start-up runs a request of this many tokens, and learned positions end with the context.
         "max_num_tokens": max(launch.context_length + 1, launch.max_batch_size),
         "max_beam_width": 1,
-        "cuda_graph_config": CudaGraphConfig(max_batch_size=launch.max_batch_size, enable_padding=True),
+        "cuda_graph_config": graphs,
+        "kv_cache_config": KvCacheConfig(
+            enable_block_reuse=launch.prefix_reuse,
+            tokens_per_block=launch.tokens_per_block,
+            **({"max_tokens": launch.kv_cache_tokens} if launch.kv_cache_tokens else {}),
+        ),
         "gather_generation_logits": True,
         "return_perf_metrics": True,
         "sampler_type": "TRTLLMSampler",  # the other one draws every request from one generator, whatever its seed

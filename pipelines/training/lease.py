@@ -1,15 +1,19 @@
-"""The right to train a run: held by one attempt at a time, however often its job is submitted or its driver dies.
+"""The right to run something: held by one process at a time, however often its job is submitted or its driver dies.
 
-It lies in the cluster's key-value store with a number that its holder counts up. A holder that died stops counting, so
+A pipeline holds a lease for its MLflow run, and its training holds another, which different pipelines can need. A lease
+lies in the cluster's key-value store with a number that its holder counts up. A holder that died stops counting, so
 that the next attempt takes over after a few seconds; beside one that lives it is refused.
 """
 
 import json
 import os
+import shlex
+import socket
 import threading
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 from pipelines.local_cluster import ClusterError
 
@@ -40,6 +44,20 @@ def delete(key: str) -> None:
     internal_kv._internal_kv_del(key, namespace=NAMESPACE)
 
 
+def submission() -> str | None:
+    """Id of the submitted job that this process belongs to, as `ray job` takes it; None where there is none."""
+    import ray
+    from ray._private import worker
+
+    if name := os.environ.get("KRAKEN_SUBMISSION"):
+        return name
+    if not ray.is_initialized():
+        return None
+    core_worker: Any = worker.global_worker.core_worker  # type: ignore[attr-defined]  # set by ray.init
+    metadata = core_worker.get_job_config().metadata
+    return metadata.get("job_submission_id") or None
+
+
 @dataclass(frozen=True, slots=True)
 class LeaseRef:
     """A lease as a worker sees it."""
@@ -54,45 +72,50 @@ class LeaseRef:
 
 
 class Lease:
-    """Holds the right to train a run while its block lasts.
+    """Holds the right to run something while its block lasts.
 
     Args:
-        run: identifies the run, for example the stage's fingerprint.
+        run: identifies what is run, in which storage.
+        what: the same for people.
 
     Raises:
-        ClusterError: on entering; another process trains this run and lives.
+        ClusterError: on entering; another process runs it and lives. The message says how to follow and to stop it.
     """
 
-    def __init__(self, run: str):
+    def __init__(self, run: str, what: str = "training"):
         self.ref = LeaseRef(f"lease/{run}", uuid.uuid4().hex)
+        self._what = what
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def __enter__(self) -> LeaseRef:
-        self._wait_for_the_dead()
-        self._write(0)
+        found = get(self.ref.key)
+        if found:
+            self._wait_for_death(found)
+            delete(self.ref.key)
+        self._write(0, overwrite=False)  # of two that come this far at once, one gets it
+        if self.ref.is_lost():
+            raise ClusterError(runs_already(self._what, json.loads(get(self.ref.key))))
         self._thread.start()
         return self.ref
 
     def __exit__(self, *exc: object) -> None:
         self._closing.set()
         self._thread.join()
-        if not self.ref.is_lost():
-            delete(self.ref.key)
+        try:
+            if not self.ref.is_lost():
+                delete(self.ref.key)
+        except Exception as error:  # Ray's head is away; the lease ends by itself
+            print(f"{self._what}: cannot return the lease ({error})", flush=True)
 
-    def _wait_for_the_dead(self) -> None:
-        """Return once nobody holds the lease, or its holder has stopped counting."""
-        found = get(self.ref.key)
+    def _wait_for_death(self, found: str) -> None:
+        """Return once the holder has stopped counting, or nobody holds the lease any more."""
         deadline = time.monotonic() + DEAD_AFTER_S
         while found and time.monotonic() < deadline:
             time.sleep(BEAT_S / 2)
             now = get(self.ref.key)
             if now and now != found:
-                other = json.loads(now)
-                raise ClusterError(
-                    f"this very training runs already, in process {other['pid']} of submission "
-                    f"{other['submission'] or '(none)'}; wait for it, or stop it (`ray job stop ID`), then run again"
-                )
+                raise ClusterError(runs_already(self._what, json.loads(now)))
             found = now
 
     def _beat(self) -> None:
@@ -103,11 +126,30 @@ class Lease:
                 if not self.ref.is_lost():
                     self._write(count)
             except Exception as error:  # Ray's head is away for a moment
-                print(f"pretrain: cannot renew the lease ({error})", flush=True)
+                print(f"{self._what}: cannot renew the lease ({error})", flush=True)
 
-    def _write(self, count: int) -> None:
-        submission = os.environ.get("KRAKEN_SUBMISSION", "")
-        put(
-            self.ref.key,
-            json.dumps({"holder": self.ref.holder, "pid": os.getpid(), "submission": submission, "count": count}),
+    def _write(self, count: int, *, overwrite: bool = True) -> None:
+        value = {
+            "holder": self.ref.holder,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "submission": submission() or "",
+            "count": count,
+        }
+        put(self.ref.key, json.dumps(value), overwrite=overwrite)
+
+
+def runs_already(what: str, holder: dict[str, Any]) -> str:
+    """Why a second process is refused, and what can be done about the first."""
+    job, host = holder["submission"], holder.get("host")
+    process = f"process {holder['pid']}" + (f" on {host}" if host else "")
+    if not job:
+        return (
+            f"this very {what} runs already, in {process}, which no submitted job owns; wait for it, or end it there "
+            f"with Ctrl-C (`kill -INT {holder['pid']}`), then run again"
         )
+    job = shlex.quote(job)
+    return (
+        f"this very {what} runs already, in {process.split(' on ')[0]} of submission {job}; follow it with "
+        f"`ray job logs {job} --follow`, or stop it with `ray job stop {job}` and run again"
+    )

@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from kraken.checkpoint.folders import list_checkpoints
 from kraken.checkpoint.history import HISTORY_NAME, read_history
 from kraken.manifest import ArtefactError
 from pipelines.outbox import one_line
@@ -63,7 +64,7 @@ def log_missing(run: StageRun, folder: Path) -> None:
     Args:
         folder: the run's; its history, or the one in its newest checkpoint.
     """
-    found = [path.parent for path in (folder / HISTORY_NAME, *sorted(folder.glob("step_*/" + HISTORY_NAME))[::-1])]
+    found = [folder, *reversed(list_checkpoints(folder))]
     try:
         history = next(read_history(path) for path in found if (path / HISTORY_NAME).is_file())
     except (StopIteration, ArtefactError):

@@ -14,8 +14,10 @@ from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.environment import provide_home
 from kraken.manifest import ArtefactError, Metric
-from kraken.storage import Storage, is_remote
+from kraken.storage import Storage, join
+from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
 from pipelines.local_cluster import ClusterError
 from pipelines.stage import Work
@@ -97,13 +99,14 @@ def worker_loop(attempt: Attempt) -> dict[str, Any]:
 
     # named by its file, which Ray's own log level does not reach; it repeats every report
     logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
+    provide_home()  # torch's compiler asks for the user's name
     config = from_dict(RunConfig, attempt.config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
     storage = Storage(config.storage)
     storage.fetch("prepare", attempt.prepare)
     run_folder = storage.folder("pretrain", attempt.pretrain)
-    storage.fetch_checkpoints(run_folder)
     context = ray.train.get_context()
+    storage.fetch_checkpoints(run_folder, thorough=context.get_local_rank() == 0)
     is_first = context.get_local_rank() == 0
     node = f"{context.get_node_rank()}/" if context.get_world_size() > context.get_local_world_size() else ""
     gpu = context.get_local_rank() if config.cluster.gpus_per_worker else None
@@ -131,7 +134,7 @@ def fit(work: Work) -> dict[str, Metric]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     stop = work.stop or StopSwitch.make()
-    with Lease(work.fingerprint) as lease:
+    with Lease(f"{storage_id(work.config.storage)}/{work.fingerprint}") as lease:
         while True:
             log_missing(work.run, work.folder)
             pause = StopSwitch.make()
@@ -170,7 +173,6 @@ def _trainer(work: Work, attempt: Attempt) -> Trainer:
     scaling = ScalingConfig(
         num_workers=cluster.num_workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
     )
-    state = f"{work.storage.uri}/ray_train" if is_remote(work.storage.uri) else str(work.storage.root / "ray_train")
     return Trainer(
         lambda: worker_loop(attempt),
         torch_config=TorchConfig(
@@ -179,7 +181,7 @@ def _trainer(work: Work, attempt: Attempt) -> Trainer:
         scaling_config=scaling,
         run_config=RayRunConfig(
             name=work.fingerprint[:16],
-            storage_path=state,
+            storage_path=join(work.storage.uri, "ray_train"),
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # of Train v2

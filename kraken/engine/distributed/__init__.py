@@ -1,1 +1,1 @@
-"""One engine on several devices: who computes what, how they meet, and how they add up."""
+"""One engine on several devices: partition of the model, worker processes, and all-reduce."""

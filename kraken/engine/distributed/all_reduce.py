@@ -4,7 +4,7 @@ Three backends implement the interface: NCCL, or gloo and sockets on CPUs (`proc
 one host stores into the memory of peers and copy engines (both in `peer_all_reduce.py`). `DeviceGroup` picks the
 backend of every call.
 
-Shape letters as in `kraken/model.py`, and: R rows, C columns.
+Shape letters as in `kraken/model/architecture.py`, and: R rows, C columns.
 """
 
 from typing import Protocol

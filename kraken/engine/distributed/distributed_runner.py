@@ -38,15 +38,15 @@ class DistributedRunner(ModelRunner):
     def failure(self) -> str:
         return self._workers.failure
 
-    def record(self, sizes: GraphSizes) -> None:
-        """See `ModelRunner.record`.
+    def capture_graphs(self, sizes: GraphSizes) -> None:
+        """See `ModelRunner.capture_graphs`.
 
         Raises:
             WorkerError: a rank failed, this one included, or the capture takes too long.
         """
         with self._with_reason():
             self._begin(self._config.startup_timeout_s)
-            super().record(sizes)
+            super().capture_graphs(sizes)
             self._end()
 
     def forward(self, batch: StepBatch) -> ForwardOutput:
@@ -122,7 +122,7 @@ class DistributedModel:
             self.workers.wait_until_ready(config.startup_timeout_s)
             runner = DistributedRunner(self.network, num_blocks, self.workers, config)
             if graph_sizes is not None:
-                runner.record(graph_sizes)
+                runner.capture_graphs(graph_sizes)
             return runner
         except BaseException:
             self.workers.kill()

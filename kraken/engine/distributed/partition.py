@@ -5,7 +5,7 @@ parallelism: each device has some heads and some columns of the FFN, and the lin
 (Shoeybi et al., "Megatron-LM", 2019). Every device holds the whole token embedding, so that the first layer waits for
 no other device, and computes the logits of some ids.
 
-Shape letters as in `kraken/model.py`.
+Shape letters as in `kraken/model/architecture.py`.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kraken.config import ConfigError, ModelConfig
 from kraken.convert import exchange_names, has_ways, read_tensors
-from kraken.model import INIT_STD, Kraken, is_vector, whole_shapes
+from kraken.model.architecture import INIT_STD, Kraken, is_vector, whole_shapes
 
 Weights = dict[str, Tensor]
-"""Name as in `kraken/model.py` -> one device's part of that parameter."""
+"""Name as in `kraken/model/architecture.py` -> one device's part of that parameter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ pass sends an even number of messages, the last of them empty if need be (`end_p
 then alternate over the whole life of the ranks, in whatever order passes are run eagerly or replayed. Messages
 are counted on the device, see `kraken/engine/kernels/cuda/signals.py`.
 
-Shape letters as in `kraken/model.py`, and: P ranks, R rows, C columns.
+Shape letters as in `kraken/model/architecture.py`, and: P ranks, R rows, C columns.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ from kraken.engine.distributed.all_reduce import AllReduce, Handle
 from kraken.engine.distributed.peer_memory import PeerMemory
 from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.torch.kernels import TorchKernels
-from kraken.residual_norm import sum_across_ways
+from kraken.model.residual_norm import sum_across_ways
 
 if TYPE_CHECKING:
     from kraken.engine.kernels.cuda.peer import PeerKernels  # which needs Triton

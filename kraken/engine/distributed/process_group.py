@@ -18,7 +18,7 @@ from kraken.engine.distributed.all_reduce import AllReduce, Handle
 from kraken.engine.distributed.socket_exchange import Exchange
 from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.torch.kernels import TorchKernels
-from kraken.residual_norm import sum_across_ways
+from kraken.model.residual_norm import sum_across_ways
 
 MAX_EXCHANGED_BYTES = 64 * 1024
 """Largest message that more than two ranks exchange; above it the bytes cost more than the rounds."""

@@ -46,7 +46,7 @@ def run_worker(token: JoinToken, group_type: type[DeviceGroup] = DeviceGroup) ->
         runner = ModelRunner(network, cache["num_blocks"], cache["tokens_per_block"])
         connection.send_json({"ready": True})
         if cache["graph_sizes"] is not None:
-            runner.record(GraphSizes(**cache["graph_sizes"]))
+            runner.capture_graphs(GraphSizes(**cache["graph_sizes"]))
         while (frame := connection.receive(spins=runner.is_asynchronous))[0] is Kind.STEP:
             runner.forward(StepBatch.from_bytes(frame[1]))
     except ConnectionLost:

@@ -1,5 +1,5 @@
 """LayerNorm of an engine: its weights, and its equation in torch's operators. Kernels that compute it together with
-something else take a `Norm` as their argument. Shape letters as in `kraken/model.py`.
+something else take a `Norm` as their argument. Shape letters as in `kraken/model/architecture.py`.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kraken.engine.kernels.quantized_tensor import QuantizedTensor
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 Normed = Tensor | QuantizedTensor
 """The output of a norm, [W, T, D]."""

@@ -1,6 +1,6 @@
 """Tensors in float8 e4m3 with one scale per row. `Fp8Linear` multiplies them; the kernels write them.
 
-Shape letters as in `kraken/model.py`; I is the inputs of a linear, R some of the T tokens.
+Shape letters as in `kraken/model/architecture.py`; I is the inputs of a linear, R some of the T tokens.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """Quantised inputs of W linears.
+    """Quantized inputs of W linears.
 
     Args:
         values_WTI: float8.

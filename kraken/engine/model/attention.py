@@ -1,5 +1,5 @@
-"""The KV cache's tensors on one device. Shape letters as in `kraken/model.py`, and: L layers, S slots (blocks times
-tokens per block), N the heads of all ways side by side.
+"""The KV cache's tensors on one device. Shape letters as in `kraken/model/architecture.py`, and: L layers, S slots
+(blocks times tokens per block), N the heads of all ways side by side.
 """
 
 import torch

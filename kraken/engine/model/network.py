@@ -1,8 +1,8 @@
-"""The forward pass of one rank: the equations of `kraken/model.py` over the tokens of a step.
+"""The forward pass of one rank: the equations of `kraken/model/architecture.py` over the tokens of a step.
 
 `ModelRunner.forward` calls it. The tokens of all sequences are concatenated in T; only attention knows which belong to
-one sequence. Shape letters as in `kraken/model.py`, and: R the tokens whose logits are computed, I and O the inputs and
-outputs of a linear.
+one sequence. Shape letters as in `kraken/model/architecture.py`, and: R the tokens whose logits are computed, I and O
+the inputs and outputs of a linear.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from kraken.engine.kernels.norm import Norm, Normed, select
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.linear import Activation, Linear
 from kraken.engine.model.quantized import Fp8Linear
-from kraken.model import rotate, rotation_of
+from kraken.model.architecture import rotate, rotation_of
 
 NUM_FIRST_LAYERS = 5
 """Layers whose time decides between all-reduce backends: enough for several all-reduces, and to differ by more than
@@ -138,7 +138,7 @@ class _LayerInput:
 
 
 class _Layer:
-    """One layer of this rank's ways; the equations are at the top of `kraken/model.py`."""
+    """One layer of this rank's ways; the equations are at the top of `kraken/model/architecture.py`."""
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Linears in float8: half the bytes of weights and inputs, and twice the matrix rate of 16 bits.
- Weights are scaled by output and inputs by token, so that the largest magnitude of each row becomes the largest float8
+
+Weights are scaled by output and inputs by token, so that the largest magnitude of each row becomes the largest float8
 e4m3. A product sums in float32 and applies the scales in its own kernel. On CUDA the kernel that computes an input also
-quantises it: LayerNorm in `kraken/engine/kernels/cuda/residual_norm.py`, GELU in
+quantizes it: LayerNorm in `kraken/engine/kernels/cuda/residual_norm.py`, GELU in
 `kraken/engine/kernels/cuda/quantization.py`. On a CPU the same numbers come from torch's operators; that saves memory
 and no time.
 
@@ -27,13 +28,13 @@ class Fp8Linear:
     """W linears with weights in float8. Outputs have the type of the original weights.
 
     Args:
-        gelu_before: apply GELU (tanh form) to inputs that are not quantised yet.
+        gelu_before: apply GELU (tanh form) to inputs that are not quantized yet.
     """
 
     def __init__(self, weight_WOI: Tensor, bias_WO: Tensor | None, kernels: TorchKernels, gelu_before: bool = False):
         self._dtype, self._gelu_before, self._kernels = weight_WOI.dtype, gelu_before, kernels
-        quantised = [quantize_rows(weight_OI) for weight_OI in weight_WOI]  # one by one, for less memory
-        self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantised]
+        quantized = [quantize_rows(weight_OI) for weight_OI in weight_WOI]  # one by one, for less memory
+        self._weights = [(values_OI.t(), scales_O1.t().contiguous()) for values_OI, scales_O1 in quantized]
         self._bias_WO = bias_WO
 
     def __call__(self, x: Tensor | QuantizedTensor) -> Tensor:
@@ -55,7 +56,7 @@ class Fp8Linear:
 
 
 def require_quantizable(model: ModelConfig, num_devices: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that a model can be quantised.
+    """Check that a model can be quantized.
 
     Raises:
         ConfigError: there is no float8 product for the size of its linears, its type or its device.

@@ -284,18 +284,18 @@ static float variance_of(const float *x, int64_t size, float mean) {
     return total / size;
 }
 
-/* Residual add and norm: a[W, T, D] = x + addend, and unless `normed` is null its LayerNorm. If `sees`, the LayerNorm
-   is of a + S - x, where S is the sum of x over all ways: `part`[T, D] if `is_total`, else the sum of this rank's ways
-   and of `part`, which may be null. `bias`[W, D] may be null. */
-void kraken_residual(const stored *restrict x, const stored *restrict addend, const stored *restrict part,
+/* Residual add and norm: a[W, T, D] = x + addend, and unless `normed` is null its LayerNorm. If `adds_ways`, the LayerNorm
+   is of a + S - x, S being the sum of x over all ways: `part`[T, D] if `is_total`, else the sum of this rank's ways and
+   of `part`, which may be null. `bias`[W, D] may be null. */
+void kraken_add_norm(const stored *restrict x, const stored *restrict addend, const stored *restrict part,
                      const stored *restrict gain, const stored *restrict bias, stored *restrict a,
                      stored *restrict normed, int64_t num_ways, int64_t num_tokens, int64_t width, float epsilon,
-                     int32_t sees, int32_t is_total, int32_t num_threads) {
-    int has_own = sees && (num_ways > 1 || is_total); /* else S - x is the part itself */
+                     int32_t adds_ways, int32_t is_total, int32_t num_threads) {
+    int has_own = adds_ways && (num_ways > 1 || is_total); /* else S - x is the part itself */
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_ways * num_tokens * width > FEW_VALUES)
     for (int64_t t = 0; t < num_tokens; t++) {
-        float total[width], seen[width];
-        for (int64_t i = 0; i < width; i++) total[i] = sees && part ? widen(part[t * width + i]) : 0.0f;
+        float total[width], summed[width];
+        for (int64_t i = 0; i < width; i++) total[i] = adds_ways && part ? widen(part[t * width + i]) : 0.0f;
         for (int64_t w = 0; w < num_ways && has_own && !is_total; w++)
             for (int64_t i = 0; i < width; i++) total[i] += widen(x[(w * num_tokens + t) * width + i]);
         for (int64_t w = 0; w < num_ways; w++) {
@@ -303,10 +303,10 @@ void kraken_residual(const stored *restrict x, const stored *restrict addend, co
             for (int64_t i = 0; i < width; i++) a[row + i] = narrow(widen(x[row + i]) + widen(addend[row + i]));
             if (!normed) continue;
             for (int64_t i = 0; i < width; i++)
-                seen[i] = widen(a[row + i]) + (total[i] - (has_own ? widen(x[row + i]) : 0.0f));
-            float mean = mean_of(seen, width), scale = 1.0f / sqrtf(variance_of(seen, width, mean) + epsilon);
+                summed[i] = widen(a[row + i]) + (total[i] - (has_own ? widen(x[row + i]) : 0.0f));
+            float mean = mean_of(summed, width), scale = 1.0f / sqrtf(variance_of(summed, width, mean) + epsilon);
             for (int64_t i = 0; i < width; i++) {
-                float value = (seen[i] - mean) * scale * widen(gain[w * width + i]);
+                float value = (summed[i] - mean) * scale * widen(gain[w * width + i]);
                 normed[row + i] = narrow(bias ? value + widen(bias[w * width + i]) : value);
             }
         }

@@ -1,5 +1,6 @@
 """The C kernels behind the interface of `TorchKernels`: linears, paged attention and sampling on a CPU.
- Shape letters as in `kraken/engine/kernels/torch/attention.py`, and: B sequences with few tokens, M blocks of the
+
+Shape letters as in `kraken/engine/kernels/torch/attention.py`, and: B sequences with few tokens, M blocks of the
 longest of their block tables.
 """
 
@@ -15,7 +16,7 @@ from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.torch.attention import PagedAttend
 from kraken.engine.kernels.torch.kernels import TorchKernels
 from kraken.engine.kernels.torch.linear import Activation, Linear
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 MAX_FEW_QUERIES = 2
 """Up to so many tokens of a sequence are attended one by one; for more it pays to rearrange the keys first."""
@@ -36,13 +37,13 @@ class CpuKernels(TorchKernels):
 
     def add_norm(self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm | None) -> tuple[Tensor, Normed | None]:
         gain_WD, bias_WD = (None, None) if norm is None else (norm.weight_WD, norm.bias_WD)
-        return self.library.residual(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
+        return self.library.add_norm(x_WTD, addend_WTD, gain_WD, bias_WD, LAYER_NORM_EPSILON)
 
     def add_reduced_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
     ) -> tuple[Tensor, Normed]:
         weights = norm.weight_WD, norm.bias_WD, LAYER_NORM_EPSILON
-        a_WTD, normed_WTD = self.library.residual(x_WTD, addend_WTD, *weights, part_1TD, sees=True, is_total=is_total)
+        a_WTD, normed_WTD = self.library.add_norm(x_WTD, addend_WTD, *weights, part_1TD, True, is_total)
         assert normed_WTD is not None
         return a_WTD, normed_WTD
 

@@ -1,8 +1,9 @@
 """The C kernels of a CPU, compiled for this machine: linears, residual add + norm, attention over paged keys and
-values, sampling.
- torch has neither a product of a few tokens at the speed of memory nor attention over paged keys and values, and takes
-dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded. `CpuKernels`
-calls the result.
+values, and sampling.
+
+torch has neither a product of a few tokens at the speed of memory nor attention over paged keys and values, and needs
+dozens of operators for sampling. `load_library` compiles `kernels.c` for one type when a model is loaded; `CpuKernels`
+calls the library.
 
 In bfloat16 weights are half the bytes, which decoding waits for. Sums are float32, also on processors without
 instructions for bfloat16.
@@ -53,9 +54,9 @@ class CpuLibrary:
             *[*[count] * 5, ctypes.c_float, pointer, flag],
         ]
         self._store.restype = self._attend.restype = None
-        self._residual = library.kraken_residual
-        self._residual.argtypes = [*[pointer] * 7, *[count] * 3, ctypes.c_float, *[flag] * 3]
-        self._residual.restype = None
+        self._add_norm = library.kraken_add_norm
+        self._add_norm.argtypes = [*[pointer] * 7, *[count] * 3, ctypes.c_float, *[flag] * 3]
+        self._add_norm.restype = None
         self._attend_prompt_chunk, self._sample = library.kraken_attend_prompt_chunk, library.kraken_sample
         self._attend_prompt_chunk.argtypes = [
             *[pointer, count, count, pointer, pointer, count, pointer],
@@ -104,72 +105,38 @@ class CpuLibrary:
             y_WTO: float32, or of the library's type.
         """
         failed = self._linear(
-            x_WTI.data_ptr(),
-            weights.data_ptr(),
-            None if bias_WO is None else bias_WO.data_ptr(),
-            y_WTO.data_ptr(),
-            *x_WTI.shape[:2],
-            x_WTI.shape[2] // self._word,
-            y_WTO.shape[2],
-            y_WTO.dtype == torch.float32,
-            gelu,
-            torch.get_num_threads(),
-        )
+            *_pointers(x_WTI, weights, bias_WO, y_WTO), *x_WTI.shape[:2], x_WTI.shape[2] // self._word, y_WTO.shape[2],
+            y_WTO.dtype == torch.float32, gelu, torch.get_num_threads(),
+        )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for a linear of {x_WTI.shape[1]} tokens and {x_WTI.shape[2]} inputs")
 
-    def residual(
-        self,
-        x_WTD: Tensor,
-        addend_WTD: Tensor,
-        gain_WD: Tensor | None,
-        bias_WD: Tensor | None,
-        epsilon: float,
-        part_1TD: Tensor | None = None,
-        sees: bool = False,
-        is_total: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Residual add and norm; see `TorchKernels`. Without a gain there is no norm."""
+    def add_norm(
+        self, x_WTD: Tensor, addend_WTD: Tensor, gain_WD: Tensor | None, bias_WD: Tensor | None, epsilon: float,
+        part_1TD: Tensor | None = None, adds_ways: bool = False, is_total: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """x + addend, and with a gain its LayerNorm; with `adds_ways` that of `TorchKernels.add_reduced_norm`."""
         given = (x_WTD, addend_WTD, part_1TD, gain_WD, bias_WD)
-        held = [None if tensor is None else tensor.contiguous() for tensor in given]
-        a_WTD = x_WTD.new_empty(x_WTD.shape)
+        contiguous = [None if tensor is None else tensor.contiguous() for tensor in given]
+        out_WTD = x_WTD.new_empty(x_WTD.shape)
         normed_WTD = None if gain_WD is None else x_WTD.new_empty(x_WTD.shape)
-        self._residual(
-            *(None if tensor is None else tensor.data_ptr() for tensor in (*held, a_WTD, normed_WTD)),
-            *x_WTD.shape,
-            epsilon,
-            sees,
-            is_total,
+        self._add_norm(
+            *_pointers(*contiguous, out_WTD, normed_WTD), *x_WTD.shape, epsilon, adds_ways, is_total,
             torch.get_num_threads(),
-        )
-        return a_WTD, normed_WTD
+        )  # fmt: skip
+        return out_WTD, normed_WTD
 
     def store(self, k_TNH: Tensor, v_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, slots_T: Tensor) -> None:
         """Write keys and values to their slots. k and v have equal strides; their last dimension is contiguous."""
-        token_stride, head_stride, _ = k_TNH.stride()
         self._store(
-            k_TNH.data_ptr(),
-            v_TNH.data_ptr(),
-            token_stride,
-            head_stride,
-            keys_NSH.data_ptr(),
-            values_NSH.data_ptr(),
-            keys_NSH.shape[1],
-            slots_T.data_ptr(),
-            *k_TNH.shape,
-        )
+            *_pointers(k_TNH, v_TNH), *k_TNH.stride()[:2], *_pointers(keys_NSH, values_NSH), keys_NSH.shape[1],
+            *_pointers(slots_T), *k_TNH.shape,
+        )  # fmt: skip
 
     def attend(
-        self,
-        q_TNH: Tensor,
-        keys_NSH: Tensor,
-        values_NSH: Tensor,
-        rows_B: Tensor,
-        tables_BM: Tensor,
-        lengths_B: Tensor,
-        tokens_per_block: int,
-        out_TNH: Tensor,
-    ) -> None:
+        self, q_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, rows_B: Tensor, tables_BM: Tensor, lengths_B: Tensor,
+        tokens_per_block: int, out_TNH: Tensor,
+    ) -> None:  # fmt: skip
         """Write the attention of one token of each of B sequences. Its key and value are stored already.
 
         Args:
@@ -177,38 +144,17 @@ class CpuLibrary:
             tables_BM: int32 block tables.
             lengths_B: int64, number of keys that each token sees.
         """
-        token_stride, head_stride, _ = q_TNH.stride()
         _, num_heads, head_size = q_TNH.shape
         self._attend(
-            q_TNH.data_ptr(),
-            token_stride,
-            head_stride,
-            keys_NSH.data_ptr(),
-            values_NSH.data_ptr(),
-            keys_NSH.shape[1],
-            rows_B.data_ptr(),
-            tables_BM.data_ptr(),
-            lengths_B.data_ptr(),
-            tables_BM.shape[1],
-            tokens_per_block,
-            len(rows_B),
-            num_heads,
-            head_size,
-            head_size**-0.5,
-            out_TNH.data_ptr(),
-            torch.get_num_threads(),
-        )
+            *_pointers(q_TNH), *q_TNH.stride()[:2], *_pointers(keys_NSH, values_NSH), keys_NSH.shape[1],
+            *_pointers(rows_B, tables_BM, lengths_B), tables_BM.shape[1], tokens_per_block, len(rows_B), num_heads,
+            head_size, head_size**-0.5, *_pointers(out_TNH), torch.get_num_threads(),
+        )  # fmt: skip
 
     def attend_prompt_chunk(
-        self,
-        q_TNH: Tensor,
-        keys_NSH: Tensor,
-        values_NSH: Tensor,
-        blocks_M: Tensor,
-        first_position: int,
-        tokens_per_block: int,
-        out_TNH: Tensor,
-    ) -> None:
+        self, q_TNH: Tensor, keys_NSH: Tensor, values_NSH: Tensor, blocks_M: Tensor, first_position: int,
+        tokens_per_block: int, out_TNH: Tensor,
+    ) -> None:  # fmt: skip
         """Write the attention of neighbouring tokens of one sequence. Their keys and values are stored already.
 
         Args:
@@ -216,37 +162,19 @@ class CpuLibrary:
             first_position: of the tokens.
             out_TNH: contiguous.
         """
-        token_stride, head_stride, _ = q_TNH.stride()
         num_tokens, num_heads, head_size = q_TNH.shape
         failed = self._attend_prompt_chunk(
-            q_TNH.data_ptr(),
-            token_stride,
-            head_stride,
-            keys_NSH.data_ptr(),
-            values_NSH.data_ptr(),
-            keys_NSH.shape[1],
-            blocks_M.data_ptr(),
-            tokens_per_block,
-            first_position,
-            num_tokens,
-            num_heads,
-            head_size,
-            head_size**-0.5,
-            out_TNH.data_ptr(),
-            torch.get_num_threads(),
-        )
+            *_pointers(q_TNH), *q_TNH.stride()[:2], *_pointers(keys_NSH, values_NSH), keys_NSH.shape[1],
+            *_pointers(blocks_M), tokens_per_block, first_position, num_tokens, num_heads, head_size, head_size**-0.5,
+            *_pointers(out_TNH), torch.get_num_threads(),
+        )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the attention of {num_tokens} tokens from position {first_position}")
 
     def sample(
-        self,
-        logits_BV: Tensor,
-        top_k_B: Tensor,
-        temperature_B: Tensor,
-        top_p_B: Tensor,
-        min_p_B: Tensor,
+        self, logits_BV: Tensor, top_k_B: Tensor, temperature_B: Tensor, top_p_B: Tensor, min_p_B: Tensor,
         uniform_B: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """int64 [B]: the next token of every row, or -1 where the logits are not finite. Of equal logits truncation
         keeps the lowest ids.
 
@@ -258,20 +186,16 @@ class CpuLibrary:
         """
         chosen_B = torch.empty(len(logits_BV), dtype=torch.int64)
         failed = self._sample(
-            logits_BV.data_ptr(),
-            logits_BV.stride(0),
-            *logits_BV.shape,
-            top_k_B.data_ptr(),
-            temperature_B.data_ptr(),
-            top_p_B.data_ptr(),
-            min_p_B.data_ptr(),
-            uniform_B.data_ptr(),
-            chosen_B.data_ptr(),
-            torch.get_num_threads(),
-        )
+            *_pointers(logits_BV), logits_BV.stride(0), *logits_BV.shape,
+            *_pointers(top_k_B, temperature_B, top_p_B, min_p_B, uniform_B, chosen_B), torch.get_num_threads(),
+        )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory to sample from {logits_BV.shape[1]} ids")
         return chosen_B
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @functools.cache
@@ -285,7 +209,7 @@ def load_library(dtype: torch.dtype) -> CpuLibrary | None:
         return None
     tuning = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     with tempfile.TemporaryDirectory(prefix="kraken-kernels-") as folder:
-        library = Path(folder) / "cpu_kernels.so"
+        library = Path(folder) / "kernels.so"
         options = ["-O3", tuning, "-fopenmp", "-shared", "-fPIC", *(["-DBFLOAT16"] if dtype == torch.bfloat16 else [])]
         command = [compiler, *options, str(SOURCE), "-o", str(library), "-lm"]
         try:

@@ -1,5 +1,6 @@
 """Paged attention of decoding sequences on CUDA, and storing keys and values in the paged cache: Triton kernels.
- Called by CUDA graphs. In attention a program computes one head of one sequence: it stores the new token's key and
+
+Called by CUDA graphs. In attention a program computes one head of one sequence: it stores the new token's key and
 value, then goes over the sequence's blocks with an online softmax (Milakov and Gimelshein, 2018). If sequences and
 heads are too few to fill the device, the keys of a head are split among several programs, and a second kernel combines
 the splits (Dao et al., Flash-Decoding, 2023). The host reads nothing back and no shape depends on the lengths, as CUDA

@@ -3,7 +3,7 @@
 `PeerKernels` is what `PeerChannel` and its backends launch, see `kraken/engine/distributed/peer_all_reduce.py`. The
 kernels that also belong to a layer without an all-reduce are in `residual_norm.py`.
 
-Shape letters as in `kraken/model.py`, and: P ranks, R rows of a message, C columns.
+Shape letters as in `kraken/model/architecture.py`, and: P ranks, R rows of a message, C columns.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Attention of a whole prompt on CUDA: a Triton kernel that also stores the prompt's keys and values in the paged
 cache.
- Called by CUDA graphs and by `CudaKernels.causal_attention`. A program computes some tokens of one head with an online
+
+Called by CUDA graphs and by `CudaKernels.causal_attention`. A program computes some tokens of one head with an online
 softmax over the keys up to its own (Dao et al., FlashAttention, 2022), then stores its own keys and values. Up to
 `MAX_TOKENS` this is faster than torch's attention, which needs other kernels for storing; longer prompts use torch's.
 The programs with the most keys start first.
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from kraken.engine.kernels.cuda.paged_attention import SequenceSlots, paged_store, slot_mapping_of, with_equal_strides
-from kraken.model import FASTEST_ATTENTION_FIRST
+from kraken.model.architecture import FASTEST_ATTENTION_FIRST
 
 MAX_TOKENS = 2048
 """Longest prompt for which the kernel is faster than torch's, on an H200."""

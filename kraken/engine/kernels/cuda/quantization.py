@@ -1,4 +1,4 @@
-"""Quantisation to float8 on CUDA, with or without GELU before: one Triton kernel with a program per row, in float32.
+"""Quantization to float8 on CUDA, with or without GELU before: one Triton kernel with a program per row, in float32.
 Called by `CudaKernels.quantize`; `store_quantized` also by the kernels of LayerNorm."""
 
 import triton
@@ -12,7 +12,7 @@ from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, Quan
 def store_quantized(  # type: ignore[no-untyped-def]
     row, values_ptr, scale_ptr, columns, mask, largest: tl.constexpr, smallest_scale: tl.constexpr
 ):
-    """Quantise and store one row. Lanes past its end must be zero."""
+    """Quantize and store one row. Lanes past its end must be zero."""
     scale = tl.maximum(tl.max(tl.abs(row), axis=0) / largest, smallest_scale)
     tl.store(values_ptr + columns, (row / scale).to(values_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr, scale)

@@ -7,7 +7,7 @@ With several devices whose memory is shared, `add_norm` also stores the ways' su
 `add_reduced_norm` reads what the others stored; `signals.py` has the flags that they exchange. A program of
 `add_reduced_norm` waits for the others after it has done all that needs none of them.
 
-Shape letters as in `kraken/model.py`.
+Shape letters as in `kraken/model/architecture.py`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from kraken.engine.kernels.cuda.quantization import store_quantized
 from kraken.engine.kernels.cuda.signals import Handshake, signal_when_done, wait_signal
 from kraken.engine.kernels.norm import Norm, Normed
 from kraken.engine.kernels.quantized_tensor import LARGEST, SMALLEST_SCALE, empty_quantized
-from kraken.residual_norm import LAYER_NORM_EPSILON
+from kraken.model.residual_norm import LAYER_NORM_EPSILON
 
 MAX_WAITING_PROGRAMS = 512
 """Programs of a kernel that waits for other ranks. More would not fill a GPU better, and each of them polls."""

@@ -1,6 +1,7 @@
 """Attention over the paged KV cache with torch's operators.
- Shape letters as in `kraken/model.py`, and: L layers, S slots (blocks times tokens per block), N the heads of all ways
-side by side, T the tokens of all sequences one after the other.
+
+Shape letters as in `kraken/model/architecture.py`, and: L layers, S slots (blocks times tokens per block), N the
+heads of all ways side by side, T the tokens of all sequences one after the other.
 """
 
 from collections.abc import Callable

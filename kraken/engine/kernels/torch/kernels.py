@@ -22,7 +22,7 @@ from kraken.engine.kernels.quantized_tensor import QuantizedTensor, quantize_row
 from kraken.engine.kernels.torch.attention import PagedAttend, paged_attention
 from kraken.engine.kernels.torch.linear import Activation, Linear, OneDnnLinear, TorchLinear, is_onednn_linear
 from kraken.engine.kernels.torch.sampling import NOT_FINITE, most_likely, sample_rows
-from kraken.residual_norm import sum_across_ways
+from kraken.model.residual_norm import sum_across_ways
 
 
 class TorchKernels:
@@ -34,7 +34,7 @@ class TorchKernels:
         """W linears side by side. Weights are copied if the kernel needs another order.
 
         Args:
-            is_wide: the outputs may be float32 whatever the weights are, if the kernel sums in float32.
+            is_wide: the outputs may be float32 for weights of any type, if the kernel sums in float32.
         """
         kind = OneDnnLinear if is_onednn_linear(weight_WOI) else TorchLinear
         return kind(weight_WOI, bias_WO, activation)

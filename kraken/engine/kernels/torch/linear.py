@@ -1,6 +1,7 @@
 """Linears computed by torch's operators: the fallback on a CPU, and the only ones on CUDA.
- `TorchKernels.linear` chooses between them. Shape letters as in `kraken/model.py`; I and O are the inputs and outputs
-of a linear.
+
+`TorchKernels.linear` chooses between them. Shape letters as in `kraken/model/architecture.py`; I and O are the inputs
+and outputs of a linear.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Linear = Callable[[Any], Tensor]
-"""W linears side by side: [W, T, I] -> [W, T, O]. Quantised linears also take a `QuantizedTensor`."""
+"""W linears side by side: [W, T, I] -> [W, T, O]. Quantized linears also take a `QuantizedTensor`."""
 Activation = Literal["none", "gelu"]
 """What is applied to the outputs; `gelu` is the tanh form."""
 

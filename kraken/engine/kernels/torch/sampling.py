@@ -1,5 +1,6 @@
 """Sampling with torch's operators: on every device, and on CUDA for truncated distributions.
- The ids of a distribution are walked in ascending order until its cumulative weight passes the uniform number of the
+
+The ids of a distribution are walked in ascending order until its cumulative weight passes the uniform number of the
 row. Shape letters: B rows, V ids, G groups of ids, C candidates.
 """
 

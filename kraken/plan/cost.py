@@ -1,7 +1,8 @@
 """What a shape costs, and which shapes a budget allows: arithmetic on `ModelConfig`, without torch.
 
-`docs/plan.md` derives every formula. Shape letters as in `kraken/model.py`; FLOPs are floating-point operations, a
-multiply-add counting two. `kraken/roofline.py` turns these counts into memory, communication and time.
+`docs/plan.md` derives every formula. Shape letters as in `kraken/model/architecture.py`; FLOPs are floating-point
+operations, a multiply-add counting two. `kraken/plan/roofline.py` turns these counts into memory, communication and
+time.
 """
 
 import dataclasses

@@ -2,15 +2,16 @@
 
 A kernel takes the longer of its arithmetic at the device's matrix rate and its traffic at the memory's bandwidth; the
 kernels of a device follow one another, and nothing else takes time but all-reduces. `docs/plan.md` derives the formulas
-and works one example. Everything is of one device out of n. Shape letters as in `kraken/model.py`, and M = B * T.
+and works one example. Everything is of one device out of n. Shape letters as in `kraken/model/architecture.py`, and M
+= B * T.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kraken import plan
 from kraken.config import ConfigError, ModelConfig
-from kraken.plan import Architecture
+from kraken.plan import cost as plan
+from kraken.plan.cost import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = ("standard", "parallel", "kraken")
 MASTER_BYTES = 4

@@ -1,4 +1,4 @@
-"""The GPU kernels of `kraken/residual_norm.py`, in Triton: one program per token, which holds all its ways.
+"""The GPU kernels of `kraken/model/residual_norm.py`, in Triton: one program per token, which holds all its ways.
 
 Sums are in float32. Shape letters as there.
 """

@@ -38,14 +38,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
-from kraken.alignment import Alignment, pad
 from kraken.config import ModelConfig
-from kraken.loss import chunk_gradient, chunked_cross_entropy
-from kraken.precision import compute_dtype
-from kraken.residual_norm import LAYER_NORM_EPSILON, advance, see
-from kraken.ways import WayGroup
+from kraken.model.alignment import Alignment, pad
+from kraken.model.loss import chunk_gradient, chunked_cross_entropy
+from kraken.model.precision import compute_dtype
+from kraken.model.residual_norm import LAYER_NORM_EPSILON, advance, see
+from kraken.model.ways import WayGroup
 
 INIT_STD = 0.02
+COMPILE_OPTIONS: dict[str, Any] = {"reorder_for_peak_memory": False}
+"""Of a compiled layer. Its sum must start where the code starts it: moved next to its wait it would hide nothing."""
 VALUES_PER_LOAD = 8
 """16 bytes of 16-bit values, which rows must be multiples of for tensor cores."""
 FASTEST_ATTENTION_FIRST = [
@@ -212,19 +214,17 @@ class Layer(nn.Module):
         """Of a state in two parts the next, in two parts: the last addition of a layer is left to the one that follows,
         which does it in the same kernel as its first norm. What is added is padded as the linears are."""
         padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
-        x_WBTD, normed_WBTD, total_1BTD = advance(x_WBTD, addend_WBTD, padded_width, self.reads_others)
-        pending = None
-        if total_1BTD is not None and self.ways.size > 1:  # in flight while the ways held here attend
-            pending = self.ways.start_sum(total_1BTD)
+        sum_dtype = self.ways.sum_dtype(x_WBTD) if self.reads_others else None
+        x_WBTD, normed_WBTD, total_1BTD = advance(x_WBTD, addend_WBTD, padded_width, sum_dtype)
+        if total_1BTD is not None:  # in flight while the ways held here attend
+            total_1BTD = self.ways.start_sum(total_1BTD)
         attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation, attend)
         if self.ln_2 is None:
             return x_WBTD, attended_WBTD + self.mlp(normed_WBTD, self.ln_1)
-        if pending is not None:
-            total_1BTD = pending.wait()
         if total_1BTD is None:
-            a_WBTD, normed_WBTD, _ = advance(x_WBTD, attended_WBTD, padded_width, is_summed=False)
+            a_WBTD, normed_WBTD, _ = advance(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
         else:
-            a_WBTD, normed_WBTD = see(x_WBTD, attended_WBTD, total_1BTD)
+            a_WBTD, normed_WBTD = see(x_WBTD, attended_WBTD, self.ways.wait_sum(total_1BTD))
         return a_WBTD, self.mlp(normed_WBTD, self.ln_2)
 
 
@@ -267,9 +267,12 @@ class Kraken(nn.Module):
 
     def compile_parts(self) -> None:
         """`torch.compile` each layer, of which those of one kind share one compilation, however many there are; and the
-        loss, where no kernel computes it."""
+        loss, where no kernel computes it.
+
+        Compiled is `forward` alone: the hooks by which FSDP gathers parameters stay outside of the graph.
+        """
         for layer in self.h:
-            layer.compile()
+            layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
         self.chunk_gradient = torch.compile(chunk_gradient)
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
@@ -281,8 +284,13 @@ class Kraken(nn.Module):
         """
         return self.readout(self.hidden(ids_BT, positions_BT, attend))
 
-    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist."""
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
+        """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist.
+
+        Args:
+            num_ids: ids of the tokenizer, over which the softmax is for every number that is reported or compared.
+                None takes the padded vocabulary: that is the training objective, as in the published code.
+        """
         hidden_BTD = self.hidden(ids_BT)
         padded_width = self.alignment.padded_width(self.config.width)
         return chunked_cross_entropy(
@@ -292,6 +300,7 @@ class Kraken(nn.Module):
             self.chunk_gradient,
             self.ways,
             self.config.vocab_size,
+            num_ids,
         )
 
     def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:

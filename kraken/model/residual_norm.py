@@ -12,7 +12,7 @@ On a GPU each is one kernel forward and one backward, which hold a token's ways 
 once, and backward needs no input but n. What a compiler makes of the plain operations reads a token's ways again for
 each of them, and passes float32 between kernels.
 
-Shape letters as in `kraken/model.py`, and: P the width padded, the addend's and n's.
+Shape letters as in `kraken/model/architecture.py`, and: P the width padded, the addend's and n's.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.alignment import pad
+from kraken.model.alignment import pad
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -32,19 +32,20 @@ def sum_across_ways(x_WBTD: Tensor) -> Tensor:
 
 
 def advance(
-    x_WBTD: Tensor, addend_WBTP: Tensor | None, padded_width: int, is_summed: bool
+    x_WBTD: Tensor, addend_WBTP: Tensor | None, padded_width: int, sum_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """a [W, B, T, D], n [W, B, T, P] with zeros behind the width, and if asked for S [1, B, T, D], at least float32.
+    """a [W, B, T, D], n [W, B, T, P] with zeros behind the width, and if asked for S [1, B, T, D].
 
     Args:
         addend_WBTP: what is behind the width is ignored; None adds nothing.
+        sum_dtype: type of S, which is computed in at least float32; None computes none.
     """
     if _has_kernel(x_WBTD):
-        a, n, _, total = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, None, padded_width, is_summed)
-        return x_WBTD if addend_WBTP is None else a, n, total if is_summed else None
+        a, n, _, total = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, None, padded_width, sum_dtype)
+        return x_WBTD if addend_WBTP is None else a, n, None if sum_dtype is None else total
     width = x_WBTD.shape[-1]
     a_WBTD = x_WBTD if addend_WBTP is None else x_WBTD + addend_WBTP[..., :width]
-    total_1BTD = sum_across_ways(a_WBTD) if is_summed else None
+    total_1BTD = None if sum_dtype is None else sum_across_ways(a_WBTD).to(sum_dtype)
     return a_WBTD, pad(F.layer_norm(a_WBTD, (width,), eps=LAYER_NORM_EPSILON), padded_width), total_1BTD
 
 
@@ -57,7 +58,7 @@ def see(x_WBTD: Tensor, addend_WBTP: Tensor, total_1BTD: Tensor) -> tuple[Tensor
     """
     padded_width = addend_WBTP.shape[-1]
     if _has_kernel(x_WBTD):
-        a, n, _, _ = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, total_1BTD, padded_width, False)
+        a, n, _, _ = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, total_1BTD, padded_width, None)
         return a, n
     width = x_WBTD.shape[-1]
     a_WBTD = x_WBTD + addend_WBTP[..., :width]
@@ -75,28 +76,28 @@ def _has_kernel(x: Tensor) -> bool:
 @torch.library.custom_op(
     "kraken::residual_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor? addend, Tensor? total, int padded_width, bool is_summed) "
+    schema="(Tensor x, Tensor? addend, Tensor? total, int padded_width, ScalarType? sum_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _residual_norm(
-    x: Tensor, addend: Tensor | None, total: Tensor | None, padded_width: int, is_summed: bool
+    x: Tensor, addend: Tensor | None, total: Tensor | None, padded_width: int, sum_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (empty without an addend), n, 1 / sqrt(var + epsilon), float32 [W, B, T], and the sum over the ways, float32
-    [1, B, T, D] (empty unless asked for)."""
-    from kraken import residual_norm_kernel  # which imports Triton, and only CUDA has that
+    """a (empty without an addend), n, 1 / sqrt(var + epsilon), float32 [W, B, T], and the sum over the ways
+    [1, B, T, D] (empty unless a type is given for it)."""
+    from kraken.model import residual_norm_kernel  # which imports Triton, and only CUDA has that
 
-    a, n, inverse_std, sum_of_a = _outputs(x, addend, total, padded_width, is_summed)
+    a, n, inverse_std, sum_of_a = _outputs(x, addend, total, padded_width, sum_dtype)
     residual_norm_kernel.forward(x, addend, total, a, n, inverse_std, sum_of_a, LAYER_NORM_EPSILON)
     return a, n, inverse_std, sum_of_a
 
 
 @_residual_norm.register_fake
 def _outputs(
-    x: Tensor, addend: Tensor | None, total: Tensor | None, padded_width: int, is_summed: bool
+    x: Tensor, addend: Tensor | None, total: Tensor | None, padded_width: int, sum_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = x.new_empty(0) if addend is None else torch.empty_like(x)
     n = x.new_empty(*x.shape[:-1], padded_width)
-    sum_of_a = x.new_empty((1, *x.shape[1:]) if is_summed else (0,), dtype=torch.float32)
+    sum_of_a = x.new_empty((0,) if sum_dtype is None else (1, *x.shape[1:]), dtype=sum_dtype or torch.float32)
     return a, n, x.new_empty(x.shape[:-1], dtype=torch.float32), sum_of_a
 
 
@@ -104,7 +105,7 @@ def _outputs(
     "kraken::residual_norm_backward",
     mutates_args=(),
     schema="(Tensor? grad_a, Tensor grad_n, Tensor? grad_sum, Tensor n, Tensor inverse_std, int width, "
-    "bool sees_others) -> (Tensor, Tensor, Tensor)",
+    "ScalarType? total_dtype) -> (Tensor, Tensor, Tensor)",
 )
 def _residual_norm_backward(
     grad_a: Tensor | None,
@@ -113,13 +114,13 @@ def _residual_norm_backward(
     n: Tensor,
     inverse_std: Tensor,
     width: int,
-    sees_others: bool,
+    total_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x [W, B, T, D], the addend [W, B, T, P] with zeros behind the width, and S, float32
-    [1, B, T, D]. Empty are x's where a way sees the others, the addend's without `grad_a`, S's where no way does."""
-    from kraken import residual_norm_kernel
+    """The gradients of x [W, B, T, D], the addend [W, B, T, P] with zeros behind the width, and S [1, B, T, D] in its
+    type. Empty are x's where a way sees the others, the addend's without `grad_a`, S's where no way does."""
+    from kraken.model import residual_norm_kernel
 
-    grad_x, grad_addend, grad_total = _gradients(grad_a, grad_n, grad_sum, n, inverse_std, width, sees_others)
+    grad_x, grad_addend, grad_total = _gradients(grad_a, grad_n, grad_sum, n, inverse_std, width, total_dtype)
     residual_norm_kernel.backward(grad_a, grad_n, grad_sum, n, inverse_std, grad_x, grad_addend, grad_total, width)
     return grad_x, grad_addend, grad_total
 
@@ -132,21 +133,21 @@ def _gradients(
     n: Tensor,
     inverse_std: Tensor,
     width: int,
-    sees_others: bool,
+    total_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = n.new_empty(0)
     # x's lie in memory as those of a do, which is how a compiled layer wants them
     like_a = n.new_empty(*n.shape[:-1], width) if grad_a is None else torch.empty_like(grad_a)
     return (
-        nothing if sees_others else like_a,
-        nothing if grad_a is None else torch.empty_like(n),
-        n.new_empty((1, *n.shape[1:-1], width) if sees_others else (0,), dtype=torch.float32),
+        like_a if total_dtype is None else n.new_empty(0),
+        n.new_empty(0) if grad_a is None else torch.empty_like(n),
+        n.new_empty((0,) if total_dtype is None else (1, *n.shape[1:-1], width), dtype=total_dtype or n.dtype),
     )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, addend, total, _, ctx.is_summed = inputs
-    ctx.width, ctx.adds, ctx.sees_others = x.shape[-1], addend is not None, total is not None
+    x, addend, total, _, sum_dtype = inputs
+    ctx.width, ctx.adds, ctx.is_summed = x.shape[-1], addend is not None, sum_dtype is not None
+    ctx.total_dtype = None if total is None else total.dtype
     ctx.save_for_backward(*output[1:3])
 
 
@@ -159,9 +160,9 @@ def _differentiate(ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: T
         n,
         inverse_std,
         ctx.width,
-        ctx.sees_others,
+        ctx.total_dtype,
     )
-    if ctx.sees_others:  # of seen = x + addend + (S - x) only S and the addend are left, and x is in a
+    if ctx.total_dtype is not None:  # of seen = x + addend + (S - x) only S and the addend are left, and x is in a
         return grad_a, grad_addend, grad_total, None, None
     return grad_x, grad_addend if ctx.adds else None, None, None, None
 

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kraken.precision import compute_dtype
-from kraken.ways import WayGroup
+from kraken.model.precision import compute_dtype
+from kraken.model.ways import WayGroup
 
 LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**28}
 """Logits that exist at a time: on a CPU about what its cache holds, on a GPU enough to fill it."""
@@ -39,21 +38,58 @@ def chunk_gradient(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor
 
 
 def shared_chunk_gradient(
-    logits_TV: Tensor, targets_T: Tensor, ways: WayGroup, vocab_size: int
+    logits_TV: Tensor, targets_T: Tensor, ways: WayGroup, vocab_size: int, num_ids: int
 ) -> tuple[Tensor, Tensor]:
-    """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts."""
-    exact = logits_TV.to(torch.float64 if logits_TV.dtype == torch.float64 else torch.float32)
+    """`chunk_gradient` where V is this process's part of the vocabulary; the loss is that of all parts.
+
+    Args:
+        logits_TV: overwritten.
+        num_ids: the softmax is over the ids below; a process may hold none of them.
+    """
     rows = ways.part(vocab_size)
-    is_here_T = (targets_T >= rows.start) & (targets_T < rows.stop)
-    columns_T1 = (targets_T - rows.start).clamp(0, len(rows) - 1)[:, None]
-    largest_T1 = ways.all_reduce(exact.max(dim=-1, keepdim=True).values, dist.ReduceOp.MAX)
-    exponentials_TV = (exact - largest_T1).exp()
-    target_logits_T1 = exact.gather(1, columns_T1) * is_here_T[:, None]
-    sums_T2 = ways.all_reduce(torch.cat((exponentials_TV.sum(dim=-1, keepdim=True), target_logits_T1), dim=-1))
-    loss = (sums_T2[:, 0].log() + largest_T1[:, 0] - sums_T2[:, 1]).sum()
-    gradient_TV = exponentials_TV.div_(sums_T2[:, :1]).to(logits_TV.dtype)
-    gradient_TV.scatter_add_(1, columns_T1, -is_here_T[:, None].to(logits_TV.dtype))
-    return loss, gradient_TV
+    if rows.stop > num_ids:  # finite, since a process that holds only padding ids subtracts its largest logit
+        logits_TV[:, max(0, num_ids - rows.start) :] = torch.finfo(logits_TV.dtype).min
+    functions = row_statistics, softmax_less_target
+    if _has_kernel(logits_TV):
+        from kraken.model import loss_kernel  # which imports Triton, and only CUDA has that
+
+        functions = loss_kernel.row_statistics, loss_kernel.softmax_less_target
+    statistics_of, gradient_of = functions
+    columns_T = targets_T - rows.start  # outside of 0..V where another process holds the target
+    largest, totals, target_logits = ways.all_gather(statistics_of(logits_TV, columns_T)).unbind(dim=-1)
+    largest_T = largest.amax(dim=0)
+    log_total_T = largest_T + (totals * (largest - largest_T).exp()).sum(dim=0).log()
+    loss = (log_total_T - target_logits.sum(dim=0)).sum()
+    return loss, gradient_of(logits_TV, columns_T, log_total_T)
+
+
+def row_statistics(logits_TV: Tensor, columns_T: Tensor) -> Tensor:
+    """[T, 3]: the largest logit, the sum of the exponentials less it, and the target's logit; at least float32.
+
+    Args:
+        columns_T: the targets; one outside of 0..V counts 0.
+    """
+    exact = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    is_here_T, columns_T1 = _here(columns_T, logits_TV.shape[1])
+    largest_T1 = exact.amax(dim=-1, keepdim=True)
+    target_T1 = exact.gather(1, columns_T1) * is_here_T[:, None]
+    return torch.cat((largest_T1, (exact - largest_T1).exp().sum(dim=-1, keepdim=True), target_T1), dim=-1)
+
+
+def softmax_less_target(logits_TV: Tensor, columns_T: Tensor, log_total_T: Tensor) -> Tensor:
+    """The gradient by the logits, in their type, of log_total_T minus the target's logit."""
+    is_here_T, columns_T1 = _here(columns_T, logits_TV.shape[1])
+    gradient_TV = (logits_TV.to(log_total_T.dtype) - log_total_T[:, None]).exp_().to(logits_TV.dtype)
+    return gradient_TV.scatter_add_(1, columns_T1, -is_here_T[:, None].to(logits_TV.dtype))
+
+
+def _here(columns_T: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Which targets are among the columns, and a column for each of them."""
+    return (columns_T >= 0) & (columns_T < num_columns), columns_T.clamp(0, num_columns - 1)[:, None]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in KERNEL_TYPES
 
 
 def chunked_cross_entropy(
@@ -63,6 +99,7 @@ def chunked_cross_entropy(
     gradient: ChunkGradient = chunk_gradient,
     ways: WayGroup = WayGroup(),  # noqa: B008 - frozen
     vocab_size: int = 0,
+    num_ids: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropy in nats of softmax(hidden @ weight^T) against the targets; at least float32.
 
@@ -72,13 +109,16 @@ def chunked_cross_entropy(
         gradient: `chunk_gradient`, or the same compiled; used where one process holds the whole vocabulary, and there
             is no kernel.
         ways: the processes that hold a part of `vocab_size` rows each; hidden states and loss are equal on all.
+        num_ids: the softmax is over the rows of the ids below, which the targets must be; None takes every row.
     """
     if hidden_TD.is_cuda and compute_dtype(hidden_TD) in KERNEL_TYPES:
-        from kraken import loss_kernel  # which imports Triton, and only CUDA has that
+        from kraken.model import loss_kernel  # which imports Triton, and only CUDA has that
 
         gradient = loss_kernel.chunk_gradient
     if ways.size > 1:
-        gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size)
+        gradient = partial(shared_chunk_gradient, ways=ways, vocab_size=vocab_size, num_ids=num_ids or vocab_size)
+    else:
+        weight_VD = weight_VD[:num_ids]
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, gradient, ways, vocab_size)
 
 

@@ -1,0 +1,1 @@
+"""What a shape costs, and what to expect of it on devices."""
