@@ -163,3 +163,35 @@ def test_the_readme_names_its_commands() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`make (\w+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_a_document_names_exist(document: Path) -> None:
+    text = document.read_text()
+    named = re.findall(r"`((?:kraken|pipelines|jobs|serve|benchmarks|tests|docs|docker)/[\w/.]*)`", text)
+    linked = [(document.parent / link) for link in re.findall(r"\]\(([^):#]+)\)", text)]
+    missing = [str(path) for path in [*(ROOT / name for name in named), *linked] if not path.exists()]
+    assert not missing
+
+
+def test_functions_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", text)
+    assert len(rows) >= 10
+    for path, functions in rows:
+        defined = definitions(ast.parse((ROOT / path).read_text()))
+        assert set(re.findall(r"`([\w.]+)`", functions)) <= defined, path
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """The functions of a module, methods as `Class.method`."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return names
