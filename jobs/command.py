@@ -21,8 +21,7 @@ from kraken.environment import provide_home
 from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
-from pipelines.local_cluster import ClusterError
-from pipelines.training.stop import RunStopped
+from pipelines.errors import ClusterError, RunStopped
 
 USER_ERROR, FAILURE, INTERRUPTED, NO_READER = 2, 1, 130, 141
 """Exit statuses; the last two are what a shell reports of SIGINT and SIGPIPE."""

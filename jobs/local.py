@@ -26,7 +26,8 @@ from kraken.config import ConfigError, RunConfig
 from kraken.environment import provide_home
 from kraken.manifest import git_revision
 from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError, Head, Job
+from pipelines.errors import ClusterError
+from pipelines.local_cluster import Head, Job
 from pipelines.tracking import Tracker, tracking_uri, ui_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent

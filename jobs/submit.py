@@ -23,7 +23,7 @@ from jobs.command import INTERRUPTED, LineParser
 from jobs.local import CHECKOUT, CODE, excludes, exit_status, job_environment
 from kraken.config import ConfigError
 from kraken.environment import environment
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 JOBS = ("end_to_end", "prepare", "pretrain", "convert", "evaluate", "deploy")
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import environment
 from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 logger = logging.getLogger(__name__)
 

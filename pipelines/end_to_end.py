@@ -15,7 +15,7 @@ from kraken.environment import environment, provide_home
 from kraken.manifest import Manifest
 from kraken.storage import Storage
 from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import PipelineRun, RunRef, Tracker
 from pipelines.training.lease import Lease, submission

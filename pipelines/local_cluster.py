@@ -39,6 +39,7 @@ import psutil
 from kraken.config import ConfigError, ServeConfig
 from kraken.environment import user_name
 from kraken.manifest import write_atomically
+from pipelines.errors import ClusterError
 
 START_LIMIT_S = 120.0
 """A head needs 5 to 10 s on two idle cores; past this something is wrong."""
@@ -85,10 +86,6 @@ NOT_INHERITED = (
     *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_HEADERS", "RAY_JOB_CONFIG_JSON_ENV_VAR"),
 )
 """Variables of the caller that must not reach the head: some belong to another cluster, some are given per job."""
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot do what was asked; the message says why and what to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

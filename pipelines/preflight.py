@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from kraken.config import ClusterConfig, ConfigError, RunConfig
 from kraken.storage import Storage, is_remote
 from pipelines import memory
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.training.placement import Resources, per_worker, place, room, sizes
 
 logger = logging.getLogger(__name__)

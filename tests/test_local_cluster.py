@@ -20,7 +20,8 @@ import pytest
 
 from jobs import local
 from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError, Head, Job
+from pipelines.errors import ClusterError
+from pipelines.local_cluster import Head, Job
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

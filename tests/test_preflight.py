@@ -16,7 +16,7 @@ from kraken.config import ConfigError, RunConfig
 from kraken.model import Kraken
 from kraken.presets import kraken_760m_4way, quickstart
 from pipelines import memory, preflight
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.preflight import Probe
 from pipelines.training.placement import place, sizes
 

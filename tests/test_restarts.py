@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 
 from kraken.config import RunConfig
 from kraken.presets import quickstart
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.training import restarts
 from pipelines.training.restarts import Placement
 

@@ -15,7 +15,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 NAMESPACE = "kraken"
 BEAT_S = 0.5

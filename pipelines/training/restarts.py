@@ -24,7 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from kraken.config import ConfigError, RunConfig
 from kraken.manifest import ArtefactError
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.training.placement import Resources, per_worker, place, sizes
 from pipelines.training.stop import StopSwitch, draining_nodes
 

@@ -17,10 +17,6 @@ AWAY_S = 10.0
 """Pause after the store could not be reached."""
 
 
-class RunStopped(Exception):
-    """Training ended before its last step because it was asked to; a checkpoint holds everything until then."""
-
-
 @dataclass(frozen=True, slots=True)
 class StopSwitch:
     """Small and picklable; every process of the cluster sees the same state."""

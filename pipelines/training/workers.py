@@ -19,13 +19,13 @@ from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, join
 from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError, RunStopped
 from pipelines.stage import Work
 from pipelines.training.lease import Lease, LeaseRef
 from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
 from pipelines.training.placement import place, sizes
 from pipelines.training.restarts import Placement, Trainer, own_resources
-from pipelines.training.stop import RunStopped, StopSwitch, StopWatch
+from pipelines.training.stop import StopSwitch, StopWatch
 from pipelines.training.system_metrics import SystemMetrics
 
 TRAIN_SETTINGS = {
