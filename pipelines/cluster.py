@@ -16,14 +16,13 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import ray
-import ray._raylet
-from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import environment
 from pipelines import local_cluster
 from pipelines.errors import ClusterError
+from pipelines.ray_internals import stay_on_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             _init(f"RAY_ADDRESS={address}")
         elif head := local_cluster.find(config.storage):
             stack.enter_context(environment(head.client_environment()))
-            _stay_on_loopback()
+            stay_on_loopback()
             _init(f"the local cluster of storage={config.storage}", address=head.address)
         else:
             local_cluster.require_usable_python()
@@ -65,7 +64,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             token = local_cluster.write_token(temp_dir / "token")
             variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
             stack.enter_context(environment({**local_cluster.RAY_SETTINGS, **variables}))
-            _stay_on_loopback()
+            stay_on_loopback()
             _init(
                 "an embedded cluster",
                 address="local",
@@ -118,18 +117,6 @@ def _init(which: str, **options: Any) -> None:
             f"{which} cannot be used: {reason}; check that it runs and that RAY_AUTH_TOKEN_PATH names its token, "
             "or unset RAY_ADDRESS to use this machine alone"
         ) from error
-
-
-def _stay_on_loopback() -> None:
-    """Make a Ray that is already imported heed RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 and RAY_AUTH_MODE.
-
-    It read both while it was imported. The first keeps it from replacing 127.0.0.1 by the machine's outward address,
-    where the local cluster does not listen.
-    """
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    raylet: Any = ray._raylet  # compiled, without types
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines import ray_internals
 from pipelines.errors import ClusterError
 
 NAMESPACE = "kraken"
@@ -25,37 +26,26 @@ DEAD_AFTER_S = 6.0
 
 def get(key: str) -> str:
     """A value of the cluster's key-value store; empty where there is none."""
-    from ray.experimental import internal_kv
-
-    return (internal_kv._internal_kv_get(key, namespace=NAMESPACE) or b"").decode()
+    return (ray_internals.kv_get(key, NAMESPACE) or b"").decode()
 
 
 def put(key: str, value: str, *, overwrite: bool = True) -> None:
     """Set a value, or only one that is not there."""
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_put(key, value, overwrite=overwrite, namespace=NAMESPACE)
+    ray_internals.kv_put(key, value, overwrite=overwrite, namespace=NAMESPACE)
 
 
 def delete(key: str) -> None:
     """Remove a value, if it is there."""
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_del(key, namespace=NAMESPACE)
+    ray_internals.kv_delete(key, NAMESPACE)
 
 
 def submission() -> str | None:
     """Id of the submitted job that this process belongs to, as `ray job` takes it; None where there is none."""
-    import ray
-    from ray._private import worker
-
     if name := os.environ.get("KRAKEN_SUBMISSION"):
         return name
-    if not ray.is_initialized():
-        return None
-    core_worker: Any = worker.global_worker.core_worker  # type: ignore[attr-defined]  # set by ray.init
-    metadata = core_worker.get_job_config().metadata
-    return metadata.get("job_submission_id") or None
+    import ray
+
+    return ray_internals.job_submission_id() if ray.is_initialized() else None
 
 
 @dataclass(frozen=True, slots=True)

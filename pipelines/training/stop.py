@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipelines.ray_internals import draining_nodes
 from pipelines.training.lease import LeaseRef, get, put
 
 POLL_S = 0.5
@@ -81,10 +82,3 @@ class StopWatch:
             self.requested = True
         if any(switch.reason() for switch in self._switches):
             self.requested = True
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that will be taken away: spot instances with a notice, or `ray drain-node`."""
-    from ray._private.state import state  # nothing public says so outside of Ray Train, whose way is a barrier
-
-    return set(state.get_draining_nodes())

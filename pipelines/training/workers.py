@@ -1,7 +1,6 @@
 """The Ray Train workers of pretraining: what each runs, and what becomes of them when some of them are lost."""
 
 import dataclasses
-import logging
 import math
 import os
 from pathlib import Path
@@ -20,6 +19,7 @@ from kraken.storage import Storage, join
 from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
 from pipelines.errors import ClusterError, RunStopped
+from pipelines.ray_internals import silence_report_logger
 from pipelines.stage import Work
 from pipelines.training.lease import Lease, LeaseRef
 from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
@@ -95,10 +95,8 @@ def worker_loop(attempt: Attempt) -> dict[str, Any]:
         The finished run's metrics by name, each as value and unit; or {"stopped_at": step}.
     """
     import torch
-    from ray.train.v2._internal.execution import context as ray_train_context
 
-    # named by its file, which Ray's own log level does not reach; it repeats every report
-    logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
+    silence_report_logger()
     provide_home()  # torch's compiler asks for the user's name
     config = from_dict(RunConfig, attempt.config)
     torch.set_num_threads(config.cluster.cpus_per_worker)
