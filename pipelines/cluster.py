@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import environment
-from pipelines import local_cluster
+from pipelines import local_cluster, local_head
 from pipelines.errors import ClusterError
 from pipelines.ray_internals import stay_on_loopback
 
@@ -60,7 +60,7 @@ def connect(config: RunConfig) -> Iterator[None]:
             local_cluster.require_usable_python()
             temp_dir = local_cluster.make_temp_dir(f"embedded:{os.getpid()}:{config.storage}")
             stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
-            stack.callback(local_cluster.end_below, temp_dir)
+            stack.callback(local_head.end_below, temp_dir)
             token = local_cluster.write_token(temp_dir / "token")
             variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
             stack.enter_context(environment({**local_cluster.RAY_SETTINGS, **variables}))
@@ -73,7 +73,7 @@ def connect(config: RunConfig) -> Iterator[None]:
                 include_dashboard=True,  # without it Train cannot return the CPUs of a run that was ended
                 dashboard_host="127.0.0.1",
                 dashboard_port=local_cluster.free_port(),
-                _temp_dir=str(local_cluster.ray_dir(temp_dir)),
+                _temp_dir=str(local_head.ray_dir(temp_dir)),
             )
         stack.callback(ray.shutdown)
         # for Ray's own tools, in this process and its children: without it they look for a cluster on this machine,

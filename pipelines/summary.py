@@ -11,7 +11,7 @@ from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.storage import is_remote
 from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
-from pipelines.tracking import ui_command
+from pipelines.tracking_server import ui_command
 from serve.api_key import API_KEY_VARIABLE, api_key
 
 SUMMARY_NAME = "summary.json"

@@ -2,8 +2,7 @@
 
 Ray Train's own policies place workers wherever there is room and wait for it for ever. Ours keep way groups inside a
 node, leave out nodes that are lost or about to be, shrink to a size that the batch divides by, grow again when nodes
-come back, and give up after a while. Ray Train takes
-them through one private method of its trainer.
+come back, and give up after a while. Ray Train takes them through one private method of its trainer.
 """
 
 import contextlib
