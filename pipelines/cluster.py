@@ -195,11 +195,16 @@ def call_on_head(function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     there = NodeAffinitySchedulingStrategy(head, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there, name=function.__name__)
+    result: T = result_of(task.remote(*args))
+    return result
+
+
+def result_of(reference: Any) -> Any:
+    """A task's result. If the task failed, its error is raised as the task raised it."""
     try:
-        result: T = ray.get(task.remote(*args))
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    return result
 
 
 def _nodes() -> list[dict[str, float]]:

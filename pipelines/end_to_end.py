@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.config import ConfigError, RunConfig, to_dict
 from kraken.environment import environment, provide_home
 from kraken.manifest import Manifest
 from kraken.storage import Storage
@@ -177,7 +177,7 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
                         p.stage.kind,
-                        to_dict(config),
+                        config,
                         p.fingerprint,
                         pipeline_run.ref,
                         stop,
@@ -187,7 +187,7 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                 for p in planned:
                     if p.manifest is None:
                         started_at = time.monotonic()
-                        manifest = wait_for(references[p.stage.kind])
+                        manifest = cluster.result_of(references[p.stage.kind])
                         results[p.stage.kind] = StageResult(manifest, time.monotonic() - started_at, reused=False)
                         print(f"{p.stage.kind}: done in {manifest.seconds:.1f} s", flush=True)
             except BaseException as error:
@@ -244,7 +244,7 @@ def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
 
 def run_stage(
     kind: str,
-    config_values: dict[str, Any],
+    config: RunConfig,
     fingerprint: str,
     pipeline: RunRef,
     stop: StopSwitch,
@@ -257,17 +257,6 @@ def run_stage(
         access_key: of the endpoint; from the driver, since a cluster's processes need not have its environment.
     """
     provide_home()
-    config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
     with environment({} if access_key is None else {API_KEY_VARIABLE: access_key.value}):
         return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
-
-
-def wait_for(reference: Any) -> Manifest:
-    """A task's manifest, or the error its stage raised, as it was raised."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error

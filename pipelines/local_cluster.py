@@ -61,11 +61,6 @@ RAY_SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # The one port that no option sets; 0 takes a free one.
     "DASHBOARD_METRIC_PORT": "0",
-    # Ray Train: `report` blocks for one interval, 2 s unless set; the others are noise or cost start-up time.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_DEDUP_LOGS": "0",
     # OpenMP's threads wait for each other by spinning, which costs most where the cores are shared, as here with Ray's
     # own processes; to wake one that sleeps costs a decoding engine up to half its speed on idle ones. So they spin for

@@ -133,6 +133,16 @@ def test_private_names_of_ray_are_found_however_they_are_used(tmp_path: Path) ->
     }
 
 
+def test_the_settings_of_ray_train_are_in_one_place() -> None:
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in (*LAYERS, "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"""["']RAY_TRAIN_[A-Z]""", path.read_text())
+    ]
+    assert files == ["pipelines/training/workers.py"]
+
+
 def test_training_loads_no_ray_and_no_mlflow() -> None:
     heavy = "{'ray', 'mlflow', 'fastapi'}"
     code = f"import sys, kraken.training.train, kraken.engine.torch_engine; print(sorted({heavy} & set(sys.modules)))"

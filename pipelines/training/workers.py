@@ -12,7 +12,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.config import ConfigError, RunConfig
 from kraken.environment import provide_home
 from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, join
@@ -29,7 +29,9 @@ from pipelines.training.stop import StopSwitch, StopWatch
 from pipelines.training.system_metrics import SystemMetrics
 
 TRAIN_SETTINGS = {
+    # `report` blocks for one interval, 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Without these two every printed line appears twice, and the start takes longer.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # We watch the nodes ourselves: Ray Train's way asks all workers to wait for each other at every look.
@@ -37,7 +39,7 @@ TRAIN_SETTINGS = {
     # A group is started where there is room; a longer wait is for a node that was lost in the meantime.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
-"""Of Ray Train, which hands them on to its processes; what the environment has already stands."""
+"""Ray Train's environment variables; Ray Train hands them on to its processes. A value that is set already stands."""
 
 CONTROLLER_FAILURES = 5
 """Attempts to start a worker group; Ray's own default never stops trying."""
@@ -76,7 +78,7 @@ def step_line(metrics: dict[str, float]) -> str:
 class Attempt:
     """What the workers of one attempt need; small and picklable."""
 
-    config: dict[str, Any]
+    config: RunConfig
     prepare: str
     """Fingerprint of the data."""
     pretrain: str
@@ -98,7 +100,7 @@ def worker_loop(attempt: Attempt) -> dict[str, Any]:
 
     silence_report_logger()
     provide_home()  # torch's compiler asks for the user's name
-    config = from_dict(RunConfig, attempt.config)
+    config = attempt.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
     storage = Storage(config.storage)
     storage.fetch("prepare", attempt.prepare)
@@ -137,7 +139,7 @@ def fit(work: Work) -> dict[str, Metric]:
             log_missing(work.run, work.folder)
             pause = StopSwitch.make()
             attempt = Attempt(
-                config=to_dict(work.config),
+                config=work.config,
                 prepare=work.parents["prepare"].fingerprint,
                 pretrain=work.fingerprint,
                 lease=lease,
