@@ -34,7 +34,7 @@ from pipelines.tracking_server import tracking_uri, ui_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CODE = ("kraken", "pipelines", "jobs", "serve", "benchmarks")
-"""What travels with a job. Everything else in the checkout stays, however large."""
+"""Folders that are uploaded with a job. The rest of the checkout stays."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,7 +149,7 @@ def submit(head: Head, entrypoint: list[str], *, name: str, working_dir: Path = 
 
 
 def exit_status(record: dict[str, Any]) -> int:
-    """What the end of a job means for whoever waits for it; says what the job itself could not."""
+    """Exit status for the record of a job that has ended. Prints the reason if the job could not print it itself."""
     code = record.get("driver_exit_code")
     if record["status"] == "SUCCEEDED":
         return 0
@@ -217,7 +217,7 @@ def ui(storage: str) -> int:
         return 0
     port = next((port for port in range(5000, 5100) if is_free(port)), None) or local_cluster.free_port()
     url = f"http://127.0.0.1:{port}"
-    # The server's job runner is for features that nobody uses here, and takes as much memory as the server.
+    # The server's job runner serves features that this project does not use, and needs as much memory as the server.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     say(f"starting MLflow on {url}")
     with local_jobs.sigterm_as_interrupt(), subprocess.Popen(ui_command(storage, port), env=environment) as server:

@@ -89,7 +89,7 @@ def is_embedded(config: RunConfig) -> bool:
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address that nobody listens on; `ray.init` would try for ten minutes and more."""
+    """Refuse an address at which nothing listens; `ray.init` would try for ten minutes and more."""
     if address.startswith("http"):
         raise ConfigError(
             f"RAY_ADDRESS={address} is a dashboard, where jobs are submitted; put it into RAY_API_SERVER_ADDRESS, or "
@@ -108,7 +108,7 @@ def _require_answer(address: str) -> None:
 
 
 def _init(which: str, **options: Any) -> None:
-    """`ray.init`, its many errors as one."""
+    """Call `ray.init`, and turn its many kinds of errors into a `ClusterError`."""
     try:
         ray.init(log_to_driver=True, logging_level=logging.WARNING, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -213,8 +213,11 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def cancel_unfinished(references: Iterable[Any]) -> None:
-    """Cancel tasks, but none that has ended: Ray's process would die of it ("tried to complete task that was not
-    pending") where the end has been seen and not yet written down, as that of a task whose error has just come."""
+    """Cancel the tasks that have not ended.
+
+    To cancel a task whose error has just arrived, and is not yet recorded, ends this process with Ray's "tried to
+    complete task that was not pending".
+    """
     for reference in references:
         if not ray.wait([reference], timeout=0)[0]:
             ray.cancel(reference)

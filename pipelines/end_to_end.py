@@ -72,7 +72,7 @@ def identify(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
 
 
 def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None = None) -> list[PlannedStage]:
-    """What would run and what would be reused; asks the storage and the endpoint, changes nothing.
+    """The stages, each with the artefact that it would reuse. Asks the storage and the endpoint, changes nothing.
 
     Args:
         found: the stages' fingerprints, where the config is identified already; the corpus is read for them.
@@ -90,7 +90,7 @@ def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None 
 
 
 def _beginning(config: RunConfig, found: dict[str, str]) -> tuple[int, str]:
-    """Where training would begin, and the advice if that is step 0."""
+    """The step at which training would begin, and the advice if that is step 0."""
     if step := lineage.newest_step(Storage(config.storage), found["pretrain"]):
         return step, ""
     if config.continue_from is not None:
@@ -110,7 +110,7 @@ def describe(planned: list[PlannedStage]) -> str:
 
 
 def announcements(planned: list[PlannedStage]) -> list[str]:
-    """What is said of a plan before it is run, beyond its stages."""
+    """Advice on a plan before it is run, one line for each stage that has any."""
     return [f"{p.stage.kind}: {p.advice}" for p in planned if p.advice]
 
 
@@ -226,7 +226,7 @@ def sole_pipeline(
 
 
 def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
-    """Where training runs, have it write a checkpoint and end, and wait until it has.
+    """If training runs, ask it to write a checkpoint and end, and wait for its end. Otherwise a no-op.
 
     Args:
         references: kind -> the stage's task, or its manifest.

@@ -85,7 +85,7 @@ NOT_INHERITED = (
 
 
 def state_folder(storage: str) -> Path:
-    """Where a storage's head is recorded; for a remote storage a folder of this machine stands in."""
+    """The folder with the record of a storage's head; for a remote storage a temporary folder of this machine."""
     if "://" in storage:
         digest = hashlib.sha256(storage.encode()).hexdigest()[:12]
         return Path(tempfile.gettempdir()) / f"kraken-{user_name()}" / digest / ".cluster"
@@ -93,7 +93,7 @@ def state_folder(storage: str) -> Path:
 
 
 def find(storage: str) -> Head | None:
-    """The storage's head if it runs and is ready."""
+    """The storage's head; None unless it runs and is ready."""
     head = _read(state_folder(storage))
     return head if head and head.address and process_of(head) else None
 

@@ -44,7 +44,7 @@ class Head:
     """host:port for `ray.init`; empty until the head is ready."""
 
     def client_environment(self) -> dict[str, str]:
-        """What a process needs in its environment to talk to this cluster with Ray's own tools."""
+        """The environment variables with which Ray's own tools reach this cluster."""
         return {
             "RAY_API_SERVER_ADDRESS": self.dashboard_url,
             "RAY_AUTH_MODE": "token",
@@ -130,8 +130,8 @@ def _carries_mark(process: psutil.Process, head: Head) -> bool:
 def _works_below(process: psutil.Process, folder: str) -> bool:
     """Whether a process lives in a cluster's temporary folder, or writes there; a person at a terminal does not count.
 
-    That is all by which an agent is known whose raylet is gone: it has overwritten the rest. It notices by itself, but
-    then waits for minutes to tell a head that is gone, too.
+    An agent whose raylet has ended can be recognised by these paths only: it has overwritten its command line and
+    environment. It would end by itself, but first tries for minutes to reach the head, which has ended as well.
     """
     with contextlib.suppress(psutil.Error, OSError):
         paths = (process.cwd(), *(file.path for file in process.open_files()))
@@ -140,7 +140,7 @@ def _works_below(process: psutil.Process, folder: str) -> bool:
 
 
 def end_below(temp_dir: Path) -> None:
-    """End what is left of a cluster that has ended: every process that lives or writes below its temporary folder."""
+    """End every process that works or writes below the temporary folder of a cluster that has ended."""
     deadline = time.monotonic() + STOP_LIMIT_S
     while time.monotonic() < deadline:
         others = (process for process in psutil.process_iter() if process.pid != os.getpid())
@@ -157,7 +157,7 @@ def end_tree(pid: int) -> None:
 
 
 def end_processes(processes: set[psutil.Process]) -> None:
-    """SIGTERM, a moment, SIGKILL."""
+    """Send SIGTERM, and SIGKILL to the processes that still run after 3 s."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.terminate()

@@ -218,7 +218,7 @@ def _wait_until_free(config: RunConfig, deadline: float) -> None:
 
 
 def _lacking(config: RunConfig) -> str:
-    """What is needed and not free, in words; empty when there is room for the smallest number of workers."""
+    """The resources that training needs and that are not free, in words; empty if the fewest workers have room."""
     cluster, free = config.cluster, available_resources_per_node()
     if any(place(cluster, size, free) for size in sizes(config)):
         return ""

@@ -83,7 +83,7 @@ def write(config: RunConfig, summary: dict[str, Any]) -> Path | None:
 
 
 def render(config: RunConfig, summary: dict[str, Any]) -> str:
-    """The same for people."""
+    """The summary as text for a person."""
     body = shlex.quote(json.dumps(request_body(config)))
     key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if api_key() else ""
     curl = f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json'{key} -d {body}"

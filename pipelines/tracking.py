@@ -48,11 +48,11 @@ T = TypeVar("T")
 AnyRun = TypeVar("AnyRun", bound="StageRun")
 
 KEY_TAG = "kraken.key"
-"""Unique: what a restart or a resubmission finds its run by."""
+"""Unique key, by which a restart or a resubmission finds its run."""
 SUBMISSION_TAG = "kraken.submission"
 """The Ray job submission that opened the run last; `Tracker.reconcile` asks whether it lives."""
 ATTEMPTS_TAG = "kraken.attempts"
-"""How often the run was opened."""
+"""Number of times that the run was opened."""
 OPENED_BY_TAG = "kraken.opened_by"
 """Random id of the process's `StageRun` that opened the run last; an earlier one does not end it."""
 STORAGE_TAG = "kraken.storage"
@@ -92,11 +92,11 @@ KILLED_LIMIT_S = 5.0
 """The same after a cancellation, when patience is short: Ray kills a stopped job after 3 s."""
 
 
-# Who and what runs
+# The user and the command
 
 
 def submitter() -> str:
-    """Who runs this: KRAKEN_USER, else the user of the tracking server, else the account of this process.
+    """Name of the user: KRAKEN_USER, else the user of the tracking server, else the account of this process.
 
     In a submitted job the account is the cluster's; `jobs.submit` therefore sets KRAKEN_USER.
     """
@@ -127,7 +127,7 @@ def _search(client: "MlflowClient", experiment_id: str, condition: str) -> "list
 
 
 def _find_or_create(client: "MlflowClient", experiment_id: str, key: str, name: str, tags: Mapping[str, str]) -> "Run":
-    """The one run with this key."""
+    """Find the run with this key, or make it."""
     condition = f"tags.`{KEY_TAG}` = '{key}'"
     runs, made = _search(client, experiment_id, condition), None
     if not runs:
@@ -149,7 +149,7 @@ def _end(client: "MlflowClient", run_id: str, status: EndStatus, error: str | No
 
 
 def _is_ours(tags: Mapping[str, str], ours: Mapping[str, str]) -> bool:
-    """Whether a run is of the same storage and user, given its tags; one that does not say is."""
+    """Whether the run with these tags has our storage and user. A run without those tags counts as ours."""
     return all(tags.get(name, ours.get(name)) == ours.get(name) for name in (STORAGE_ID_TAG, USER_TAG))
 
 
@@ -205,7 +205,7 @@ class StageRun:
 
     @property
     def metrics_ref(self) -> "MetricsRef":
-        """What another process needs to log metrics into this run while it is open here."""
+        """This run, for another process that logs metrics into it while it is open here."""
         return MetricsRef(self._uri, self.run_id, self.name)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -315,7 +315,7 @@ class StageRun:
             logger.warning("MLflow run %s was opened again by another process, which will end it", self.name)
 
     def _is_current(self) -> bool:
-        """Whether nobody has opened the run since; a process that was replaced while it stood still must not end it."""
+        """Whether this object opened the run last. A process that was suspended must not end its successor's run."""
         opened_by = self._client.get_run(self.run_id).data.tags.get(OPENED_BY_TAG)
         return opened_by in (None, self._opened_by)
 
@@ -328,7 +328,7 @@ class PipelineRun(StageRun):
 
     @property
     def ref(self) -> "RunRef":
-        """What the stages' tasks need."""
+        """This run, for the stages' tasks."""
         return RunRef(self._uri, self._experiment_id, self.run_id, dict(self._tags))
 
     @contextmanager
@@ -339,12 +339,12 @@ class PipelineRun(StageRun):
 
     @property
     def page(self) -> str:
-        """Where the UI shows this run: on the server, or on the one that `ui_command` starts for a database."""
+        """URL of this run in the UI: of the server, or for a database of the server that `ui_command` starts."""
         server = self._uri if self._uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
         return f"{without_password(server).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
-        """Where the UI compares other runs of this experiment, relative to its pages."""
+        """URL of the UI's comparison of other runs of this experiment, relative to the UI's pages."""
         runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [self._experiment_id]))
         return f"#/compare-runs?runs={runs}&experiments={experiments}"
 
@@ -409,7 +409,7 @@ class MetricsRef:
     name: str
 
     def attach(self) -> StageRun:
-        """The run, as seen from here; `flush` delivers, and it stays open."""
+        """Open the run for metrics of this process. `flush` delivers them; the MLflow run stays open."""
         return _AttachedRun(self)
 
 
@@ -428,7 +428,7 @@ class _AttachedRun(StageRun):
         self._highest_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
     def _end(self, status: EndStatus, error: str | None) -> None:
-        """Nothing: whoever opened the run ends it."""
+        """No-op: the process that opened the run ends it."""
 
 
 @contextmanager
@@ -443,7 +443,8 @@ def _recorded(run: AnyRun) -> Iterator[AnyRun]:
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and texts; a text too long for MLflow ends in its hash, so that it still differs from others."""
+    """Flatten params to dotted names and texts. A text too long for MLflow is cut and ends in its hash, which keeps it
+    different from others."""
     flat: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
@@ -461,7 +462,7 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Tracker:
-    """The controller's side: makes the database, opens pipelines, ends what others left running.
+    """Opens pipelines' runs, and ends runs that dead submissions left open; used by the controller.
 
     Args:
         storage: absolute local path or URI of the artefacts; `tracking_server.py` says where it records.

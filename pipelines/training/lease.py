@@ -1,4 +1,4 @@
-"""The right to run something: held by one process at a time, however often its job is submitted or its driver dies.
+"""Leases: one process at a time runs a pipeline or a training, however often its job is submitted or its driver dies.
 
 A pipeline holds a lease for its MLflow run, and its training holds another, which different pipelines can need. A lease
 lies in the cluster's key-value store with a number that its holder counts up. A holder that died stops counting, so
@@ -56,7 +56,7 @@ class LeaseRef:
     holder: str
 
     def is_lost(self) -> bool:
-        """Whether another attempt holds it by now."""
+        """Whether another attempt holds the lease."""
         value = get(self.key)
         return bool(value) and json.loads(value)["holder"] != self.holder
 
@@ -99,7 +99,7 @@ class Lease:
             print(f"{self._what}: cannot return the lease ({error})", flush=True)
 
     def _wait_for_death(self, found: str) -> None:
-        """Return once the holder has stopped counting, or nobody holds the lease any more."""
+        """Return when the holder has stopped counting or has returned the lease."""
         deadline = time.monotonic() + DEAD_AFTER_S
         while found and time.monotonic() < deadline:
             time.sleep(BEAT_S / 2)
@@ -130,7 +130,7 @@ class Lease:
 
 
 def runs_already(what: str, holder: dict[str, Any]) -> str:
-    """Why a second process is refused, and what can be done about the first."""
+    """The refusal of a second process: it names the first one and says how to follow and to stop it."""
     job, host = holder["submission"], holder.get("host")
     process = f"process {holder['pid']}" + (f" on {host}" if host else "")
     if not job:

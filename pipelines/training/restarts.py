@@ -1,4 +1,4 @@
-"""What Ray Train does when workers or nodes come and go: where the next group runs, how many it has, or why it ends.
+"""Placement and restarts of Ray Train's worker groups: nodes and size of the next group, or the reason to give up.
 
 Ray Train's own policies place workers wherever there is room and wait for it for ever. Ours keep way groups inside a
 node, leave out nodes that are lost or about to be, shrink to a size that the batch divides by, grow again when nodes
@@ -37,7 +37,7 @@ from pipelines.training.stop import StopSwitch
 
 NODE_LABEL = "ray.io/node-id"
 ROOM_LIMIT_S = 60.0
-"""How long a group that lost its room waits for it: a replaced node, or what another job still holds."""
+"""Longest wait for nodes with enough free resources, after which training ends with an error."""
 SETTLE_S = 10.0
 """How long a smaller group waits for a larger one's room, which a group that just ended may not have returned yet."""
 PAUSE_S = 0.2
@@ -179,7 +179,7 @@ def answers(node: Mapping[str, Any]) -> bool:
 
 
 def no_room(config: RunConfig, nodes: Mapping[str, Resources]) -> str:
-    """Why a group cannot go on, with the way out."""
+    """The error message for a group that found no room, with the way out."""
     cluster = config.cluster
     smallest = sizes(config)[-1]
     needs = " and ".join(f"{amount} {name}" for name, (_, amount) in per_worker(cluster).items())

@@ -1,4 +1,4 @@
-"""The Ray Train workers of pretraining: what each runs, and what becomes of them when some of them are lost."""
+"""The Ray Train workers of pretraining: the function that each runs, and the loop that restarts the group."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ CONTROLLER_FAILURES = 5
 
 
 class WorkerHooks(Hooks):
-    """Reports to Ray Train from every rank; what is written, the controller decides."""
+    """Reports every step's metrics to Ray Train, from every rank; the controller chooses which of them MLflow gets."""
 
     def __init__(self, watch: StopWatch, system: SystemMetrics):
         self.watch, self.system = watch, system
@@ -76,7 +76,7 @@ def step_line(metrics: dict[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """What the workers of one attempt need; small and picklable."""
+    """The arguments of the workers of one attempt; small and picklable."""
 
     config: RunConfig
     prepare: str
@@ -91,7 +91,7 @@ class Attempt:
 
 
 def worker_loop(attempt: Attempt) -> dict[str, Any]:
-    """What each Ray Train worker runs.
+    """The body of each Ray Train worker.
 
     Returns:
         The finished run's metrics by name, each as value and unit; or {"stopped_at": step}.
@@ -128,8 +128,8 @@ def fit(work: Work) -> dict[str, Metric]:
     """Train on the cluster to the end, with as many restarts as allowed; returns the metrics of the finished run.
 
     Raises:
-        RunStopped: it was asked to stop, or its node will be taken away and no other has room; its checkpoint is there.
-        ConfigError, ArtefactError, ClusterError: what the workers raised in the end, or why there are none.
+        RunStopped: training was asked to stop, or a node is drained and the others have no room. A checkpoint is there.
+        ConfigError, ArtefactError, ClusterError: the error that ended the workers or kept them from starting.
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -193,7 +193,7 @@ def _trainer(work: Work, attempt: Attempt) -> Trainer:
 
 
 def as_ours(error: TrainingFailedError) -> Exception:
-    """The error that tells most of those that ended training."""
+    """The most informative of the errors that ended training, as one of this project's kinds."""
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         return cause if isinstance(cause, ClusterError) else ClusterError(f"Ray Train gave up: {cause}")
