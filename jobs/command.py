@@ -1,4 +1,4 @@
-"""What the command lines share: a preset's name, dotted overrides, errors in one line, exit status 2 or 1."""
+"""Parsing and exit of the command lines: a preset's name, dotted overrides, errors in one line, exit statuses."""
 
 import argparse
 import contextlib
@@ -21,8 +21,7 @@ from kraken.environment import provide_home
 from kraken.manifest import ArtefactError
 from kraken.presets import PRESETS
 from kraken.storage import is_remote
-from pipelines.local_cluster import ClusterError
-from pipelines.training.stop import RunStopped
+from pipelines.errors import ClusterError, RunStopped
 
 USER_ERROR, FAILURE, INTERRUPTED, NO_READER = 2, 1, 130, 141
 """Exit statuses; the last two are what a shell reports of SIGINT and SIGPIPE."""
@@ -83,10 +82,10 @@ def parse_overrides(kind: type[A], name: str, prog: str, description: str, overr
 
 
 def absolute_storage(storage: str) -> str:
-    """A relative path counts from here; inside a submitted job "here" is a copy that ends with the session.
+    """Make a storage path absolute, starting from the current folder.
 
     Raises:
-        ConfigError: a relative path in a submitted job.
+        ConfigError: a relative path in a submitted job, whose current folder is a copy that ends with the session.
     """
     if is_remote(storage) or os.path.isabs(storage):
         return storage

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from jobs.command import INTERRUPTED, run_job
+from jobs.command import INTERRUPTED, LineParser, run_job
 from kraken.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
@@ -34,13 +34,6 @@ SAMPLING_OPTIONS = {
     "seed": (int, None, "equal seeds give equal texts (a fresh one)"),
 }
 """Field of `SamplingParams` -> type, default, help."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, as everywhere on these command lines."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help lists every option")
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = LineParser(
         prog="python -m jobs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("exchange", metavar="FOLDER", help="a converted model: its folder, or STORAGE_URI/convert/NAME")

@@ -25,13 +25,16 @@ from jobs import command
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import provide_home
 from kraken.manifest import git_revision
-from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError, Head, Job
-from pipelines.tracking import Tracker, tracking_uri, ui_command
+from pipelines import local_cluster, local_head, local_jobs
+from pipelines.errors import ClusterError
+from pipelines.local_head import Head
+from pipelines.local_jobs import Job
+from pipelines.tracking import Tracker
+from pipelines.tracking_server import tracking_uri, ui_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CODE = ("kraken", "pipelines", "jobs", "serve", "benchmarks")
-"""What travels with a job. Everything else in the checkout stays, however large."""
+"""Folders that are uploaded with a job. The rest of the checkout stays."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +106,7 @@ def end_stale_runs(head: Head, config: RunConfig) -> None:
     """End the MLflow runs of this cluster's jobs that died too fast to do it themselves, by SIGKILL or for lack of
     memory. What the server has of other clusters' jobs may be alive."""
     with contextlib.suppress(ConfigError):  # a tracking server that is away; the job has said so
-        ended = local_cluster.all_jobs(head) - local_cluster.running_jobs(head).keys()
+        ended = local_jobs.all_jobs(head) - local_jobs.running_jobs(head).keys()
         tracker = Tracker(config.storage, config.experiment)
         for run_id in tracker.reconcile(lambda submission: "FAILED" if submission in ended else None):
             say(f"MLflow run {run_id} was left open and is marked as failed")
@@ -118,10 +121,10 @@ def submit(head: Head, entrypoint: list[str], *, name: str, working_dir: Path = 
         0 success, 2 the user's fault, 1 any other failure, 130 stopped from here.
     """
     line = shlex.join(entrypoint)
-    others = local_cluster.running_jobs(head)
+    others = local_jobs.running_jobs(head)
     same = [job_id for job_id, other in others.items() if other == line]
     job = Job(head, same[0] if same else f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    with local_cluster.sigterm_as_interrupt():
+    with local_jobs.sigterm_as_interrupt():
         try:
             if same:
                 say(f"job {job.submission_id} does this already; following it")
@@ -146,7 +149,7 @@ def submit(head: Head, entrypoint: list[str], *, name: str, working_dir: Path = 
 
 
 def exit_status(record: dict[str, Any]) -> int:
-    """What the end of a job means for whoever waits for it; says what the job itself could not."""
+    """Exit status for the record of a job that has ended. Prints the reason if the job could not print it itself."""
     code = record.get("driver_exit_code")
     if record["status"] == "SUCCEEDED":
         return 0
@@ -192,7 +195,7 @@ def status(storage: str) -> int:
         print(f"no cluster runs for {storage}; `make run` starts one")
         return 0
     print(f"cluster of {storage}: pid {head.pid}, {head.num_cpus} CPUs, dashboard {head.dashboard_url}")
-    for job_id, line in local_cluster.running_jobs(head).items():
+    for job_id, line in local_jobs.running_jobs(head).items():
         print(f"job {job_id}: {line}")
     print(f"for `ray job submit`:\n{local_cluster.exports(head)}")
     return 0
@@ -214,10 +217,10 @@ def ui(storage: str) -> int:
         return 0
     port = next((port for port in range(5000, 5100) if is_free(port)), None) or local_cluster.free_port()
     url = f"http://127.0.0.1:{port}"
-    # The server's job runner is for features that nobody uses here, and takes as much memory as the server.
+    # The server's job runner serves features that this project does not use, and needs as much memory as the server.
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     say(f"starting MLflow on {url}")
-    with local_cluster.sigterm_as_interrupt(), subprocess.Popen(ui_command(storage, port), env=environment) as server:
+    with local_jobs.sigterm_as_interrupt(), subprocess.Popen(ui_command(storage, port), env=environment) as server:
         try:
             while server.poll() is None and not answers(f"{url}/health"):
                 time.sleep(0.3)
@@ -225,7 +228,7 @@ def ui(storage: str) -> int:
                 say(f"open {url}   (Ctrl-C ends it)")
             return 1 if server.wait() else 0
         except KeyboardInterrupt:
-            local_cluster.end_tree(server.pid)
+            local_head.end_tree(server.pid)
             return 0
 
 

@@ -1,4 +1,4 @@
-"""Submit a job to a Ray cluster, with what the cluster cannot know: the git commit and who submits.
+"""Submit a job to a Ray cluster, with the git commit and the name of the submitter, which the cluster cannot know.
 
     export RAY_API_SERVER_ADDRESS=http://HEAD:8265 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/.ray/auth_token
     python -m jobs.submit kraken_125m_4way --storage /shared/kraken          # jobs.end_to_end, followed to its end
@@ -23,7 +23,7 @@ from jobs.command import INTERRUPTED, LineParser
 from jobs.local import CHECKOUT, CODE, excludes, exit_status, job_environment
 from kraken.config import ConfigError
 from kraken.environment import environment
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 JOBS = ("end_to_end", "prepare", "pretrain", "convert", "evaluate", "deploy")
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -107,7 +107,7 @@ async def _follow(client: Any, submission: str) -> None:
 
 
 def describe_upload(working_dir: Path) -> str:
-    """What travels, by folder: number of files and size."""
+    """The upload in words: number of files and size of each folder."""
     folders = [name for name in CODE if (working_dir / name).is_dir()] or ["."]
     parts, total = [], 0
     for name in folders:

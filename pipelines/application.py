@@ -15,6 +15,7 @@ from typing import Any
 from kraken.config import ConfigError, RunConfig, ServeConfig
 from kraken.manifest import make_fingerprint
 from pipelines.training.lease import delete, get, put
+from serve.ray_internals import forget_controller, serve_details
 
 START_LIMIT_S = 30.0
 """A deployment that has claimed a name and has no application after this is dead."""
@@ -160,16 +161,12 @@ def _deployed_at(name: str) -> float | None:
 
 
 def _details() -> dict[str, Any] | None:
-    """What Serve says of itself; None where it does not run."""
+    """The Serve controller's description of its applications; None if Serve does not run."""
     from ray.exceptions import RayActorError
-    from ray.serve import context
 
     for _ in range(2):
-        client = context._get_global_client(raise_if_no_controller_running=False)
-        if client is None:
-            return None
         try:
-            return dict(client.get_serve_details())
+            return serve_details()
         except RayActorError:  # this process remembers a Serve that another one has shut down
-            context._set_global_client(None)
+            forget_controller()
     return None

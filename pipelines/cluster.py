@@ -16,14 +16,13 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import ray
-import ray._raylet
-from ray._private import ray_constants
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ConfigError, RunConfig
 from kraken.environment import environment
-from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError
+from pipelines import local_cluster, local_head
+from pipelines.errors import ClusterError
+from pipelines.ray_internals import stay_on_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +54,17 @@ def connect(config: RunConfig) -> Iterator[None]:
             _init(f"RAY_ADDRESS={address}")
         elif head := local_cluster.find(config.storage):
             stack.enter_context(environment(head.client_environment()))
-            _stay_on_loopback()
+            stay_on_loopback()
             _init(f"the local cluster of storage={config.storage}", address=head.address)
         else:
             local_cluster.require_usable_python()
             temp_dir = local_cluster.make_temp_dir(f"embedded:{os.getpid()}:{config.storage}")
             stack.callback(shutil.rmtree, temp_dir, ignore_errors=True)
-            stack.callback(local_cluster.end_below, temp_dir)
+            stack.callback(local_head.end_below, temp_dir)
             token = local_cluster.write_token(temp_dir / "token")
             variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
             stack.enter_context(environment({**local_cluster.RAY_SETTINGS, **variables}))
-            _stay_on_loopback()
+            stay_on_loopback()
             _init(
                 "an embedded cluster",
                 address="local",
@@ -74,7 +73,7 @@ def connect(config: RunConfig) -> Iterator[None]:
                 include_dashboard=True,  # without it Train cannot return the CPUs of a run that was ended
                 dashboard_host="127.0.0.1",
                 dashboard_port=local_cluster.free_port(),
-                _temp_dir=str(local_cluster.ray_dir(temp_dir)),
+                _temp_dir=str(local_head.ray_dir(temp_dir)),
             )
         stack.callback(ray.shutdown)
         # for Ray's own tools, in this process and its children: without it they look for a cluster on this machine,
@@ -90,7 +89,7 @@ def is_embedded(config: RunConfig) -> bool:
 
 
 def _require_answer(address: str) -> None:
-    """Refuse an address that nobody listens on; `ray.init` would try for ten minutes and more."""
+    """Refuse an address at which nothing listens; `ray.init` would try for ten minutes and more."""
     if address.startswith("http"):
         raise ConfigError(
             f"RAY_ADDRESS={address} is a dashboard, where jobs are submitted; put it into RAY_API_SERVER_ADDRESS, or "
@@ -109,7 +108,7 @@ def _require_answer(address: str) -> None:
 
 
 def _init(which: str, **options: Any) -> None:
-    """`ray.init`, its many errors as one."""
+    """Call `ray.init`, and turn its many kinds of errors into a `ClusterError`."""
     try:
         ray.init(log_to_driver=True, logging_level=logging.WARNING, **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -118,18 +117,6 @@ def _init(which: str, **options: Any) -> None:
             f"{which} cannot be used: {reason}; check that it runs and that RAY_AUTH_TOKEN_PATH names its token, "
             "or unset RAY_ADDRESS to use this machine alone"
         ) from error
-
-
-def _stay_on_loopback() -> None:
-    """Make a Ray that is already imported heed RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 and RAY_AUTH_MODE.
-
-    It read both while it was imported. The first keeps it from replacing 127.0.0.1 by the machine's outward address,
-    where the local cluster does not listen.
-    """
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    raylet: Any = ray._raylet  # compiled, without types
-    raylet.Config.initialize("")
-    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 @contextlib.contextmanager
@@ -208,11 +195,16 @@ def call_on_head(function: Callable[..., T], *args: Any) -> T:
         return function(*args)
     there = NodeAffinitySchedulingStrategy(head, soft=False)
     task = ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there, name=function.__name__)
+    result: T = result_of(task.remote(*args))
+    return result
+
+
+def result_of(reference: Any) -> Any:
+    """A task's result. If the task failed, its error is raised as the task raised it."""
     try:
-        result: T = ray.get(task.remote(*args))
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    return result
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -221,8 +213,11 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def cancel_unfinished(references: Iterable[Any]) -> None:
-    """Cancel tasks, but none that has ended: Ray's process would die of it ("tried to complete task that was not
-    pending") where the end has been seen and not yet written down, as that of a task whose error has just come."""
+    """Cancel the tasks that have not ended.
+
+    To cancel a task whose error has just arrived, and is not yet recorded, ends this process with Ray's "tried to
+    complete task that was not pending".
+    """
     for reference in references:
         if not ray.wait([reference], timeout=0)[0]:
             ray.cancel(reference)

@@ -64,7 +64,7 @@ class Training:
 
     @property
     def label(self) -> str:
-        """What tells this training from the others."""
+        """Name of this training in tables and figures: model, seed and learning rate."""
         return label(self.model, self.seed, self.learning_rate)
 
 

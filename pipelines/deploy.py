@@ -45,7 +45,7 @@ def endpoint_url(serve: ServeConfig) -> str:
 
 
 def health(serve: ServeConfig) -> dict[str, Any] | None:
-    """What the endpoint says of itself; None when nothing of ours answers."""
+    """The endpoint's description of itself; None if no endpoint of this project answers."""
     try:
         with urllib.request.urlopen(f"{endpoint_url(serve)}/health", timeout=HTTP_TIMEOUT_S) as response:
             answer = json.load(response)
@@ -55,7 +55,7 @@ def health(serve: ServeConfig) -> dict[str, Any] | None:
 
 
 served_section = section_of("serve", "engine")
-"""What of the config decides what is served and how."""
+"""Settings that determine the deployment."""
 
 
 def deployment_digest(config: RunConfig, exchange_fingerprint: str) -> str:
@@ -87,7 +87,7 @@ def is_serving(config: RunConfig, manifest: Manifest) -> bool:
 
 
 def difference(serve: ServeConfig, digest: str, key: ApiKey | None) -> str | None:
-    """What is wrong with the endpoint, compared with a deployment and the key of its clients; None: nothing."""
+    """The difference between the endpoint and a deployment with its clients' key, in words; None if there is none."""
     answer = health(serve)
     if answer is None:
         return "it does not answer"
@@ -99,7 +99,7 @@ def difference(serve: ServeConfig, digest: str, key: ApiKey | None) -> str | Non
 
 
 def wrong_access(serve: ServeConfig, key: ApiKey | None) -> str | None:
-    """Who comes in that should not, or does not that should, found by requests; None: nobody."""
+    """The client that is let in or refused wrongly, in words, found by requests; None if there is none."""
     if key is None:
         status = status_of_models(serve, None)
         return None if status == 200 else f"a request without a key gets status {status}, and no key is configured"
@@ -224,7 +224,7 @@ def require_room(config: RunConfig, nodes: Sequence[Mapping[str, float]]) -> Non
 
 
 def wait_until_served(serve: ServeConfig, digest: str) -> dict[str, Any]:
-    """What the endpoint says of itself, once it is this deployment and lets in whom it should.
+    """Wait until the endpoint is this deployment and lets in the right clients; returns its description of itself.
 
     Raises:
         ArtefactError: it is not, after the time that Serve may take to switch over.

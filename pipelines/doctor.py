@@ -14,7 +14,8 @@ from kraken.config import ConfigError, EngineConfig, ServeConfig
 from kraken.manifest import ArtefactError
 from kraken.presets import quickstart
 from kraken.trtllm.doctor import TEXT, Check, Patient
-from pipelines.local_cluster import ClusterError, free_port
+from pipelines.errors import ClusterError
+from pipelines.local_cluster import free_port
 
 SERVE_CHECKS = ("Ray Serve: start", "Ray Serve: same tokens", "Ray Serve: TTFT", "Ray Serve: clean-up")
 APPLICATION = "kraken-doctor"

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.config import ConfigError, RunConfig, to_dict
 from kraken.environment import environment, provide_home
 from kraken.manifest import Manifest
 from kraken.storage import Storage
 from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import PipelineRun, RunRef, Tracker
 from pipelines.training.lease import Lease, submission
@@ -72,7 +72,7 @@ def identify(config: RunConfig) -> tuple[RunConfig, dict[str, str]]:
 
 
 def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None = None) -> list[PlannedStage]:
-    """What would run and what would be reused; asks the storage and the endpoint, changes nothing.
+    """The stages, each with the artefact that it would reuse. Asks the storage and the endpoint, changes nothing.
 
     Args:
         found: the stages' fingerprints, where the config is identified already; the corpus is read for them.
@@ -90,7 +90,7 @@ def plan(config: RunConfig, until: str = "deploy", found: dict[str, str] | None 
 
 
 def _beginning(config: RunConfig, found: dict[str, str]) -> tuple[int, str]:
-    """Where training would begin, and the advice if that is step 0."""
+    """The step at which training would begin, and the advice if that is step 0."""
     if step := lineage.newest_step(Storage(config.storage), found["pretrain"]):
         return step, ""
     if config.continue_from is not None:
@@ -110,7 +110,7 @@ def describe(planned: list[PlannedStage]) -> str:
 
 
 def announcements(planned: list[PlannedStage]) -> list[str]:
-    """What is said of a plan before it is run, beyond its stages."""
+    """Advice on a plan before it is run, one line for each stage that has any."""
     return [f"{p.stage.kind}: {p.advice}" for p in planned if p.advice]
 
 
@@ -177,7 +177,7 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                     parents = [references[kind] for kind in p.stage.parents]
                     references[p.stage.kind] = task.remote(
                         p.stage.kind,
-                        to_dict(config),
+                        config,
                         p.fingerprint,
                         pipeline_run.ref,
                         stop,
@@ -187,7 +187,7 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                 for p in planned:
                     if p.manifest is None:
                         started_at = time.monotonic()
-                        manifest = wait_for(references[p.stage.kind])
+                        manifest = cluster.result_of(references[p.stage.kind])
                         results[p.stage.kind] = StageResult(manifest, time.monotonic() - started_at, reused=False)
                         print(f"{p.stage.kind}: done in {manifest.seconds:.1f} s", flush=True)
             except BaseException as error:
@@ -226,7 +226,7 @@ def sole_pipeline(
 
 
 def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
-    """Where training runs, have it write a checkpoint and end, and wait until it has.
+    """If training runs, ask it to write a checkpoint and end, and wait for its end. Otherwise a no-op.
 
     Args:
         references: kind -> the stage's task, or its manifest.
@@ -244,7 +244,7 @@ def end_training(stop: StopSwitch, references: dict[str, Any]) -> None:
 
 def run_stage(
     kind: str,
-    config_values: dict[str, Any],
+    config: RunConfig,
     fingerprint: str,
     pipeline: RunRef,
     stop: StopSwitch,
@@ -257,17 +257,6 @@ def run_stage(
         access_key: of the endpoint; from the driver, since a cluster's processes need not have its environment.
     """
     provide_home()
-    config = from_dict(RunConfig, config_values)
     stage = STAGES[KINDS.index(kind)]
     with environment({} if access_key is None else {API_KEY_VARIABLE: access_key.value}):
         return stage.run(config, fingerprint, {parent.kind: parent for parent in parents}, pipeline, stop)
-
-
-def wait_for(reference: Any) -> Manifest:
-    """A task's manifest, or the error its stage raised, as it was raised."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error

@@ -156,7 +156,7 @@ OF_NO_STAGE = frozenset({"name", "cluster", "storage", "experiment"})
 
 
 def determining(kind: str, section: dict[str, Any]) -> dict[str, Any]:
-    """What a stage's fingerprint is the hash of.
+    """The part of a stage's settings that determines its result; the fingerprint is its hash.
 
     Args:
         section: what the stage records of the config, as `Stage.section` gives it.

@@ -27,12 +27,12 @@ CONTINUED_FROM_TAG = "kraken.continued_from"
 """Of a training's MLflow run: `FINGERPRINT@STEP` of the checkpoint that it began with."""
 
 MUST_BE_EQUAL = ("train.sequences_per_step", "train.seed", "train.optimizer")
-"""Besides the model and the data: what position in the data and optimizer state mean."""
+"""Settings that give a position in the data and an optimizer state their meaning, besides model and data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """What a training was started with; in its folder from before its first step."""
+    """The settings with which a training was started. The record is written before the first step."""
 
     fingerprint: str
     section: dict[str, Any]

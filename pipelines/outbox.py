@@ -1,4 +1,4 @@
-"""The outbox of a run: records leave from one thread, in order, so that nobody waits for a server."""
+"""The outbox of a run: records leave from one thread, in order, so that no caller waits for a server."""
 
 import logging
 import re

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.config import ClusterConfig, ConfigError, RunConfig
 from kraken.storage import Storage, is_remote
 from pipelines import memory
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
+from pipelines.ray_internals import available_resources_per_node
 from pipelines.training.placement import Resources, per_worker, place, room, sizes
 
 logger = logging.getLogger(__name__)
@@ -218,8 +218,8 @@ def _wait_until_free(config: RunConfig, deadline: float) -> None:
 
 
 def _lacking(config: RunConfig) -> str:
-    """What is needed and not free, in words; empty when there is room for the smallest number of workers."""
-    cluster, free = config.cluster, _free()
+    """The resources that training needs and that are not free, in words; empty if the fewest workers have room."""
+    cluster, free = config.cluster, available_resources_per_node()
     if any(place(cluster, size, free) for size in sizes(config)):
         return ""
     parts = []
@@ -232,11 +232,6 @@ def _lacking(config: RunConfig) -> str:
 def _nodes() -> dict[str, Any]:
     """Id -> Ray's record of every node that lives."""
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-
-
-def _free() -> dict[str, Resources]:
-    """Id -> what is free on a node."""
-    return ray_state.available_resources_per_node()
 
 
 def _name(record: dict[str, Any]) -> str:

@@ -12,13 +12,13 @@ from typing import Any
 
 import ray
 
-from kraken.config import DataConfig, from_dict, to_dict
+from kraken.config import DataConfig
 from kraken.data.corpora import open_corpus
 from kraken.data.corpus import Corpus, Piece
 from kraken.data.pieces import PieceRecord, tokenize_piece
 from kraken.storage import Storage
 from kraken.tokenizer import META_NAME, RANKS_NAME, Tokenizer, require_same_tokenizer
-from pipelines.cluster import cancel_unfinished
+from pipelines.cluster import cancel_unfinished, result_of
 from pipelines.stage import Work
 
 TASKS_PER_CPU = 2
@@ -45,19 +45,19 @@ class PieceTasks:
         storage, folder = self._work.storage, self._work.folder
         storage.publish_files(folder / name for name in (RANKS_NAME, META_NAME))
         task = ray.remote(num_cpus=1, max_retries=3)(run_piece)
-        values = ray.put(to_dict(self._work.config.data))
+        config = ray.put(self._work.config.data)  # once, not with every task
         where = (storage.uri, self._work.fingerprint, tokenizer.fingerprint)
         waiting = iter(pieces)
         running: list[Any] = []
         try:
             while True:
                 while len(running) < self._most_at_once() and (piece := next(waiting, None)) is not None:
-                    running.append(task.options(name=f"prepare: piece {piece.index}").remote(values, *where, piece))
+                    running.append(task.options(name=f"prepare: piece {piece.index}").remote(config, *where, piece))
                 if not running:
                     return
                 done, running = ray.wait(running)
                 for reference in done:
-                    record = result_of(reference)
+                    record: PieceRecord = result_of(reference)
                     storage.fetch_files(record.paths(folder))
                     yield record
         finally:
@@ -69,12 +69,11 @@ class PieceTasks:
         return max(1, int(ray.cluster_resources().get("CPU", 1))) * TASKS_PER_CPU
 
 
-def run_piece(values: dict[str, Any], uri: str, fingerprint: str, tokenizer_digest: str, piece: Piece) -> PieceRecord:
+def run_piece(config: DataConfig, uri: str, fingerprint: str, tokenizer_digest: str, piece: Piece) -> PieceRecord:
     """The body of a task."""
     storage = Storage(uri)
     folder = storage.folder("prepare", fingerprint)
     storage.fetch_files(folder / name for name in (RANKS_NAME, META_NAME))
-    config = from_dict(DataConfig, values)
     record = tokenize_piece(config, worker_corpus(config), piece, worker_tokenizer(folder, tokenizer_digest), folder)
     storage.publish_files(record.paths(folder))
     return record
@@ -99,11 +98,3 @@ def worker_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
     require_same_tokenizer(tokenizer.fingerprint, fingerprint, str(folder), "the stage's copy")
     return tokenizer
-
-
-def result_of(reference: Any) -> PieceRecord:
-    """A task's record, or the error it ended with, as it was raised."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error

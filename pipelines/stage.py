@@ -22,13 +22,13 @@ from pipelines.training.stop import StopSwitch
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage gets to do its work."""
+    """The arguments of a stage's work."""
 
     config: RunConfig
     fingerprint: str
     storage: Storage
     folder: Path
-    """Where the artefact goes; whatever an interrupted attempt left is still there."""
+    """The artefact's folder. Files of an interrupted attempt are still in it."""
     parents: dict[str, Manifest]
     run: StageRun
     """The stage's MLflow run."""

@@ -11,7 +11,7 @@ from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.storage import is_remote
 from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
-from pipelines.tracking import ui_command
+from pipelines.tracking_server import ui_command
 from serve.api_key import API_KEY_VARIABLE, api_key
 
 SUMMARY_NAME = "summary.json"
@@ -83,7 +83,7 @@ def write(config: RunConfig, summary: dict[str, Any]) -> Path | None:
 
 
 def render(config: RunConfig, summary: dict[str, Any]) -> str:
-    """The same for people."""
+    """The summary as text for a person."""
     body = shlex.quote(json.dumps(request_body(config)))
     key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if api_key() else ""
     curl = f"curl {summary['endpoint']}/completions -H 'Content-Type: application/json'{key} -d {body}"

@@ -1,4 +1,4 @@
-"""Tracking: one MLflow run per pipeline, one child run per stage; the only importer of mlflow.
+"""Tracking: one MLflow run per pipeline, one child run per stage.
 
     tracker = Tracker(storage, submission=submission_id)              # the controller, once: it makes the database
     with tracker.pipeline(key, "quickstart", params) as run:          # found again by its key after a restart
@@ -16,30 +16,26 @@ MLflow costs seconds to import, so it is imported where it is needed. Every call
 no active run and no global tracking URI.
 """
 
-import fcntl
 import getpass
 import hashlib
 import json
 import logging
 import os
-import re
-import sqlite3
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
-from kraken.config import ConfigError
-from kraken.environment import provide_home
 from kraken.manifest import git_revision, make_fingerprint
 from kraken.storage_id import storage_id
-from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, persist, without_password
+from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, without_password
+from pipelines.tracking_server import CONNECT_LIMIT_S, UI_PORT, TrackingServer, connect, is_passing, locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,11 +48,11 @@ T = TypeVar("T")
 AnyRun = TypeVar("AnyRun", bound="StageRun")
 
 KEY_TAG = "kraken.key"
-"""Unique: what a restart or a resubmission finds its run by."""
+"""Unique key, by which a restart or a resubmission finds its run."""
 SUBMISSION_TAG = "kraken.submission"
 """The Ray job submission that opened the run last; `Tracker.reconcile` asks whether it lives."""
 ATTEMPTS_TAG = "kraken.attempts"
-"""How often the run was opened."""
+"""Number of times that the run was opened."""
 OPENED_BY_TAG = "kraken.opened_by"
 """Random id of the process's `StageRun` that opened the run last; an earlier one does not end it."""
 STORAGE_TAG = "kraken.storage"
@@ -88,10 +84,6 @@ MAX_PARAMS_PER_BATCH = 100
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000  # 8000 in new versions
 
-UI_PORT = 5000
-"""Where the UI of a database listens unless told otherwise."""
-CONNECT_LIMIT_S = 30.0
-"""A pipeline does not begin without its tracking server; one that is just starting gets this long."""
 OPEN_WAIT_S = 5.0
 """A stage waits this long for its run to open, then begins; the run opens when the server is back."""
 END_LIMIT_S = 30.0
@@ -100,50 +92,11 @@ KILLED_LIMIT_S = 5.0
 """The same after a cancellation, when patience is short: Ray kills a stopped job after 3 s."""
 
 
-# The tracking server
-
-
-def tracking_uri(storage: str) -> str:
-    """Where the runs of a storage are recorded: MLFLOW_TRACKING_URI, else a database in the storage folder.
-
-    Args:
-        storage: absolute local path, or a URI such as `s3://bucket/prefix`.
-
-    Raises:
-        ConfigError: a file store, a database that other processes would not find, or a storage that cannot hold one.
-    """
-    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-        if uri.startswith("file:") or not re.match(r"[\w+-]+://|databricks", uri):
-            raise ConfigError(
-                f"MLFLOW_TRACKING_URI={uri} is a file store, which MLflow has given up; convert it with "
-                "`mlflow migrate-filestore`, give sqlite:////absolute/path/mlflow.db or a server, or unset the variable"
-            )
-        if uri.startswith("sqlite") and sqlite_path(uri) is None:
-            raise ConfigError(
-                f"MLFLOW_TRACKING_URI={uri} is no absolute path, and workers run in other folders; "
-                "give sqlite:////absolute/path/mlflow.db (four slashes) or a server, or unset the variable"
-            )
-        return uri
-    if "://" in storage:
-        raise ConfigError(
-            f"storage={storage} cannot hold MLflow's database; set MLFLOW_TRACKING_URI to an MLflow server (http://...)"
-        )
-    if not os.path.isabs(storage) or set(storage) & set("%#?"):
-        raise ConfigError(
-            f"storage={storage} cannot hold MLflow's database, which needs an absolute path without %, # and ?; "
-            "choose another storage, or set MLFLOW_TRACKING_URI to an MLflow server (http://...)"
-        )
-    return f"sqlite:///{storage}/mlflow.db"
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The file of a sqlite URI with an absolute path; None for every other URI."""
-    match = re.fullmatch(r"sqlite(?:\+\w+)?:///(/[^?]+)(?:\?.*)?", uri)
-    return Path(match[1]) if match else None
+# The user and the command
 
 
 def submitter() -> str:
-    """Who runs this: KRAKEN_USER, else the user of the tracking server, else the account of this process.
+    """Name of the user: KRAKEN_USER, else the user of the tracking server, else the account of this process.
 
     In a submitted job the account is the cluster's; `jobs.submit` therefore sets KRAKEN_USER.
     """
@@ -162,61 +115,6 @@ def source_name() -> str:
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else sys.argv[0] or "python"
 
 
-def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
-    """The command that opens the MLflow UI of a storage on loopback; where a server is set, one that shows its page."""
-    uri = tracking_uri(storage)
-    if uri.startswith("http"):
-        return [sys.executable, "-m", "webbrowser", uri]
-    # MLflow's jobs evaluate chats; they cost eight processes and half a gigabyte. One worker, another quarter of a
-    # gigabyte, suffices for one person.
-    environment = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]
-    server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", uri, "--artifacts-destination", f"{storage}/mlartifacts"]
-    return [*environment, *server, *stores]
-
-
-def _connect(uri: str) -> "MlflowClient":
-    """A client of the server. Only a database is contacted at once."""
-    if (path := sqlite_path(uri)) and not path.exists():
-        # MLflow would make an empty one, for example on another node.
-        raise FileNotFoundError(
-            f"{path} is not on this machine; set MLFLOW_TRACKING_URI to a server that all nodes reach"
-        )
-    # MLflow's own retries last minutes, and repeat a create_run that did get through. The user's own values stand.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    provide_home()  # MLflow asks for the home directory while it is imported
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether another try can help: the server is away or busy, as opposed to having said no."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        # INTERNAL_ERROR is also what a refused connection becomes; RESOURCE_ALREADY_EXISTS means that another process
-        # was faster, and the next try finds what it made.
-        passing = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_ALREADY_EXISTS")
-        return error.error_code in passing
-    # By name, since sqlalchemy matters to database stores only.
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ == "OperationalError"
-
-
-@contextmanager
-def _locked(uri: str) -> Iterator[None]:
-    """Keep this machine's other processes away from a sqlite database, so that looking and making are one step."""
-    if path := sqlite_path(uri):
-        with path.with_name(f"{path.name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    else:
-        yield
-
-
 def _search(client: "MlflowClient", experiment_id: str, condition: str) -> "list[Run]":
     """All runs that fulfil a condition in MLflow's filter language."""
     runs: list[Run] = []
@@ -229,7 +127,7 @@ def _search(client: "MlflowClient", experiment_id: str, condition: str) -> "list
 
 
 def _find_or_create(client: "MlflowClient", experiment_id: str, key: str, name: str, tags: Mapping[str, str]) -> "Run":
-    """The one run with this key."""
+    """Find the run with this key, or make it."""
     condition = f"tags.`{KEY_TAG}` = '{key}'"
     runs, made = _search(client, experiment_id, condition), None
     if not runs:
@@ -251,7 +149,7 @@ def _end(client: "MlflowClient", run_id: str, status: EndStatus, error: str | No
 
 
 def _is_ours(tags: Mapping[str, str], ours: Mapping[str, str]) -> bool:
-    """Whether a run is of the same storage and user, given its tags; one that does not say is."""
+    """Whether the run with these tags has our storage and user. A run without those tags counts as ours."""
     return all(tags.get(name, ours.get(name)) == ours.get(name) for name in (STORAGE_ID_TAG, USER_TAG))
 
 
@@ -301,13 +199,13 @@ class StageRun:
         assert "'" not in key, f"key={key} cannot be searched for"
         with suppress(Exception):  # it happens again where it is reported
             # Imports MLflow, which the thread must not do while this thread perhaps imports what both need.
-            _connect(uri)
-        self._outbox = Outbox(name, self._open, self._send, _is_passing)
+            connect(uri)
+        self._outbox = Outbox(name, self._open, self._send, is_passing)
         self._outbox.put(self._log_params)
 
     @property
     def metrics_ref(self) -> "MetricsRef":
-        """What another process needs to log metrics into this run while it is open here."""
+        """This run, for another process that logs metrics into it while it is open here."""
         return MetricsRef(self._uri, self.run_id, self.name)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -366,8 +264,8 @@ class StageRun:
 
     def _open(self) -> None:
         """Find the run or make it. May run again from the start after an error."""
-        self._client: MlflowClient = _connect(self._uri)
-        with _locked(self._uri):
+        self._client: MlflowClient = connect(self._uri)
+        with locked(self._uri):
             run = _find_or_create(self._client, self._experiment_id, self._key, self.name, self._tags)
         self.run_id = run.info.run_id
         self._logged_params = run.data.params
@@ -417,7 +315,7 @@ class StageRun:
             logger.warning("MLflow run %s was opened again by another process, which will end it", self.name)
 
     def _is_current(self) -> bool:
-        """Whether nobody has opened the run since; a process that was replaced while it stood still must not end it."""
+        """Whether this object opened the run last. A process that was suspended must not end its successor's run."""
         opened_by = self._client.get_run(self.run_id).data.tags.get(OPENED_BY_TAG)
         return opened_by in (None, self._opened_by)
 
@@ -430,7 +328,7 @@ class PipelineRun(StageRun):
 
     @property
     def ref(self) -> "RunRef":
-        """What the stages' tasks need."""
+        """This run, for the stages' tasks."""
         return RunRef(self._uri, self._experiment_id, self.run_id, dict(self._tags))
 
     @contextmanager
@@ -441,12 +339,12 @@ class PipelineRun(StageRun):
 
     @property
     def page(self) -> str:
-        """Where the UI shows this run: on the server, or on the one that `ui_command` starts for a database."""
+        """URL of this run in the UI: of the server, or for a database of the server that `ui_command` starts."""
         server = self._uri if self._uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
         return f"{without_password(server).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
-        """Where the UI compares other runs of this experiment, relative to its pages."""
+        """URL of the UI's comparison of other runs of this experiment, relative to the UI's pages."""
         runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [self._experiment_id]))
         return f"#/compare-runs?runs={runs}&experiments={experiments}"
 
@@ -511,7 +409,7 @@ class MetricsRef:
     name: str
 
     def attach(self) -> StageRun:
-        """The run, as seen from here; `flush` delivers, and it stays open."""
+        """Open the run for metrics of this process. `flush` delivers them; the MLflow run stays open."""
         return _AttachedRun(self)
 
 
@@ -523,14 +421,14 @@ class _AttachedRun(StageRun):
         super().__init__(ref.tracking_uri, "", "", ref.name, {}, {})
 
     def _open(self) -> None:
-        self._client = _connect(self._uri)
+        self._client = connect(self._uri)
         run = self._client.get_run(self._ref.run_id)
         self.run_id = run.info.run_id
         self._logged_params = {}
         self._highest_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
 
     def _end(self, status: EndStatus, error: str | None) -> None:
-        """Nothing: whoever opened the run ends it."""
+        """No-op: the process that opened the run ends it."""
 
 
 @contextmanager
@@ -545,7 +443,8 @@ def _recorded(run: AnyRun) -> Iterator[AnyRun]:
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and texts; a text too long for MLflow ends in its hash, so that it still differs from others."""
+    """Flatten params to dotted names and texts. A text too long for MLflow is cut and ends in its hash, which keeps it
+    different from others."""
     flat: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
@@ -563,10 +462,10 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 class Tracker:
-    """The controller's side: makes the database, opens pipelines, ends what others left running.
+    """Opens pipelines' runs, and ends runs that dead submissions left open; used by the controller.
 
     Args:
-        storage: absolute local path or URI of the artefacts; see `tracking_uri`.
+        storage: absolute local path or URI of the artefacts; `tracking_server.py` says where it records.
         submission: id of the Ray job submission this runs in.
 
     Raises:
@@ -574,20 +473,9 @@ class Tracker:
     """
 
     def __init__(self, storage: str, experiment: str = "kraken", submission: str | None = None):
-        self.tracking_uri = tracking_uri(storage)
-        self._storage = storage
-        self._experiment = experiment
-        if path := sqlite_path(self.tracking_uri):
-            try:
-                # MLflow would try a database that cannot be written for minutes.
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with closing(sqlite3.connect(path, timeout=CONNECT_LIMIT_S)) as database:
-                    database.execute("BEGIN IMMEDIATE")
-            except (OSError, sqlite3.Error) as error:
-                raise self._unusable(one_line(error)) from error
-        with _locked(self.tracking_uri):  # two processes that make the tables at once would both fail
-            self._client = self._persist(lambda: _connect(self.tracking_uri))
-        self.experiment_id = self._persist(self._find_experiment)
+        self._server = TrackingServer(storage)
+        self.tracking_uri = self._server.uri
+        self.experiment_id = self._server.experiment_id(experiment)
         self._storage_id = storage_id(storage)
         tags = {
             GIT_TAG: git_revision(),
@@ -621,7 +509,7 @@ class Tracker:
         """
         with _recorded(PipelineRun(self.tracking_uri, self.experiment_id, key, name, params or {}, self._tags)) as run:
             if not run.wait_until_open(CONNECT_LIMIT_S):
-                raise self._unusable(run.abandon())
+                raise self._server.unusable(run.abandon())
             yield run
 
     def reconcile(self, end_of: Callable[[str], EndStatus | None]) -> list[str]:
@@ -634,64 +522,11 @@ class Tracker:
             The ids of the runs it ended.
         """
         ended = []
-        for run in self._persist(lambda: _search(self._client, self.experiment_id, "attributes.status = 'RUNNING'")):
+        client, is_open = self._server.client, "attributes.status = 'RUNNING'"
+        for run in self._server.retry(lambda: _search(client, self.experiment_id, is_open)):
             submission = run.data.tags.get(SUBMISSION_TAG)
             if submission and _is_ours(run.data.tags, self._tags) and (status := end_of(submission)):
                 error = f"submission {submission} was gone before this ended"
-                self._persist(partial(_end, self._client, run.info.run_id, status, error))
+                self._server.retry(partial(_end, client, run.info.run_id, status, error))
                 ended.append(run.info.run_id)
         return ended
-
-    def _find_experiment(self) -> str:
-        experiment = self._client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            # A server knows where its artifacts go. A database does not, and MLflow's default is the current folder.
-            has_server = self.tracking_uri.startswith("http")
-            return self._client.create_experiment(
-                self._experiment,
-                artifact_location=None if has_server else f"{self._storage}/mlartifacts",
-                tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens with runs, not with traces
-            )
-        if experiment.lifecycle_stage != "active":
-            raise ConfigError(
-                f"experiment={self._experiment} is deleted in MLflow; choose another experiment, "
-                f"or restore it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-            )
-        return str(experiment.experiment_id)
-
-    def _persist(self, call: Callable[[], T]) -> T:
-        """The answer of a server that may still be starting."""
-        deadline_s = time.monotonic() + CONNECT_LIMIT_S
-
-        def pause(pause_s: float, _error: Exception) -> bool:
-            time.sleep(pause_s)
-            return time.monotonic() < deadline_s
-
-        try:
-            return persist(call, _is_passing, pause)
-        except ConfigError:
-            raise
-        except ImportError as error:
-            raise self._not_importable(error) from error
-        except Exception as error:
-            raise self._unusable(one_line(error)) from error
-
-    def _not_importable(self, error: ImportError) -> ConfigError:
-        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-        if uri.startswith("postgresql"):
-            return ConfigError(
-                f"MLFLOW_TRACKING_URI={without_password(uri)} needs a database driver ({error}); install it on every "
-                "node: pip install -c constraints.txt -e '.[pipelines,postgres]', or give an MLflow server (http://...)"
-            )
-        return ConfigError(f"MLflow cannot be imported ({one_line(error)}); mend this Python's packages")
-
-    def _unusable(self, reason: str) -> ConfigError:
-        if uri := os.environ.get("MLFLOW_TRACKING_URI"):
-            return ConfigError(
-                f"MLFLOW_TRACKING_URI={without_password(uri)} cannot be used ({reason}); "
-                "start the server or mend the URI, or unset the variable to record in the storage folder"
-            )
-        return ConfigError(
-            f"storage={self._storage} has an MLflow database, mlflow.db, that cannot be used ({reason}); "
-            "mend or move it, or choose another storage"
-        )

@@ -5,10 +5,9 @@ engine. Requests queue inside the engine, which knows its batch, and never in Se
 """
 
 import asyncio
-import importlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -38,6 +37,7 @@ from serve.protocol import (
     TokenizerInfo,
     bad_request,
 )
+from serve.ray_internals import keep_replica_on_loopback
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -200,16 +200,6 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source):
             await super().__call__(scope, receive, send)
-
-
-def keep_replica_on_loopback() -> None:
-    """Bind Serve's own port of this replica, for calls between deployments, to loopback.
-
-    Serve binds it to every address right after the constructor, and has no setting for it.
-    """
-    replica: Any = importlib.import_module("ray.serve._private.replica")
-    bind = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 async def warm_up(model: ServedModel) -> None:

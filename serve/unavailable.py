@@ -8,12 +8,12 @@ proxy whose environment holds `PROXY_SETTINGS`; the deploy stage sets it for the
 import asyncio
 import contextlib
 import time
-from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.protocol import ApiError
+from serve.ray_internals import serve_details
 
 PROXY_SETTINGS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.unavailable:proxy_middlewares"}
 """Environment variables of the proxy's process. Serve reads them while the process imports it."""
@@ -93,13 +93,11 @@ def running_replicas() -> dict[str, int]:
 
     Empty where the controller does not answer: then nothing is known, and requests go on waiting.
     """
-    from ray.serve.context import _get_global_client
-
     try:
-        client = _get_global_client()
-        assert client is not None, "it raises where there is none"
-        details: dict[str, Any] = client.get_serve_details()
+        details = serve_details()
     except Exception:  # the controller restarts
+        return {}
+    if details is None:
         return {}
     return {
         application["route_prefix"]: min(

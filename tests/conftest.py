@@ -17,10 +17,6 @@ if not torch.cuda.is_available():
 TESTS = Path(__file__).parent
 
 RAY_ENVIRONMENT = {
-    # A report of a Train worker otherwise takes up to two seconds.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    # Otherwise every line that a worker prints appears twice.
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }

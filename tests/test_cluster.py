@@ -9,7 +9,7 @@ import pytest
 from kraken.config import ConfigError, RunConfig
 from kraken.presets import quickstart
 from pipelines import cluster
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 SMALL, LARGE = {"CPU": 2.0}, {"CPU": 16.0, "GPU": 4.0}
 

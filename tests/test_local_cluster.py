@@ -19,8 +19,10 @@ import psutil
 import pytest
 
 from jobs import local
-from pipelines import local_cluster
-from pipelines.local_cluster import ClusterError, Head, Job
+from pipelines import local_cluster, local_head, local_jobs
+from pipelines.errors import ClusterError
+from pipelines.local_head import Head
+from pipelines.local_jobs import Job
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -166,7 +168,7 @@ def test_an_agent_that_outlived_its_raylet_is_known_by_its_log(tmp_path: Path) -
         agent = subprocess.Popen(command, env={}, start_new_session=True, stdout=subprocess.PIPE)
         agents.append(agent)
         assert agent.stdout is not None and agent.stdout.readline() == b"ready\n"
-    local_cluster.end_below(tmp_path / "ours")
+    local_head.end_below(tmp_path / "ours")
     ours, other = agents
     assert not psutil.pid_exists(ours.pid) and other.poll() is None
     other.kill()
@@ -183,9 +185,7 @@ def below(process: psutil.Process, folder: Path) -> bool:
 def test_the_head_of_another_machine_is_left_alone(tmp_path: Path) -> None:
     folder = local_cluster.state_folder(str(tmp_path))
     folder.mkdir()
-    record = json.dumps(
-        {**dict.fromkeys(local_cluster.Head.__slots__, ""), "host": "elsewhere", "address": "10.0.0.1:1"}
-    )
+    record = json.dumps({**dict.fromkeys(Head.__slots__, ""), "host": "elsewhere", "address": "10.0.0.1:1"})
     (folder / "head.json").write_text(record)
     assert local_cluster.find(str(tmp_path)) is None
     for attempt in (local_cluster.start, local_cluster.stop):
@@ -291,7 +291,7 @@ def test_ctrl_c_lets_the_job_record_its_end(storages: list[str], head: Head) -> 
         rest = list(lines)
         assert process.wait(timeout=30) == 130
     assert "recorded\n" in rest
-    assert local_cluster.running_jobs(head) == {}
+    assert local_jobs.running_jobs(head) == {}
 
 
 CONNECTED = """
@@ -341,7 +341,7 @@ def test_rays_own_tools_ask_our_cluster_though_another_runs(storages: list[str],
 @pytest.mark.ray
 def test_only_loopback_is_listened_on(head: Head) -> None:
     addresses = set()
-    for process in local_cluster._own_processes(head):
+    for process in local_head.own_processes(head):
         with contextlib.suppress(psutil.Error):
             addresses |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert addresses
@@ -364,7 +364,7 @@ def test_strangers_are_refused(storages: list[str], head: Head) -> None:
 def test_stop_ends_its_own_processes_and_no_others(storages: list[str], head: Head) -> None:
     other = local_cluster.find(storages[1])
     assert other is not None
-    own, others = local_cluster._own_processes(head), local_cluster._own_processes(other)
+    own, others = local_head.own_processes(head), local_head.own_processes(other)
     assert len(own) > 5
     assert not own & others
     with subprocess.Popen(["sleep", "60"]) as bystander:
@@ -373,7 +373,7 @@ def test_stop_ends_its_own_processes_and_no_others(storages: list[str], head: He
         bystander.kill()
     assert [process for process in own if is_alive(process)] == []
     assert [process for process in others if not is_alive(process)] == []
-    assert local_cluster.running_jobs(other) == {}
+    assert local_jobs.running_jobs(other) == {}
     assert not Path(head.temp_dir).exists()
     assert local_cluster.find(storages[0]) is None
     assert not local_cluster.stop(storages[0])
@@ -397,7 +397,7 @@ def is_alive(process: psutil.Process) -> bool:
 def test_what_a_killed_head_leaves_behind_is_ended(storages: list[str]) -> None:
     other = local_cluster.find(storages[1])
     assert other is not None
-    own = local_cluster._own_processes(other)
+    own = local_head.own_processes(other)
     os.kill(other.pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(psutil.Process(other.pid)))
     assert local_cluster.find(storages[1]) is None

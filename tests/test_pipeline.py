@@ -20,7 +20,7 @@ from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 from kraken.storage import Storage, join, local_artefact
 from pipelines import deploy, end_to_end, summary
 from pipelines.application import http_address
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import Tracker
 from pipelines.training.lease import Lease

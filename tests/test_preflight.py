@@ -16,7 +16,7 @@ from kraken.config import ConfigError, RunConfig
 from kraken.model import Kraken
 from kraken.presets import kraken_760m_4way, quickstart
 from pipelines import memory, preflight
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.preflight import Probe
 from pipelines.training.placement import place, sizes
 
@@ -169,7 +169,7 @@ class TestStorage:
 
 
 def test_a_busy_cluster_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_free", lambda: named({"CPU": 1.0}))
+    monkeypatch.setattr(preflight, "available_resources_per_node", lambda: named({"CPU": 1.0}))
     with pytest.raises(ClusterError, match="needs 2 CPUs, 1 are free: other jobs hold the rest"):
         preflight._wait_until_free(config(), time.monotonic() + 0.1)
     preflight._wait_until_free(config(min_workers=1), time.monotonic() + 0.1)  # begins with what there is

@@ -17,11 +17,12 @@ LAYERS = {
 }
 """Folder -> the folders it may import from."""
 ONLY_HOME = {
-    "mlflow": "pipelines/tracking.py",
-    "tensorrt_llm": "kraken/trtllm/",
-    "transformers": "kraken/huggingface/",
+    # One reaches the server, the other records runs there: both need MLflow's client and its errors.
+    "mlflow": ("pipelines/tracking.py", "pipelines/tracking_server.py"),
+    "tensorrt_llm": ("kraken/trtllm/",),
+    "transformers": ("kraken/huggingface/",),
 }
-"""Library -> the only place that may import it."""
+"""Library -> the only files and folders that may import it."""
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -106,12 +107,12 @@ def test_the_library_knows_no_orchestration() -> None:
         assert not tops & {"ray", "mlflow", "fastapi", "starlette", "tyro"}, path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize(("library", "home"), ONLY_HOME.items())
-def test_some_libraries_have_one_importer(library: str, home: str) -> None:
+@pytest.mark.parametrize(("library", "homes"), ONLY_HOME.items())
+def test_some_libraries_have_one_importer(library: str, homes: tuple[str, ...]) -> None:
     for folder in LAYERS:
         for path in (ROOT / folder).rglob("*.py"):
             if library in {module.split(".")[0] for module in imported_modules(path)}:
-                assert path.relative_to(ROOT).as_posix().startswith(home)
+                assert path.relative_to(ROOT).as_posix().startswith(homes)
 
 
 def test_only_cluster_calls_ray_init() -> None:
@@ -122,6 +123,69 @@ def test_only_cluster_calls_ray_init() -> None:
         if re.search(r"\bray\.init\(", path.read_text())
     ]
     assert callers == ["pipelines/cluster.py"]
+
+
+def private_ray_names(path: Path) -> set[str]:
+    """Private names of Ray that a file imports, reaches as an attribute of an import, or holds in a string."""
+    tree = ast.parse(path.read_text())
+    imported: dict[str, str] = {}  # local name -> what it stands for
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imported[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+                used.add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                used.add(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"ray(\.\w+)+", str(node.value)):
+            used.add(str(node.value))
+    for node in ast.walk(tree):
+        parts = []
+        while isinstance(node, ast.Attribute):
+            parts.append(node.attr)
+            node = node.value
+        if parts and isinstance(node, ast.Name) and node.id in imported:
+            used.add(".".join([imported[node.id], *reversed(parts)]))
+    return {name for name in used if re.match(r"ray\.(.*\.)?_|ray\.experimental\b", name)}
+
+
+@pytest.mark.parametrize("folder", ["serve", "pipelines", "jobs"])
+def test_one_file_of_a_folder_uses_private_names_of_ray(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        if path.name != "ray_internals.py":
+            assert private_ray_names(path) == set(), f"{path.relative_to(ROOT)}: move them to {folder}/ray_internals.py"
+
+
+def test_private_names_of_ray_are_found_however_they_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import ray, ray.train\nfrom ray._private import state\nfrom ray.experimental import internal_kv\n"
+        "from ray.serve import context as c\nimport ray._raylet as raylet\nfrom ray.train import Checkpoint\n"
+        "c._get_global_client(); ray.nodes(); ray._private.worker.global_worker; load('ray.serve._private.replica')\n"
+        "ray.init(); import_module('ray.serve')\n"
+    )
+    assert private_ray_names(path) == {
+        "ray._private.state",
+        "ray.experimental.internal_kv",
+        "ray.serve.context._get_global_client",
+        "ray._raylet",
+        *("ray._private", "ray._private.worker", "ray._private.worker.global_worker"),
+        "ray.serve._private.replica",
+    }
+
+
+def test_the_settings_of_ray_train_are_in_one_place() -> None:
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for folder in (*LAYERS, "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"""["']RAY_TRAIN_[A-Z]""", path.read_text())
+    ]
+    assert files == ["pipelines/training/workers.py"]
 
 
 def test_training_loads_no_ray_and_no_mlflow() -> None:

@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 
 from kraken.config import RunConfig
 from kraken.presets import quickstart
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 from pipelines.training import restarts
 from pipelines.training.restarts import Placement
 
@@ -31,10 +31,9 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cpus: dict[str, float]):
         self.cpus, self.free, self.now = cpus, dict(cpus), 0.0
         monkeypatch.setattr(restarts, "own_resources", lambda: {node: {"CPU": n} for node, n in self.cpus.items()})
-        state = SimpleNamespace(
-            available_resources_per_node=lambda: {node: {"CPU": n} for node, n in self.free.items()}
+        monkeypatch.setattr(
+            restarts, "available_resources_per_node", lambda: {node: {"CPU": n} for node, n in self.free.items()}
         )
-        monkeypatch.setattr(restarts, "ray_state", state)
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=lambda seconds: None)
         monkeypatch.setattr(restarts, "time", clock)
 

@@ -11,11 +11,11 @@ import pytest
 
 from kraken.config import ConfigError
 from kraken.manifest import ArtefactError
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError, RunStopped
 from pipelines.tracking import end_status
 from pipelines.training import lease, stop
 from pipelines.training.lease import Lease, LeaseRef
-from pipelines.training.stop import RunStopped, StopSwitch, StopWatch
+from pipelines.training.stop import StopSwitch, StopWatch
 
 
 @pytest.fixture(autouse=True)

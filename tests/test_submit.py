@@ -12,7 +12,7 @@ import pytest
 from jobs import submit
 from kraken.config import ConfigError
 from kraken.manifest import git_revision
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
 
 PROBE = """
 import json, os, pathlib, sys

@@ -16,8 +16,8 @@ import pytest
 from survival import ROOT, STEPS, Driver, checkpoints, command, curve, runs, states, wait_until, workers
 
 from jobs import local
-from pipelines import local_cluster
-from pipelines.local_cluster import Job
+from pipelines import local_cluster, local_head
+from pipelines.local_jobs import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -143,7 +143,7 @@ class Server:
         wait_until(lambda: local.answers(f"{self.uri}/health"))
 
     def stop(self) -> None:
-        local_cluster.end_tree(self.process.pid)
+        local_head.end_tree(self.process.pid)
 
 
 def test_training_goes_on_without_its_tracking_server(

@@ -21,8 +21,9 @@ from urllib.parse import urlencode
 import pytest
 
 from kraken.config import ConfigError
-from pipelines import outbox, tracking
-from pipelines.tracking import RunRef, StageRun, Tracker, end_status, tracking_uri, ui_command
+from pipelines import outbox, tracking, tracking_server
+from pipelines.tracking import RunRef, StageRun, Tracker, end_status
+from pipelines.tracking_server import tracking_uri, ui_command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -433,7 +434,7 @@ def test_storages_that_cannot_hold_the_database(storage_uri: str, monkeypatch: p
 def test_a_missing_database_driver_is_named_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracking, "CONNECT_LIMIT_S", 0.5)
+    monkeypatch.setattr(tracking_server, "CONNECT_LIMIT_S", 0.5)
     monkeypatch.setitem(sys.modules, "psycopg", None)  # an import of it fails, installed or not
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:secret@127.0.0.1:1/kraken")
     with pytest.raises(ConfigError, match=r"needs a database driver .*pip install .*\[pipelines,postgres\]") as caught:
@@ -444,7 +445,8 @@ def test_a_missing_database_driver_is_named_with_what_installs_it(
 def test_an_unusable_store_is_one_clear_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str, tracker: Tracker, client: "MlflowClient"
 ) -> None:
-    monkeypatch.setattr(tracking, "CONNECT_LIMIT_S", 0.5)
+    for module in (tracking, tracking_server):
+        monkeypatch.setattr(module, "CONNECT_LIMIT_S", 0.5)
     (tmp_path / "mlflow.db").write_text("not a database" * 100)
     with pytest.raises(ConfigError, match="file is not a database"):
         Tracker(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The right to run something: held by one process at a time, however often its job is submitted or its driver dies.
+"""Leases: one process at a time runs a pipeline or a training, however often its job is submitted or its driver dies.
 
 A pipeline holds a lease for its MLflow run, and its training holds another, which different pipelines can need. A lease
 lies in the cluster's key-value store with a number that its holder counts up. A holder that died stops counting, so
@@ -15,7 +15,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.local_cluster import ClusterError
+from pipelines import ray_internals
+from pipelines.errors import ClusterError
 
 NAMESPACE = "kraken"
 BEAT_S = 0.5
@@ -25,37 +26,26 @@ DEAD_AFTER_S = 6.0
 
 def get(key: str) -> str:
     """A value of the cluster's key-value store; empty where there is none."""
-    from ray.experimental import internal_kv
-
-    return (internal_kv._internal_kv_get(key, namespace=NAMESPACE) or b"").decode()
+    return (ray_internals.kv_get(key, NAMESPACE) or b"").decode()
 
 
 def put(key: str, value: str, *, overwrite: bool = True) -> None:
     """Set a value, or only one that is not there."""
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_put(key, value, overwrite=overwrite, namespace=NAMESPACE)
+    ray_internals.kv_put(key, value, overwrite=overwrite, namespace=NAMESPACE)
 
 
 def delete(key: str) -> None:
     """Remove a value, if it is there."""
-    from ray.experimental import internal_kv
-
-    internal_kv._internal_kv_del(key, namespace=NAMESPACE)
+    ray_internals.kv_delete(key, NAMESPACE)
 
 
 def submission() -> str | None:
     """Id of the submitted job that this process belongs to, as `ray job` takes it; None where there is none."""
-    import ray
-    from ray._private import worker
-
     if name := os.environ.get("KRAKEN_SUBMISSION"):
         return name
-    if not ray.is_initialized():
-        return None
-    core_worker: Any = worker.global_worker.core_worker  # type: ignore[attr-defined]  # set by ray.init
-    metadata = core_worker.get_job_config().metadata
-    return metadata.get("job_submission_id") or None
+    import ray
+
+    return ray_internals.job_submission_id() if ray.is_initialized() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +56,7 @@ class LeaseRef:
     holder: str
 
     def is_lost(self) -> bool:
-        """Whether another attempt holds it by now."""
+        """Whether another attempt holds the lease."""
         value = get(self.key)
         return bool(value) and json.loads(value)["holder"] != self.holder
 
@@ -109,7 +99,7 @@ class Lease:
             print(f"{self._what}: cannot return the lease ({error})", flush=True)
 
     def _wait_for_death(self, found: str) -> None:
-        """Return once the holder has stopped counting, or nobody holds the lease any more."""
+        """Return when the holder has stopped counting or has returned the lease."""
         deadline = time.monotonic() + DEAD_AFTER_S
         while found and time.monotonic() < deadline:
             time.sleep(BEAT_S / 2)
@@ -140,7 +130,7 @@ class Lease:
 
 
 def runs_already(what: str, holder: dict[str, Any]) -> str:
-    """Why a second process is refused, and what can be done about the first."""
+    """The refusal of a second process: it names the first one and says how to follow and to stop it."""
     job, host = holder["submission"], holder.get("host")
     process = f"process {holder['pid']}" + (f" on {host}" if host else "")
     if not job:

@@ -1,6 +1,6 @@
-"""Where training workers go: whole way groups inside a node, as few nodes as possible, sizes that the batch divides by.
+"""Placement of training workers: way groups inside a node, as few nodes as possible, sizes that divide the batch.
 
-Plain arithmetic on what nodes have; who asks decides whether that is what they own or what is free on them.
+Pure functions of the nodes' resources. The caller passes either everything that a node owns or what is free on it.
 """
 
 from collections.abc import Mapping

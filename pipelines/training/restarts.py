@@ -1,8 +1,8 @@
-"""What Ray Train does when workers or nodes come and go: where the next group runs, how many it has, or why it ends.
+"""Placement and restarts of Ray Train's worker groups: nodes and size of the next group, or the reason to give up.
 
 Ray Train's own policies place workers wherever there is room and wait for it for ever. Ours keep way groups inside a
 node, leave out nodes that are lost or about to be, shrink to a size that the batch divides by, grow again when nodes
-come back, and give up after a while. They are handed to Ray Train through one method of its trainer, which is private.
+come back, and give up after a while. Ray Train takes them through one private method of its trainer.
 """
 
 import contextlib
@@ -13,24 +13,31 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray._private import state as ray_state
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.controller.state import ReschedulingState, RunningState
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision, ScalingPolicy
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from kraken.config import ConfigError, RunConfig
 from kraken.manifest import ArtefactError
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError
+from pipelines.ray_internals import (
+    DefaultFailurePolicy,
+    FailureDecision,
+    NoopDecision,
+    ReschedulingState,
+    ResizeDecision,
+    RunningState,
+    ScalingDecision,
+    ScalingPolicy,
+    available_resources_per_node,
+    draining_nodes,
+)
 from pipelines.training.placement import Resources, per_worker, place, sizes
-from pipelines.training.stop import StopSwitch, draining_nodes
+from pipelines.training.stop import StopSwitch
 
 NODE_LABEL = "ray.io/node-id"
 ROOM_LIMIT_S = 60.0
-"""How long a group that lost its room waits for it: a replaced node, or what another job still holds."""
+"""Longest wait for nodes with enough free resources, after which training ends with an error."""
 SETTLE_S = 10.0
 """How long a smaller group waits for a larger one's room, which a group that just ended may not have returned yet."""
 PAUSE_S = 0.2
@@ -146,7 +153,7 @@ class Placement(ScalingPolicy):
 
     def _room(self, owned: Mapping[str, Resources]) -> dict[str, Resources]:
         """Node -> what a group could have there: what is free, and what the present group holds."""
-        free = ray_state.available_resources_per_node()
+        free = available_resources_per_node()
         return {
             node: {
                 name: min(resources.get(name, 0.0), free.get(node, {}).get(name, 0.0) + self._held[node] * amount)
@@ -172,7 +179,7 @@ def answers(node: Mapping[str, Any]) -> bool:
 
 
 def no_room(config: RunConfig, nodes: Mapping[str, Resources]) -> str:
-    """Why a group cannot go on, with the way out."""
+    """The error message for a group that found no room, with the way out."""
     cluster = config.cluster
     smallest = sizes(config)[-1]
     needs = " and ".join(f"{amount} {name}" for name, (_, amount) in per_worker(cluster).items())

@@ -1,7 +1,7 @@
-"""Stopping training that runs on any node: a switch in the cluster's key-value store, and a thread that looks at it.
+"""Stopping training that runs on any node: a switch in the cluster's key-value store, and a thread that polls it.
 
-Whoever wants an end flips the switch; the workers' threads see it within a moment, the ranks agree on a step, write a
-checkpoint and return. Asking costs a worker one look at a variable, so that it can ask after every step.
+Any process of the cluster can flip the switch. The workers' threads see that within `POLL_S`, the ranks agree on a
+step, write a checkpoint and return. The training loop itself reads only a variable, so that it can do so every step.
 """
 
 import os
@@ -10,15 +10,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipelines.ray_internals import draining_nodes
 from pipelines.training.lease import LeaseRef, get, put
 
 POLL_S = 0.5
 AWAY_S = 10.0
 """Pause after the store could not be reached."""
-
-
-class RunStopped(Exception):
-    """Training ended before its last step because it was asked to; a checkpoint holds everything until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +30,16 @@ class StopSwitch:
         return cls(f"stop/{uuid.uuid4().hex}")
 
     def flip(self, reason: str) -> None:
-        """Ask for the end. The first reason stays."""
+        """Ask training to end. The first reason stays."""
         put(self.key, reason, overwrite=False)
 
     def reason(self) -> str:
-        """Why the end was asked for; empty while it was not."""
+        """The reason that `flip` was given; empty if the switch is not flipped."""
         return get(self.key)
 
 
 class StopWatch:
-    """Looks at switches from a thread, in a worker.
+    """Polls the switches from a thread of a worker.
 
     Args:
         switches: any of them asks for the end. One worker of a group is enough to look at them.
@@ -60,7 +57,7 @@ class StopWatch:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it still looks."""
+        """Whether the thread still polls."""
         return self._thread.is_alive()
 
     def close(self) -> None:
@@ -85,10 +82,3 @@ class StopWatch:
             self.requested = True
         if any(switch.reason() for switch in self._switches):
             self.requested = True
-
-
-def draining_nodes() -> set[str]:
-    """Ids of the nodes that will be taken away: spot instances with a notice, or `ray drain-node`."""
-    from ray._private.state import state  # nothing public says so outside of Ray Train, whose way is a barrier
-
-    return set(state.get_draining_nodes())

@@ -1,4 +1,4 @@
-"""What a machine does while it trains: MLflow's names for it, so that its UI shows them among the system metrics.
+"""Load of a machine while it trains, under the names by which MLflow's UI shows system metrics.
 
 Workers report them with their training metrics, so that the controller alone writes to MLflow and a restart logs no
 step twice.

@@ -1,7 +1,6 @@
-"""The Ray Train workers of pretraining: what each runs, and what becomes of them when some of them are lost."""
+"""The Ray Train workers of pretraining: the function that each runs, and the loop that restarts the group."""
 
 import dataclasses
-import logging
 import math
 import os
 from pathlib import Path
@@ -13,23 +12,26 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from kraken.config import ConfigError, RunConfig, from_dict, to_dict
+from kraken.config import ConfigError, RunConfig
 from kraken.environment import provide_home
 from kraken.manifest import ArtefactError, Metric
 from kraken.storage import Storage, join
 from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
-from pipelines.local_cluster import ClusterError
+from pipelines.errors import ClusterError, RunStopped
+from pipelines.ray_internals import silence_report_logger
 from pipelines.stage import Work
 from pipelines.training.lease import Lease, LeaseRef
 from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
 from pipelines.training.placement import place, sizes
 from pipelines.training.restarts import Placement, Trainer, own_resources
-from pipelines.training.stop import RunStopped, StopSwitch, StopWatch
+from pipelines.training.stop import StopSwitch, StopWatch
 from pipelines.training.system_metrics import SystemMetrics
 
 TRAIN_SETTINGS = {
+    # `report` blocks for one interval, 2 s by default.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Without these two every printed line appears twice, and the start takes longer.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # We watch the nodes ourselves: Ray Train's way asks all workers to wait for each other at every look.
@@ -37,14 +39,14 @@ TRAIN_SETTINGS = {
     # A group is started where there is room; a longer wait is for a node that was lost in the meantime.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
-"""Of Ray Train, which hands them on to its processes; what the environment has already stands."""
+"""Ray Train's environment variables; Ray Train hands them on to its processes. A value that is set already stands."""
 
 CONTROLLER_FAILURES = 5
 """Attempts to start a worker group; Ray's own default never stops trying."""
 
 
 class WorkerHooks(Hooks):
-    """Reports to Ray Train from every rank; what is written, the controller decides."""
+    """Reports every step's metrics to Ray Train, from every rank; the controller chooses which of them MLflow gets."""
 
     def __init__(self, watch: StopWatch, system: SystemMetrics):
         self.watch, self.system = watch, system
@@ -74,9 +76,9 @@ def step_line(metrics: dict[str, float]) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Attempt:
-    """What the workers of one attempt need; small and picklable."""
+    """The arguments of the workers of one attempt; small and picklable."""
 
-    config: dict[str, Any]
+    config: RunConfig
     prepare: str
     """Fingerprint of the data."""
     pretrain: str
@@ -89,18 +91,16 @@ class Attempt:
 
 
 def worker_loop(attempt: Attempt) -> dict[str, Any]:
-    """What each Ray Train worker runs.
+    """The body of each Ray Train worker.
 
     Returns:
         The finished run's metrics by name, each as value and unit; or {"stopped_at": step}.
     """
     import torch
-    from ray.train.v2._internal.execution import context as ray_train_context
 
-    # named by its file, which Ray's own log level does not reach; it repeats every report
-    logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)
+    silence_report_logger()
     provide_home()  # torch's compiler asks for the user's name
-    config = from_dict(RunConfig, attempt.config)
+    config = attempt.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
     storage = Storage(config.storage)
     storage.fetch("prepare", attempt.prepare)
@@ -128,8 +128,8 @@ def fit(work: Work) -> dict[str, Metric]:
     """Train on the cluster to the end, with as many restarts as allowed; returns the metrics of the finished run.
 
     Raises:
-        RunStopped: it was asked to stop, or its node will be taken away and no other has room; its checkpoint is there.
-        ConfigError, ArtefactError, ClusterError: what the workers raised in the end, or why there are none.
+        RunStopped: training was asked to stop, or a node is drained and the others have no room. A checkpoint is there.
+        ConfigError, ArtefactError, ClusterError: the error that ended the workers or kept them from starting.
     """
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -139,7 +139,7 @@ def fit(work: Work) -> dict[str, Metric]:
             log_missing(work.run, work.folder)
             pause = StopSwitch.make()
             attempt = Attempt(
-                config=to_dict(work.config),
+                config=work.config,
                 prepare=work.parents["prepare"].fingerprint,
                 pretrain=work.fingerprint,
                 lease=lease,
@@ -193,7 +193,7 @@ def _trainer(work: Work, attempt: Attempt) -> Trainer:
 
 
 def as_ours(error: TrainingFailedError) -> Exception:
-    """The error that tells most of those that ended training."""
+    """The most informative of the errors that ended training, as one of this project's kinds."""
     if isinstance(error, ControllerError):
         cause = error.controller_failure
         return cause if isinstance(cause, ClusterError) else ClusterError(f"Ray Train gave up: {cause}")
