@@ -45,7 +45,7 @@ from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
 from kraken.evaluate import collect
 from kraken.model import Kraken
-from kraken.plan.cost import cost as plan
+from kraken.plan import cost as plan
 from kraken.presets import PRESETS
 
 GREEDY: dict[str, Any] = {"temperature": 0.0}

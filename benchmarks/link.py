@@ -41,7 +41,7 @@ from benchmarks.ttft import Contestant, all_reduces_of
 from benchmarks.without_all_reduce import RendezvousWithoutAllReduce
 from kraken.config import EngineConfig, ModelConfig
 from kraken.engine.distributed.rendezvous import Rendezvous
-from kraken.plan.cost import cost as plan
+from kraken.plan import cost as plan
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 PAPER_SHARE = 0.35

@@ -57,7 +57,7 @@ from kraken.engine.kernels.quantized_tensor import FLOAT8
 from kraken.engine.model.quantized import Fp8Linear
 from kraken.engine.model_runner import ModelRunner
 from kraken.engine.protocol import EngineInfo, Request, SamplingParams
-from kraken.plan.cost import cost as plan
+from kraken.plan import cost as plan
 
 SIZES = {
     "tiny": (2, 128, 64),

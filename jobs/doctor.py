@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from jobs.command import FAILURE, USER_ERROR, LineParser, run_job
-from kraken.engine.choose import find_machine
+from kraken.choose_engine import find_machine
 
 DESCRIPTION = """Check on this machine that TensorRT-LLM is what this project assumes, and that it computes what it
 should: signatures, conversion, logits and greedy tokens against our own model, serving through Ray Serve, time to first

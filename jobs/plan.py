@@ -15,9 +15,9 @@ from typing import Any
 
 from jobs.command import LineParser, run_job
 from kraken.config import ConfigError, ModelConfig
+from kraken.plan import cost as plan
 from kraken.plan import roofline
 from kraken.plan.cost import Candidate
-from kraken.plan.cost import cost as plan
 from kraken.plan.roofline import Devices, Prediction, Workload
 from kraken.presets import PRESETS
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from kraken.config import ConfigError, RunConfig, ServeConfig
 from kraken.manifest import make_fingerprint
-from pipelines.training.lease import delete, get, put
+from pipelines.lease import delete, get, put
 from serve.ray_internals import forget_controller, serve_details
 
 START_LIMIT_S = 30.0

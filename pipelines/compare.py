@@ -18,9 +18,9 @@ from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, fini
 from kraken.storage import Storage
 from pipelines import comparison, end_to_end, prepare, pretrain
 from pipelines.comparison import Comparison, ModelResult, Training
+from pipelines.lease import submission
 from pipelines.stage import fingerprints
 from pipelines.tracking import NOTE_TAG, PipelineRun, Tracker
-from pipelines.training.lease import submission
 
 KIND = "compare"
 FingerprintOf = Callable[[RunConfig], str]

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 
 import kraken
+from kraken.choose_engine import choose
 from kraken.config import ConfigError, RunConfig, ServeConfig
-from kraken.engine.choose import choose
 from kraken.manifest import ArtefactError, Manifest, Metric, library_versions, make_fingerprint
 from pipelines import cluster
 from pipelines.application import claimed, http_address, owner_of, require_no_others, require_own_name

@@ -16,10 +16,10 @@ from kraken.manifest import Manifest
 from kraken.storage import Storage
 from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
 from pipelines.errors import ClusterError
+from pipelines.lease import Lease, submission
 from pipelines.stage import Stage, fingerprints
+from pipelines.stop import StopSwitch
 from pipelines.tracking import PipelineRun, RunRef, Tracker
-from pipelines.training.lease import Lease, submission
-from pipelines.training.stop import StopSwitch
 from serve.api_key import API_KEY_VARIABLE, ApiKey, api_key
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)

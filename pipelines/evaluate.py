@@ -5,8 +5,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from kraken.choose_engine import Choice, choose_for, open_engine
 from kraken.config import RunConfig
-from kraken.engine.choose import Choice, choose_for, open_engine
 from kraken.manifest import Metric, write_atomically
 from pipelines.pretrain import final_checkpoint
 from pipelines.progress import ProgressLines

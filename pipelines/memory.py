@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import dataclass
 
 from kraken.config import RunConfig
-from kraken.plan.cost import cost as plan
+from kraken.plan import cost as plan
 from kraken.plan.roofline import Share, Workload
 
 PROCESS_BYTES = 512 * 2**20

@@ -16,8 +16,8 @@ from kraken.config import RunConfig, to_dict
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
 from pipelines.identity import determining
+from pipelines.stop import StopSwitch
 from pipelines.tracking import RunRef, StageRun
-from pipelines.training.stop import StopSwitch
 
 
 @dataclass(frozen=True, slots=True)

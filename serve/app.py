@@ -22,8 +22,7 @@ from ray.serve import Application, Deployment
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kraken.config import ConfigError, EngineConfig, EngineKind, ServeConfig, from_dict
-from kraken.engine.choose import (
+from kraken.choose_engine import (
     Choice,
     Machine,
     choose_for,
@@ -31,6 +30,7 @@ from kraken.engine.choose import (
     num_ways_of,
     open_engine,
 )
+from kraken.config import ConfigError, EngineConfig, EngineKind, ServeConfig, from_dict
 from kraken.engine.echo import EchoEngine
 from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
 from kraken.engine.protocol import Engine, EngineInfo

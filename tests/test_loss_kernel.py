@@ -16,7 +16,7 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the int
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("num_ids", [5, 16, 50])
 def test_equals_plain_operations(num_ids: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kraken.model.architecture import loss_kernel
+    from kraken.model import loss_kernel
 
     monkeypatch.setattr(loss_kernel, "COLUMNS", 16)  # several pieces of a row, the last one not full
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_equals_plain_operations(num_ids: int, dtype: torch.dtype, monkeypatch: 
 
 
 def test_what_is_not_finite_is_not_hidden() -> None:
-    from kraken.model.architecture import loss_kernel
+    from kraken.model import loss_kernel
 
     logits_TV = torch.zeros(2, 8, device=DEVICE)
     logits_TV[1, 3] = torch.nan

@@ -21,9 +21,9 @@ from kraken.storage import Storage, join, local_artefact
 from pipelines import deploy, end_to_end, summary
 from pipelines.application import http_address
 from pipelines.errors import ClusterError
+from pipelines.lease import Lease
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import Tracker
-from pipelines.training.lease import Lease
 from serve.api_key import ApiKey
 
 pytestmark = pytest.mark.ray

@@ -15,8 +15,8 @@ from jobs.command import USER_ERROR
 from jobs.plan import count, main
 from kraken.config import ConfigError, ModelConfig
 from kraken.model import Kraken
+from kraken.plan import cost as plan
 from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, num_parameters
-from kraken.plan.cost import cost as plan
 from kraken.plan.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
 from kraken.presets import PRESETS
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kraken.config import ModelConfig
-from kraken.plan.cost import cost as plan
+from kraken.plan import cost as plan
 from kraken.plan.cost import num_parameters
 from kraken.presets import PRESETS
 

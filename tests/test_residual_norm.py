@@ -87,8 +87,8 @@ def test_is_a_sound_operator(kind: str) -> None:
 def test_compiled_training_equals_plain_operations(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
+    from kraken.model import Kraken, residual_norm
     from kraken.model.alignment import Alignment
-    from kraken.model.architecture import Kraken, residual_norm
     from kraken.presets import PRESETS
 
     config = dataclasses.replace(PRESETS[preset]().model, num_layers=3, context_length=64, vocab_size=512)

@@ -12,10 +12,10 @@ import pytest
 from kraken.config import ConfigError
 from kraken.manifest import ArtefactError
 from pipelines.errors import ClusterError, RunStopped
+from pipelines.lease import Lease, LeaseRef
+from pipelines.stop import StopSwitch, StopWatch
 from pipelines.tracking import end_status
 from pipelines.training import lease, stop
-from pipelines.training.lease import Lease, LeaseRef
-from pipelines.training.stop import StopSwitch, StopWatch
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ PROBE = """
 import json, os, pathlib, sys
 import ray
 from pipelines.tracking import submitter
-from pipelines.training.lease import submission
+from pipelines.lease import submission
 ray.init(log_to_driver=False)
 by_variable = submission()
 os.environ.pop("KRAKEN_SUBMISSION", None)

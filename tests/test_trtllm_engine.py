@@ -23,10 +23,11 @@ import pytest
 import torch
 from trtllm_ranks import ROOT, environment, run_with_fake
 
+from kraken.choose_engine import Choice, choose, choose_for, find_machine, open_engine
 from kraken.config import ConfigError, EngineConfig, ModelConfig, ServeConfig
 from kraken.convert import to_exchange, write_folder
-from kraken.engine.choose import Choice, Machine, choose, choose_for, find_machine, open_engine
 from kraken.engine.engine import TorchEngine
+from kraken.engine.placement import Machine
 from kraken.engine.protocol import (
     EngineError,
     EngineOverloaded,
@@ -287,7 +288,7 @@ def test_the_tree_ends_with_its_user(exchange: Path) -> None:
 import asyncio, os
 from pathlib import Path
 from kraken.config import EngineConfig
-from kraken.engine.choose import Choice, open_engine
+from kraken.choose_engine import Choice, open_engine
 async def run():
     config = EngineConfig(kind="tensorrt_llm", dtype="float32")
     engine = open_engine(Choice("tensorrt_llm", ""), Path({str(exchange)!r}), config)
@@ -583,7 +584,7 @@ for difference in compare_signatures(table, renames):
 def test_the_doctor_examines_a_model(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from kraken.engine.choose import Machine
+from kraken.engine.placement import Machine
 from kraken.trtllm.doctor import Patient, examine
 patient = Patient(num_layers=2, head_size=8, heads_per_way=2, context_length=48, dtype="float32", num_prompt_tokens=24,
                   num_timed=2)

@@ -22,3 +22,15 @@ class Placement:
     group: Any
     bundle_indices: tuple[int, ...]
     """One bundle of the group per way."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a machine offers to TensorRT-LLM."""
+
+    version: str | None
+    """Of TensorRT-LLM, if it imports and is supported; else None."""
+    problem: str = ""
+    """Why `version` is None."""
+    num_gpus: int | None = None
+    """GPUs that a process may use; None if they were not counted because TensorRT-LLM is missing."""

@@ -51,7 +51,7 @@ def shared_chunk_gradient(
         logits_TV[:, max(0, num_ids - rows.start) :] = torch.finfo(logits_TV.dtype).min
     functions = row_statistics, softmax_less_target
     if _has_kernel(logits_TV):
-        from kraken.model.architecture import loss_kernel  # which imports Triton, and only CUDA has that
+        from kraken.model import loss_kernel  # which imports Triton, and only CUDA has that
 
         functions = loss_kernel.row_statistics, loss_kernel.softmax_less_target
     statistics_of, gradient_of = functions
@@ -112,7 +112,7 @@ def chunked_cross_entropy(
         num_ids: the softmax is over the rows of the ids below, which the targets must be; None takes every row.
     """
     if hidden_TD.is_cuda and compute_dtype(hidden_TD) in KERNEL_TYPES:
-        from kraken.model.architecture import loss_kernel  # which imports Triton, and only CUDA has that
+        from kraken.model import loss_kernel  # which imports Triton, and only CUDA has that
 
         gradient = loss_kernel.chunk_gradient
     if ways.size > 1:

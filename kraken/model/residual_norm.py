@@ -84,7 +84,7 @@ def _residual_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a (empty without an addend), n, 1 / sqrt(var + epsilon), float32 [W, B, T], and the sum over the ways
     [1, B, T, D] (empty unless a type is given for it)."""
-    from kraken.model.architecture import residual_norm_kernel  # which imports Triton, and only CUDA has that
+    from kraken.model import residual_norm_kernel  # which imports Triton, and only CUDA has that
 
     a, n, inverse_std, sum_of_a = _outputs(x, addend, total, padded_width, sum_dtype)
     residual_norm_kernel.forward(x, addend, total, a, n, inverse_std, sum_of_a, LAYER_NORM_EPSILON)
@@ -118,7 +118,7 @@ def _residual_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x [W, B, T, D], the addend [W, B, T, P] with zeros behind the width, and S [1, B, T, D] in its
     type. Empty are x's where a way sees the others, the addend's without `grad_a`, S's where no way does."""
-    from kraken.model.architecture import residual_norm_kernel
+    from kraken.model import residual_norm_kernel
 
     grad_x, grad_addend, grad_total = _gradients(grad_a, grad_n, grad_sum, n, inverse_std, width, total_dtype)
     residual_norm_kernel.backward(grad_a, grad_n, grad_sum, n, inverse_std, grad_x, grad_addend, grad_total, width)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kraken.config import ConfigError, ModelConfig
+from kraken.plan import cost as plan
 from kraken.plan.cost import Architecture
-from kraken.plan.cost import cost as plan
 
 ARCHITECTURES: tuple[Architecture, ...] = ("standard", "parallel", "kraken")
 MASTER_BYTES = 4

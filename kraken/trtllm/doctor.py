@@ -22,8 +22,7 @@ from statistics import median
 from typing import Any, Literal
 
 from kraken.config import ConfigError, EngineConfig, ModelConfig
-from kraken.engine.choose import Machine
-from kraken.engine.placement import TENSORRT_LLM_FOLDER
+from kraken.engine.placement import TENSORRT_LLM_FOLDER, Machine
 from kraken.engine.protocol import EngineError, Request, SamplingParams
 from kraken.manifest import ArtefactError
 from kraken.trtllm.compat import MODULES, facts

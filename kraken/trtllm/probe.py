@@ -10,7 +10,7 @@ from kraken.trtllm.compat import installed_version, require_supported_version
 
 
 def probe() -> dict[str, object]:
-    """The fields of `kraken.engine.choose.Machine`."""
+    """The fields of `kraken.engine.placement.Machine`."""
     try:
         import tensorrt_llm  # noqa: F401  # whether it can be imported is the question
 

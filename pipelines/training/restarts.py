@@ -32,8 +32,8 @@ from pipelines.ray_internals import (
     available_resources_per_node,
     draining_nodes,
 )
+from pipelines.stop import StopSwitch
 from pipelines.training.placement import Resources, per_worker, place, sizes
-from pipelines.training.stop import StopSwitch
 
 NODE_LABEL = "ray.io/node-id"
 ROOM_LIMIT_S = 60.0

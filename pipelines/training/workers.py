@@ -19,13 +19,13 @@ from kraken.storage import Storage, join
 from kraken.storage_id import storage_id
 from kraken.training.train import Hooks, TrainingStopped, train
 from pipelines.errors import ClusterError, RunStopped
+from pipelines.lease import Lease, LeaseRef
 from pipelines.ray_internals import silence_report_logger
 from pipelines.stage import Work
-from pipelines.training.lease import Lease, LeaseRef
+from pipelines.stop import StopSwitch, StopWatch
 from pipelines.training.metrics import STOPPED, MetricsToTracker, log_missing
 from pipelines.training.placement import place, sizes
 from pipelines.training.restarts import Placement, Trainer, own_resources
-from pipelines.training.stop import StopSwitch, StopWatch
 from pipelines.training.system_metrics import SystemMetrics
 
 TRAIN_SETTINGS = {

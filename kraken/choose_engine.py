@@ -12,23 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from kraken.config import ConfigError, EngineConfig, EngineKind
-from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
+from kraken.engine.placement import TENSORRT_LLM_FOLDER, Machine, Placement
 from kraken.engine.protocol import Engine
 
 PROBE_TIMEOUT_S = 300.0
 PROBE = "kraken.trtllm.probe"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What a machine offers to TensorRT-LLM."""
-
-    version: str | None
-    """Of TensorRT-LLM, if it imports and is supported; else None."""
-    problem: str = ""
-    """Why `version` is None."""
-    num_gpus: int | None = None
-    """GPUs that a process may use; None if they were not counted because TensorRT-LLM is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ def find_machine() -> Machine:
 def _probe() -> Machine:
     if importlib.util.find_spec("tensorrt_llm") is None:
         return Machine(version=None, problem="tensorrt_llm is not installed")
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"TLLM_DISABLE_MPI": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", PROBE]

@@ -10,8 +10,8 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipelines.lease import LeaseRef, get, put
 from pipelines.ray_internals import draining_nodes
-from pipelines.training.lease import LeaseRef, get, put
 
 POLL_S = 0.5
 AWAY_S = 10.0
