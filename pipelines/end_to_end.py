@@ -171,7 +171,8 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
                         results[p.stage.kind] = StageResult(p.manifest, time.monotonic() - started_at, reused=True)
                         print(f"{p.stage.kind}: reused, made {p.manifest.created_at}", flush=True)
                         continue
-                    task = ray.remote(max_retries=0)(run_stage).options(
+                    # Ray's types of a remote function know no keyword arguments.
+                    task: Any = ray.remote(max_retries=0)(run_stage).options(
                         name=p.stage.kind, **cluster.stage_options(config, p.stage.kind)
                     )
                     parents = [references[kind] for kind in p.stage.parents]
