@@ -13,9 +13,9 @@ import pytest
 from test_trtllm_engine import make_exchange
 from trtllm_ranks import ROOT, run_with_fake
 
+from kraken import choose_engine as choose
 from kraken.choose_engine import Choice, choose_for, open_engine
 from kraken.config import ConfigError, EngineConfig
-from kraken.engine import choose
 from kraken.engine.echo import EchoEngine
 from kraken.engine.protocol import EngineInfo
 from kraken.trtllm.engine import TensorRTEngine

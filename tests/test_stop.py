@@ -11,11 +11,11 @@ import pytest
 
 from kraken.config import ConfigError
 from kraken.manifest import ArtefactError
+from pipelines import lease, stop
 from pipelines.errors import ClusterError, RunStopped
 from pipelines.lease import Lease, LeaseRef
 from pipelines.stop import StopSwitch, StopWatch
 from pipelines.tracking import end_status
-from pipelines.training import lease, stop
 
 
 @pytest.fixture(autouse=True)
