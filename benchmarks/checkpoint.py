@@ -32,9 +32,9 @@ from benchmarks.recipe import published_recipe
 from kraken.config import to_dict
 from kraken.presets import PRESETS
 from kraken.stopwatch import Stopwatch
-from kraken.training.agreement import Agreement
+from kraken.training.checkpointer import Checkpointer, Label
+from kraken.training.control_all_reduce import ControlAllReduce
 from kraken.training.parallel import Mesh
-from kraken.training.saver import Label, Saver
 from kraken.training.state import TrainingState
 from kraken.training.step import TrainingStep
 
@@ -42,7 +42,7 @@ KINDS = ("background", "synchronous", "none")
 
 
 class Bench:
-    """A training step and a saver, and the seconds of an interval of steps."""
+    """A training step and a checkpointer, and the seconds of an interval of steps."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.every, self.device = args.every, torch.device(args.device)
@@ -56,15 +56,15 @@ class Bench:
             compile="on" if args.device == "cuda" else "off",
         )
         mesh = Mesh(self.device, communication=Stopwatch(self.device))
-        self.agreement = Agreement(mesh, 600.0)
+        self.control = ControlAllReduce(mesh, 600.0)
         label = Label(config=to_dict(run.model), data_fingerprint="random", tokenizer_fingerprint="random")
-        self.saver = Saver(
-            folder, mesh, self.agreement, label, keep=1, keep_best=False, on_finished=lambda step, path: None
+        self.checkpointer = Checkpointer(
+            folder, mesh, self.control, label, keep=1, keep_best=False, on_finished=lambda step, path: None
         )
         self.step = TrainingStep(run.model, config, mesh)
         self.state = TrainingState(self.step, mesh)
         self.step.start(config.steps)
-        self.step.before_update = self.saver.snapshot.before_change
+        self.step.before_update = self.checkpointer.snapshot.before_change
         ids = torch.randint(run.model.vocab_size, (args.sequences, run.model.context_length + 1), device=self.device)
         self.batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         self.done = 0
@@ -75,28 +75,28 @@ class Bench:
 
     def interval(self, kind: str) -> tuple[float, float]:
         """Seconds of an interval, and how many of them training says that it stood still for a checkpoint."""
-        self.saver.waiting.read(), self.saver.snapshot_waiting.read()
+        self.checkpointer.waiting.read(), self.checkpointer.snapshot_waiting.read()
         self.wait()
         started_at = time.perf_counter()
         for index in range(self.every):
             self.step(self.done, *self.batch)
             self.done += 1
-            if (numbers := self.agreement.result()) is not None:
-                self.saver.advance(*numbers)
+            if (numbers := self.control.result()) is not None:
+                self.checkpointer.advance(*numbers)
             if index == 0 and kind != "none":
                 self.wait()  # as training does, to see that nothing bad is written
-                self.saver.start(self.done, self.state.to_write(), [], {})
+                self.checkpointer.start(self.done, self.state.to_write(), [], {})
                 if kind == "synchronous":
-                    self.saver.finish(must_succeed=True)
-            self.agreement.start(self.saver.numbers())
+                    self.checkpointer.finish(must_succeed=True)
+            self.control.start(self.checkpointer.numbers())
         self.wait()
         seconds = time.perf_counter() - started_at
         self.step.bad_steps()
-        still = self.saver.waiting.read() + self.saver.snapshot_waiting.read()
-        self.agreement.result()
-        if self.saver.is_busy:
+        still = self.checkpointer.waiting.read() + self.checkpointer.snapshot_waiting.read()
+        self.control.result()
+        if self.checkpointer.is_busy:
             print(f"an interval of {seconds:.1f} s is shorter than a checkpoint; raise --every", flush=True)
-        self.saver.finish(must_succeed=True)
+        self.checkpointer.finish(must_succeed=True)
         return seconds, still
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="kraken-checkpoint-", dir=args.folder))
     try:
         bench = Bench(args, folder)
-        with bench.saver:
+        with bench.checkpointer:
             for kind in ("none", "background"):  # compiles, and makes the buffers
                 bench.interval(kind)
             measured: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}

@@ -84,18 +84,6 @@ class Parity:
     def passed(self) -> bool:
         return self.max_abs_diff <= self.tolerance and self.num_different == 0
 
-    def require_passed(self) -> None:
-        """Raises:
-        ArtefactError: the engine is not the model that was trained.
-        """
-        if not self.passed:
-            raise ArtefactError(
-                f"parity failed: log-probabilities differ by {self.max_abs_diff:.2e} "
-                f"(evaluate.parity_tolerance={self.tolerance:.0e}) and "
-                f"{self.num_different} of {self.num_tokens} greedy tokens differ; convert again, or raise the "
-                "tolerance if the engine computes in a lower precision than float32"
-            )
-
 
 def parity_prompts(shards: TokenShards, context_length: int, num_prompts: int, num_tokens: int) -> list[list[int]]:
     """Prompts spread over a split, each as long as leaves room for `num_tokens` in the context.

@@ -325,7 +325,7 @@ class TestChoice:
         assert EngineConfig(all_reduce="p2p", num_devices=2).all_reduce == "p2p"
 
     def test_sizes_and_what_is_used_between_them(self) -> None:
-        assert choose_backend.sizes_up_to(1) == [1] and choose_backend.sizes_up_to(24) == [1, 2, 4, 8, 16, 24]
+        assert choose_backend.candidate_sizes(1) == [1] and choose_backend.candidate_sizes(24) == [1, 2, 4, 8, 16, 24]
         sizes, backends = [1, 2, 4, 6], ["p2p_store", "p2p_store", "nccl", "copy_engine"]
         found = [choose_backend.backend_for(sizes, backends, count) for count in (1, 2, 3, 4, 5, 6, 7)]  # type: ignore[arg-type]
         assert found == ["p2p_store", "p2p_store", "nccl", "nccl", "copy_engine", "copy_engine", "copy_engine"]

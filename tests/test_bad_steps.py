@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from kraken.checkpoint.history import read_history
-from kraken.checkpoint.reader import KINDS, CheckpointReader, newest_checkpoint
+from kraken.checkpoint.reader import KINDS, newest_checkpoint
 from kraken.config import ConfigError, RunConfig
 from kraken.data.loader import Loader
 from kraken.manifest import ArtefactError
@@ -146,7 +146,7 @@ class TestTraining:
                 train(run, data, tmp_path / "resumed", Stop())
         train(run, data, tmp_path / "resumed")
         for kind in KINDS:
-            a, b = (CheckpointReader(tmp_path / name / "step_000000030").whole(kind) for name in ("whole", "resumed"))
+            a, b = (tiny.whole(tmp_path / name / "step_000000030", kind) for name in ("whole", "resumed"))
             assert all(torch.equal(a[name], b[name]) for name in a)
         whole, resumed = (read_history(tmp_path / name) for name in ("whole", "resumed"))
         assert [r["loss"] for r in whole] == [r["loss"] for r in resumed]

@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 
-import kraken.training.saver
+import kraken.training.checkpointer
 from kraken.checkpoint.history import read_history
 from kraken.checkpoint.pieces import Piece, held_piece, whole_piece
-from kraken.checkpoint.reader import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+from kraken.checkpoint.reader import KINDS, list_checkpoints, newest_checkpoint
 from kraken.checkpoint.tensor_files import read_pieces, write_tensors
 from kraken.config import RunConfig
 from kraken.manifest import ArtefactError, Manifest, sha256_of_file
@@ -53,7 +53,7 @@ def assert_same_state(left: Path, right: Path) -> None:
     a, b = newest_checkpoint(left), newest_checkpoint(right)
     assert a is not None and b is not None and a.name == b.name
     for kind in KINDS:
-        found, expected = (CheckpointReader(folder).whole(kind) for folder in (a, b))
+        found, expected = (tiny.whole(folder, kind) for folder in (a, b))
         assert found.keys() == expected.keys()
         for name in found:
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
@@ -68,7 +68,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_tensors(path, *args)
 
-    monkeypatch.setattr(kraken.training.saver, "write_tensors", write)
+    monkeypatch.setattr(kraken.training.checkpointer, "write_tensors", write)
 
 
 class TestPieces:
@@ -129,7 +129,7 @@ class TestWriting:
         for step in (2, 4, 6, 8):
             for kind in KINDS:
                 beside, between = (
-                    CheckpointReader(tmp_path / name / f"step_{step:09d}").whole(kind) for name in ("beside", "between")
+                    tiny.whole(tmp_path / name / f"step_{step:09d}", kind) for name in ("beside", "between")
                 )
                 for name in beside:
                     assert torch.equal(beside[name].nan_to_num(), between[name].nan_to_num()), (step, name)
@@ -140,20 +140,18 @@ class TestWriting:
         """What is copied is what was there when the checkpoint began, however late the copying starts."""
         import time
 
-        original = kraken.training.saver.Snapshot.copy
+        original = kraken.training.checkpointer.Snapshot.copy
 
         def late(self: Any) -> Any:
             time.sleep(0.1)
             return original(self)
 
         train(tiny.config(), data, tmp_path / "prompt")
-        monkeypatch.setattr(kraken.training.saver.Snapshot, "copy", late)
+        monkeypatch.setattr(kraken.training.checkpointer.Snapshot, "copy", late)
         recorder = Recorder()
         train(tiny.config(), data, tmp_path / "late", recorder)
         for folder in list_checkpoints(tmp_path / "prompt"):
-            a, b = (
-                CheckpointReader(run / folder.name).whole("model") for run in (tmp_path / "prompt", tmp_path / "late")
-            )
+            a, b = (tiny.whole(run / folder.name, "model") for run in (tmp_path / "prompt", tmp_path / "late"))
             assert all(torch.equal(a[name], b[name]) for name in a)
         assert recorder.reports[-1]["seconds_in_checkpoint"] > 0
 
@@ -337,5 +335,5 @@ def _die_writing_step_4(run: RunConfig, data: Path, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_tensors(path, *args)
 
-    kraken.training.saver.write_tensors = write
+    kraken.training.checkpointer.write_tensors = write
     train(run, data, folder)

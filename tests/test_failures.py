@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from conftest import find_free_port
 from test_parallel import assert_equal_runs, run_config, train_on
 
-import kraken.training.saver
+import kraken.training.checkpointer
 from kraken.checkpoint.history import read_history
-from kraken.checkpoint.reader import KINDS, CheckpointReader, list_checkpoints, newest_checkpoint
+from kraken.checkpoint.reader import KINDS, list_checkpoints, newest_checkpoint
 from kraken.checkpoint.tensor_files import write_tensors
 from kraken.config import RunConfig
 from kraken.manifest import ArtefactError
-from kraken.training.arrivals import LostRanks
+from kraken.training.straggler_detector import LostRanks
 from kraken.training.train import NoHooks, TrainingStopped, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +32,7 @@ class Scene(NoHooks):
         self.kind, self.rank, self.step = kind, rank, 0
         self.checkpoints: list[int] = []
         if kind == "full" and rank == 1:
-            kraken.training.saver.write_tensors = self.write  # type: ignore[assignment]
+            kraken.training.checkpointer.write_tensors = self.write  # type: ignore[assignment]
 
     def on_step(self, metrics: dict[str, float]) -> None:
         self.step = int(metrics["step"])
@@ -140,6 +141,6 @@ def test_bfloat16_on_a_mesh_agrees_in_loss(mesh: dict[str, int], data: Path, tmp
         assert two == pytest.approx([report["loss"] for report in read_history(tmp_path / reference)], rel=0.01)
     newest = newest_checkpoint(tmp_path / "two")
     assert newest is not None
-    assert {x.dtype for kind in KINDS for n, x in CheckpointReader(newest).whole(kind).items() if n != "progress"} == {
+    assert {x.dtype for kind in KINDS for n, x in tiny.whole(newest, kind).items() if n != "progress"} == {
         torch.float32
     }

@@ -4,13 +4,14 @@ import math
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 import kraken.model.loss
 from kraken.config import ModelConfig
 from kraken.model.alignment import Alignment
-from kraken.model.architecture import Kraken, next_token_loss
+from kraken.model.architecture import Kraken
 from kraken.presets import PRESETS
 
 
@@ -137,7 +138,7 @@ def test_logits_and_gradients_equal_a_naive_loop_over_ways(variant: str) -> None
     inputs, targets = batch()
 
     logits = model(inputs)
-    next_token_loss(logits, targets).backward()
+    tiny.next_token_loss(logits, targets).backward()
 
     copies = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = naive_logits(copies, config, inputs)
@@ -159,7 +160,7 @@ def test_loss_in_chunks_and_padding_change_nothing(
     model.align(alignment)
     loss = model.loss(inputs, targets)
     (loss / 3).backward()
-    expected = next_token_loss(plain(inputs), targets)
+    expected = tiny.next_token_loss(plain(inputs), targets)
     (expected / 3).backward()
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
     require_equal_gradients(model, dict(plain.named_parameters()))
@@ -195,7 +196,7 @@ def test_initial_loss_is_that_of_a_uniform_guess() -> None:
     model = Kraken(config)
     model.init_weights(seed=0)
     ids = torch.randint(config.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
-    loss = next_token_loss(model(ids[:, :-1]), ids[:, 1:]) / 128
+    loss = tiny.next_token_loss(model(ids[:, :-1]), ids[:, 1:]) / 128
     assert abs(loss.item() - math.log(config.vocab_size)) < 0.1
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kraken.checkpoint.history import read_history
-from kraken.checkpoint.reader import CheckpointReader
 from kraken.config import ModelConfig, RunConfig
 from kraken.data.loader import Loader
 from kraken.data.prefetch import Prefetcher
@@ -222,9 +221,7 @@ def test_muon_learns_and_resumes_to_the_bit(data: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(run, data, tmp_path / "stopped", Stop())
     train(run, data, tmp_path / "stopped")
-    whole, stopped = (
-        CheckpointReader(tmp_path / name / "step_000000006").whole("model") for name in ("whole", "stopped")
-    )
+    whole, stopped = (tiny.whole(tmp_path / name / "step_000000006", "model") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert metrics["final_validation_loss"].value < read_history(tmp_path / "whole")[0]["loss"]
     for a, b in zip(read_history(tmp_path / "whole"), read_history(tmp_path / "stopped"), strict=True):

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from kraken.checkpoint.history import read_history
-from kraken.checkpoint.reader import KINDS, CheckpointReader
+from kraken.checkpoint.reader import KINDS
 from kraken.config import ConfigError, ModelConfig, RunConfig
 from kraken.model.ways import WayGroup
 from kraken.training.parallel import join_mesh
@@ -92,7 +92,7 @@ def assert_equal_runs(left: Path, right: Path, steps: tuple[int, ...] = (1, STEP
             assert a.get(name) == pytest.approx(b.get(name), abs=TOLERANCE), (a["step"], name)
     for step in steps:
         for kind in KINDS:
-            a, b = (CheckpointReader(folder / f"step_{step:09d}").whole(kind) for folder in (left, right))
+            a, b = (tiny.whole(folder / f"step_{step:09d}", kind) for folder in (left, right))
             assert a.keys() == b.keys()
             for name in a:
                 torch.testing.assert_close(

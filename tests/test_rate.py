@@ -140,9 +140,9 @@ def reporter_of(clock: Clock, monkeypatch: pytest.MonkeyPatch, **interval: float
     monkeypatch.setattr(report, "matrix_rate", lambda dtype, device: 1e9)
     stopwatch = SimpleNamespace(read=lambda: 0.25)
     mesh = SimpleNamespace(size=2, data_rank=0, device=CPU, communication=stopwatch, sum=lambda x: 2 * x)
-    agreement = SimpleNamespace(largest=lambda *numbers: list(numbers))
-    saver = SimpleNamespace(waiting=stopwatch, snapshot_waiting=stopwatch, num_failed=1)
-    made = Reporter(tiny.config(steps=10), mesh, agreement, saver, torch.float32, 2, [], interval)  # type: ignore[arg-type]
+    control = SimpleNamespace(largest=lambda *numbers: list(numbers))
+    checkpointer = SimpleNamespace(waiting=stopwatch, snapshot_waiting=stopwatch, num_failed=1)
+    made = Reporter(tiny.config(steps=10), mesh, control, checkpointer, torch.float32, 2, [], interval)  # type: ignore[arg-type]
     made.data = stopwatch  # type: ignore[assignment]
     return made
 

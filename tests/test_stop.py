@@ -204,7 +204,7 @@ class TestWorkersErrors:
         from ray.train.v2._internal.execution.failure_handling import FailureDecision
         from ray.train.v2.api.exceptions import WorkerGroupError
 
-        from kraken.training.arrivals import LostRanks
+        from kraken.training.straggler_detector import LostRanks
         from pipelines.training.restarts import Restarts
 
         def decide(error: Exception) -> FailureDecision:

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from kraken.checkpoint.reader import CheckpointReader, list_checkpoints, load_model, newest_checkpoint
+from kraken.checkpoint.reader import list_checkpoints, load_model, newest_checkpoint
 from kraken.config import RunConfig, TrainConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError
-from kraken.model.architecture import Kraken, next_token_loss
+from kraken.model.architecture import Kraken
 from kraken.training.optim import Optimizer, learning_rate
 from kraken.training.train import NoHooks, train
 
@@ -48,7 +48,7 @@ class Recorder(NoHooks):
 def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:
     newest = newest_checkpoint(run_folder)
     assert newest is not None
-    return CheckpointReader(newest).whole("model")
+    return tiny.whole(newest, "model")
 
 
 def assert_same_weights(left: Path, right: Path, tolerance: float = 0.0) -> None:
@@ -110,7 +110,7 @@ class TestTraining:
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
         for step in range(4):
             inputs, targets = loader.batch(step)
-            loss = next_token_loss(model(inputs), targets) / targets.numel()
+            loss = tiny.next_token_loss(model(inputs), targets) / targets.numel()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

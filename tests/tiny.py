@@ -5,6 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kraken.checkpoint.reader import CheckpointReader
 from kraken.config import ClusterConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from kraken.data.embedded import EmbeddedCorpus
 from kraken.data.prepare import prepare
@@ -69,3 +75,22 @@ def prepared(folder: Path, run: RunConfig | None = None) -> Manifest:
         metrics=metrics,
         details=details,
     )
+
+
+def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Sum (not mean) of the cross-entropy in nats over all positions, at least float32."""
+    logits = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
+    return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def whole(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Every tensor of a kind of the checkpoint in a folder, whole, on the CPU."""
+    checkpoint = CheckpointReader(folder)
+    tensors: dict[str, Tensor] = {}
+    for path, pieces in checkpoint._pieces[kind].items():
+        with safetensors.safe_open(checkpoint.folder / path, framework="pt") as file:
+            for name, piece in pieces.items():
+                part = file.get_tensor(name)
+                tensors.setdefault(name, part.new_empty(piece.whole))
+                tensors[name][tuple(slice(s, s + n) for s, n in zip(piece.start, piece.shape, strict=True))] = part
+    return tensors

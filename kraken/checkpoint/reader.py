@@ -132,17 +132,6 @@ class CheckpointReader:
                             part = file.get_slice(name)[theirs] if theirs else file.get_tensor(name)
                             wanted[name].tensor[mine] = part.to(wanted[name].tensor.device)
 
-    def whole(self, kind: str) -> dict[str, Tensor]:
-        """Every tensor of a kind, whole, on the CPU."""
-        tensors: dict[str, Tensor] = {}
-        for path, pieces in self._pieces[kind].items():
-            with safetensors.safe_open(self.folder / path, framework="pt") as file:
-                for name, piece in pieces.items():
-                    part = file.get_tensor(name)
-                    tensors.setdefault(name, part.new_empty(piece.whole))
-                    tensors[name][tuple(slice(s, s + n) for s, n in zip(piece.start, piece.shape, strict=True))] = part
-        return tensors
-
     def read_history(self) -> History:
         """The reports until then."""
         return read_history(self.folder)

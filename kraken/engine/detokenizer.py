@@ -35,8 +35,9 @@ class Detokenizer:
     """Turns the tokens of one sequence into text. A token is released with the first character that it contributes to.
 
     Args:
-        stop: strings that end the text. The one that is complete first cuts it (of several, the longest). Neither that
-            string nor the text and the tokens behind the cut are released.
+        stop: strings that end the text. The text is cut before the stop string whose last character comes first; if
+            several end at that character, before the longest. Neither that string nor the text and the tokens behind
+            the cut are released.
         min_tokens: a stop string may not begin in the text of so many first tokens.
     """
 

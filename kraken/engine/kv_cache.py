@@ -71,8 +71,9 @@ class BlockPool:
         """Hold the blocks that `find_prefix` returned and as many more as `num_tokens` need.
 
         Args:
-            max_length: tokens that the sequence may grow to. The blocks behind it are moved to the end of the free list
-                as far as they are free: torch's attention reads neighbouring blocks in place and must gather others.
+            max_length: tokens that the sequence may grow to. The free blocks that follow its last one, as many as it
+            may still need, go to the end of the free list, so that the sequence can grow into neighbours: torch's
+            attention reads neighbouring blocks in place, and has to copy scattered ones together.
         """
         table = BlockTable(prefix.blocks[:], prefix.digests[:])
         for block in table.blocks:

@@ -73,8 +73,8 @@ class SamplingParams:
     """0 takes the most likely token, and so does what float32 cannot hold (below 2 ** -126)."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches this. The set holds the most likely token in any
-    case. It holds no other for 0, or for a value that the most likely token of any vocabulary reaches: such a value is
-    stored as `top_k=1`."""
+    case, and with 0 only that one. So it does with every value up to 1 / `MORE_THAN_ALL_IDS`, since the most likely
+    token of every vocabulary is at least that likely; both are stored as `top_k=1`."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 or -1, or more than any vocabulary has, from all (stored as 0)."""
     min_p: float = 0.0

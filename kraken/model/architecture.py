@@ -470,9 +470,3 @@ def rotate(x_WBTNH: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation
     first, second = x_WBTNH.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_WBTNH.dtype)
-
-
-def next_token_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Sum (not mean) of the cross-entropy in nats over all positions, at least float32."""
-    logits = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="sum")

@@ -12,11 +12,11 @@ from kraken.checkpoint.history import History
 from kraken.config import RunConfig
 from kraken.plan.cost import training_flops_per_token
 from kraken.stopwatch import Stopwatch
-from kraken.training.agreement import Agreement
+from kraken.training.checkpointer import Checkpointer
+from kraken.training.control_all_reduce import ControlAllReduce
 from kraken.training.optim import learning_rate
 from kraken.training.parallel import Mesh
 from kraken.training.rate import matrix_rate
-from kraken.training.saver import Saver
 
 
 class Reporter:
@@ -32,17 +32,17 @@ class Reporter:
         self,
         config: RunConfig,
         mesh: Mesh,
-        agreement: Agreement,
-        saver: Saver,
+        control: ControlAllReduce,
+        checkpointer: Checkpointer,
         compute: torch.dtype,
         first_step: int,
         history: History,
         interval: Mapping[str, float],
     ):
-        self._config, self._mesh, self._agreement, self._saver = config.train, mesh, agreement, saver
+        self._config, self._mesh, self._control, self._checkpointer = config.train, mesh, control, checkpointer
         self._tokens_per_step = config.train.sequences_per_step * config.model.context_length
         self._flops_per_token = training_flops_per_token(config.model)
-        (self._matrix_rate,) = agreement.largest(int(matrix_rate(compute, mesh.device)))
+        (self._matrix_rate,) = control.largest(int(matrix_rate(compute, mesh.device)))
         self._first_step, self._seconds_before = first_step, history[-1]["seconds"] if history else 0.0
         self._skipped = int(history[-1].get("skipped_steps", 0)) if history else 0
         self.data = Stopwatch()
@@ -82,9 +82,9 @@ class Reporter:
         loss = float(mesh.sum(self._loss_sum)) / num_good if num_good else float("nan")
         now = time.monotonic()
         seconds = now - self._interval_started_at
-        in_checkpoint = self._saver.waiting.read() + self._saver.snapshot_waiting.read()
+        in_checkpoint = self._checkpointer.waiting.read() + self._checkpointer.snapshot_waiting.read()
         times = (self.data.read(), in_checkpoint, mesh.communication.read())
-        *micros, peak = self._agreement.largest(*(int(t * 1e6) for t in times), peak_bytes(mesh.device))
+        *micros, peak = self._control.largest(*(int(t * 1e6) for t in times), peak_bytes(mesh.device))
         self._skipped += self.num_bad
         tokens_per_second = (self.num_steps - self._num_untimed) * self._tokens_per_step / seconds
         report = {
@@ -101,7 +101,7 @@ class Reporter:
             "seconds_in_checkpoint": micros[1] / 1e6,
             "seconds_in_communication": micros[2] / 1e6,
             "skipped_steps": float(self._skipped),
-            "failed_checkpoints": float(self._saver.num_failed),
+            "failed_checkpoints": float(self._checkpointer.num_failed),
             "seconds": self._seconds_before + now - self._started_at,
             "seconds_left": (c.steps - done) * (now - self._started_at) / (done - self._first_step),
         }

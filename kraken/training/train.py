@@ -26,13 +26,13 @@ from kraken.data.splits import require_windows
 from kraken.manifest import ArtefactError, Manifest, Metric
 from kraken.plan.cost import num_parameters, training_flops_per_token
 from kraken.storage import Storage
-from kraken.training.agreement import Agreement
-from kraken.training.arrivals import Arrivals
+from kraken.training.checkpointer import Checkpointer, Label
+from kraken.training.control_all_reduce import ControlAllReduce
 from kraken.training.parallel import Mesh, join_mesh
 from kraken.training.report import Reporter
-from kraken.training.saver import Label, Saver
 from kraken.training.state import TrainingState
 from kraken.training.step import TrainingStep
+from kraken.training.straggler_detector import StragglerDetector
 
 MOST_SKIPPED_IN_A_ROW = 100
 """With `train.on_bad_step=skip`, training ends when reports over so many steps saw no good one."""
@@ -100,11 +100,11 @@ def train(
     c = config.cluster
     use_gpu = c.gpus_per_worker > 0
     with join_mesh(use_gpu, c.shard_size, c.way_size, c.overlap, c.collective_timeout_s) as mesh:
-        arrivals = Arrivals(mesh, c.collective_timeout_s)
+        stragglers = StragglerDetector(mesh, c.collective_timeout_s)
         try:
-            return _Run(config, data_folder, run_folder, hooks or NoHooks(), storage, mesh, arrivals).run()
+            return _Run(config, data_folder, run_folder, hooks or NoHooks(), storage, mesh, stragglers).run()
         except RuntimeError as error:
-            if (lost := arrivals.explain(error)) is not None:
+            if (lost := stragglers.explain(error)) is not None:
                 raise lost from error
             raise
 
@@ -125,9 +125,15 @@ class _Run:
         hooks: Hooks,
         storage: Storage | None,
         mesh: Mesh,
-        arrivals: Arrivals,
+        stragglers: StragglerDetector,
     ):
-        self.config, self.run_folder, self.hooks, self.mesh, self.arrivals = config, run_folder, hooks, mesh, arrivals
+        self.config, self.run_folder, self.hooks, self.mesh, self.stragglers = (
+            config,
+            run_folder,
+            hooks,
+            mesh,
+            stragglers,
+        )
         c = config.train
         if c.sequences_per_step % mesh.num_data_ranks:
             raise ArtefactError(
@@ -146,16 +152,16 @@ class _Run:
         self.loader = Loader(TokenShards(data_folder, "train", num_ids), T, c.sequences_per_step, c.seed)
         self.validation_shards = TokenShards(data_folder, "validation", num_ids)
         # a little less than the gradients' collectives have: NCCL ends the process when their time is out, unexplained
-        self.agreement = Agreement(mesh, 0.9 * config.cluster.collective_timeout_s)
+        self.control = ControlAllReduce(mesh, 0.9 * config.cluster.collective_timeout_s)
         self.label = Label(
             config=to_dict(config.model),
             data_fingerprint=self.data.fingerprint,
             tokenizer_fingerprint=self.data.details["tokenizer_fingerprint"],
         )
-        self.saver = Saver(
+        self.checkpointer = Checkpointer(
             run_folder,
             mesh,
-            self.agreement,
+            self.control,
             self.label,
             keep=c.keep_checkpoints,
             keep_best=c.keep_best_checkpoint,
@@ -166,7 +172,7 @@ class _Run:
         self.state = TrainingState(self.step, mesh)
         self.first_step, self.history, self.interval = self._resume()
         self.step.start(c.steps - self.first_step)
-        self.step.before_update = self.saver.snapshot.before_change
+        self.step.before_update = self.checkpointer.snapshot.before_change
         self.tokens_per_step = c.sequences_per_step * T
         self.num_skipped_in_a_row = 0
 
@@ -180,7 +186,7 @@ class _Run:
         below = 10**9
         while True:
             steps = [step_of(path) for path in list_checkpoints(self.run_folder)] if self.mesh.is_main else []
-            (newest,) = self.agreement.largest(max((step for step in steps if step < below), default=0))
+            (newest,) = self.control.largest(max((step for step in steps if step < below), default=0))
             if newest == 0:
                 if self.config.continue_from is not None:
                     raise ArtefactError(
@@ -196,7 +202,7 @@ class _Run:
             except ArtefactError as error:
                 checkpoint = None
                 warnings.warn(f"checkpoint passed over: {reason(error)}", stacklevel=2)
-            (is_damaged,) = self.agreement.largest(int(checkpoint is None))
+            (is_damaged,) = self.control.largest(int(checkpoint is None))
             if checkpoint is not None and not is_damaged:
                 checkpoint.require_fitting(
                     self.config.model,
@@ -205,13 +211,13 @@ class _Run:
                 )
                 wanted.read(checkpoint)
                 self.label = dataclasses.replace(self.label, origin=checkpoint.manifest.details.get("origin"))
-                self.saver.set_label(self.label)
+                self.checkpointer.set_label(self.label)
                 self._require_no_skipped_steps(newest)
                 self._warn_of_late_trace(newest)
                 history = checkpoint.read_history()
-                self.agreement.largest(0)  # nobody deletes what another still reads
+                self.control.largest(0)  # nobody deletes what another still reads
                 return newest, history, checkpoint.manifest.details["interval"]
-            self.saver.set_aside(newest)
+            self.checkpointer.set_aside(newest)
             below = newest
 
     def _require_no_skipped_steps(self, step: int) -> None:
@@ -240,8 +246,8 @@ class _Run:
         self.reporter = Reporter(
             self.config,
             mesh,
-            self.agreement,
-            self.saver,
+            self.control,
+            self.checkpointer,
             self.step.precision.compute,
             self.first_step,
             self.history,
@@ -249,7 +255,7 @@ class _Run:
         )
         first, last = self.first_step, c.steps
         with (
-            self.saver,
+            self.checkpointer,
             Prefetcher(self.loader, mesh.data_rank, mesh.num_data_ranks, mesh.device, first, last) as self.batches,
         ):
             try:
@@ -265,8 +271,8 @@ class _Run:
         seconds = self.history[-1]["seconds"] if self.history else 0.0
         if mesh.is_main:
             write_history(self.run_folder, self.history)
-            self.saver.delete_set_aside()
-        self.agreement.close()
+            self.checkpointer.delete_set_aside()
+        self.control.close()
         return {
             "parameters": Metric(num_parameters(self.config.model), "parameters"),
             "steps": Metric(c.steps, "optimizer steps"),
@@ -289,15 +295,15 @@ class _Run:
                 loss, grad_norm = self.step(step, *batch)
             self.reporter.add(loss)
             done = step + 1
-            self.arrivals.note(done)
+            self.stragglers.note(done)
             last = done == c.steps
-            stops = self._end_round() and not last
+            stops = self._read_control() and not last
             validates = last or done % c.validate_every == 0
             saves = last or stops or done % c.checkpoint_every == 0
             reports = validates or done % c.log_every == 0
             if saves or reports:
                 # whoever waits for the device now would wait for absent ranks where no timeout of ours can tell who
-                self.agreement.largest(0)
+                self.control.largest(0)
                 self._judge_bad_steps(done)
             if reports:
                 report = self.reporter.report(done, grad_norm)
@@ -308,21 +314,21 @@ class _Run:
                 self.hooks.on_step(report)
                 self.reporter.restart_clock()
             if saves:
-                self.saver.start(done, self.state.to_write(), self.history, self.reporter.interval())
+                self.checkpointer.start(done, self.state.to_write(), self.history, self.reporter.interval())
                 if last or stops or not c.checkpoint_in_background:
-                    self.saver.finish(must_succeed=last or stops)
+                    self.checkpointer.finish(must_succeed=last or stops)
             if stops:
                 raise TrainingStopped(done, step_folder(self.run_folder, done))
             if not last:
-                self.agreement.start((int(bool(self.hooks.stop_requested())), *self.saver.numbers()))
+                self.control.start((int(bool(self.hooks.stop_requested())), *self.checkpointer.numbers()))
 
-    def _end_round(self) -> bool:
+    def _read_control(self) -> bool:
         """Read what the ranks said after the step before; whether one of them asked to stop."""
-        round_ = self.agreement.result()
+        round_ = self.control.result()
         if round_ is None:
             return False
         stop, busy, failed_rank = round_
-        self.saver.advance(busy, failed_rank)
+        self.checkpointer.advance(busy, failed_rank)
         return stop > 0
 
     @contextmanager
@@ -370,7 +376,7 @@ class _Run:
         c = self.config.train
         bad_steps = self.step.bad_steps()
         if bad_steps and c.on_bad_step == "stop":
-            self.saver.finish()
+            self.checkpointer.finish()
             last_good = newest_checkpoint(self.run_folder)
             raise ArtefactError(
                 f"{self._what_is_bad()} at step {bad_steps[0] + 1}: {self._windows(bad_steps[0])}; the last good "

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """A file that differs between hosts of one name."""
 MIN_COPIED_BYTES = 128 * 1024
-"""Smallest message that is tried with copy engines. Kernels store a smaller one as fast, and two nodes fewer are then
-launched with each graph, which the times below do not show."""
+"""Smallest message that is tried with copy engines. For smaller ones stores by a kernel are as fast, and without the
+copies a graph has two nodes fewer. That saves launch time, which the timings in this file do not include."""
 NUM_TIMINGS = 7
 """Timings of each backend, of which the shortest counts."""
 POLL_S = 0.0005
@@ -86,7 +86,7 @@ def choose_backend(
             log.info("all-reduce over %d devices: nccl, since peer memory does not work: %s", group.size, problem)
         return
     backends = _candidates(group, shapes, setting)
-    sizes = sizes_up_to(shapes.max_tokens)
+    sizes = candidate_sizes(shapes.max_tokens)
     if len(backends) == 1:
         group.use_peers(channel, lambda num_tokens: backends[0])
         if group.rank == 0:
@@ -112,7 +112,7 @@ def choose_backend(
         log.info("all-reduce over %d devices: %s", group.size, describe(sizes, chosen, slowest))
 
 
-def sizes_up_to(largest: int) -> list[int]:
+def candidate_sizes(largest: int) -> list[int]:
     """Powers of two below `largest`, and `largest`."""
     sizes = [1]
     while sizes[-1] < largest:

@@ -61,8 +61,9 @@ class DistributedRunner(ModelRunner):
             return super().forward(batch)
 
     def join(self) -> None:
-        """See `ModelRunner.join`. No other kernel may be launched before: the first launch of a kernel may wait for the
-        whole device, and would then keep the watching thread from releasing the device from a rank that is gone.
+        """See `ModelRunner.join`. No kernel may be launched between `forward` and this: CUDA may block the first launch
+        of a kernel until the device is idle. If a rank is gone the device never becomes idle, and the blocked launch
+        also stops the watching thread, which would have freed the device.
 
         Raises:
             WorkerError: as `forward`.

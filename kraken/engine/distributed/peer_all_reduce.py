@@ -19,9 +19,10 @@ No buffer is overwritten while a rank reads it, because:
 
 A rank that has read message n - 1 has waited for those signals already, and does not wait again (`_has_waited`).
 
-No deadlock: a signal never depends on a kernel that waits for it. A kernel that waits may occupy every multiprocessor
-of its device, so nothing that signals may need one: a kernel that signals is launched before it on the main stream, and
-a copy engine, not a kernel, signals what copy engines bring. Joining the copies into the main stream in every layer
+No deadlock: a signal never depends on a kernel that waits for it. A waiting kernel may occupy every
+multiprocessor of its device, so a signal must not need one while a kernel waits. Kernels that signal therefore come
+before the waiting kernel on the main stream, and have finished; copies, which run beside it, are signalled by a copy
+engine. Joining the copies into the main stream in every layer
 would be safe too, but costs 5 us each time. The main stream joins them before a kernel signals a later message, and at
 the end of a forward pass.
 

@@ -26,8 +26,8 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 """Linux socket options that Python has no names for: buffers beyond net.core.wmem_max and rmem_max, for processes that
 may administer the network."""
 BUFFERS_PER_MESSAGE = 4
-"""Size of a buffer over that of a message: the kernel doubles the size for its bookkeeping, and half of that is the
-receiver's window."""
+"""Size of a socket's buffer divided by the size of a message: the kernel doubles the size for its bookkeeping, and
+half of that is the receiver's window."""
 MAX_MESSAGE_BYTES = 2**26
 """Largest message that buffers are made for: kernel memory is limited, and every other rank takes two buffers of twice
 this size."""

@@ -20,7 +20,7 @@ from kraken.engine.protocol import EngineError
 STOP_TIMEOUT_S = 5.0
 """Time for a worker to end by itself before it is killed."""
 REASON_TIMEOUT_S = 2.0
-"""Time that a worker's message about its failure may arrive after an all-reduce has failed for it."""
+"""How long rank 0 waits, after its own step has failed, for a worker's message that says why."""
 WATCH_INTERVAL_S = 0.5
 
 

@@ -1,4 +1,6 @@
-"""Which kernels an engine computes with: asked once, when a model is loaded."""
+"""Which kernels an engine computes with: decided when a model is loaded, for the model's type and for the float32 of
+its logits.
+"""
 
 import functools
 import importlib.util

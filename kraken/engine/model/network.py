@@ -106,7 +106,7 @@ class Network:
                 q, k, v = (_side_by_side(x_WTNH) for x_WTNH in (q_WTNH, k_WTNH, v_WTNH))
                 return _apart(attend(index, q, k, v), num_ways)
 
-            # the last layer starts its own all-reduce, over the tokens whose logits are computed
+            # with `rows_R` the last layer starts its own all-reduce, over those rows only, so the layer before does not
             following = self._layers[index + 1 : -1 if rows_R is not None else None][:1]
             starts_all_reduce = any(layer.reads_others for layer in following)
             state = layer(state, heads, starts_all_reduce, rows_R if layer is self._layers[-1] else None)

@@ -200,7 +200,8 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
 
 @functools.cache
 def load_library(dtype: torch.dtype) -> CpuLibrary | None:
-    """The library for float32 or bfloat16, compiled once per process. None without a C compiler that has OpenMP."""
+    """The library for float32 or bfloat16, compiled once per process and type. None without a C compiler that has
+    OpenMP."""
     compiler = next(
         (found for name in (os.environ.get("CC"), "cc", "gcc") if name and (found := shutil.which(name))), None
     )

@@ -183,7 +183,7 @@ def add_reduced_norm(
     is_total: bool = False,
     handshake: Handshake | None = None,
 ) -> tuple[Tensor, Normed]:
-    """a = x + addend, and for each way of this rank the norm of a, the rank's other ways' x, and the parts.
+    """a = x + addend, and for each way of this rank norm(a + the sum of x over the rank's other ways + the parts).
 
     Args:
         parts: sums over other ranks' ways, of x's type, [T * D] or longer each.

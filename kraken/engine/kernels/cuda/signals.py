@@ -21,8 +21,9 @@ from torch import Tensor
 class Signals:
     """The counters and flags of one rank.
 
-    The number of a message is stored in the counter of its buffer, while the kernel that sends the message reads the
-    counter of the other buffer: so the number does not depend on which program of the kernel runs first.
+    A sending kernel takes the last number from the counter of the other buffer, adds 1, and stores the result in the
+    counter of its own buffer. No program writes what another one reads, so all programs of the kernel get the same
+    number in whatever order they run.
 
     Args:
         counters: int64 [3, 2] of this rank: the number of the last message in either buffer, and how many programs of a

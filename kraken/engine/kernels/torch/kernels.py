@@ -47,7 +47,7 @@ class TorchKernels:
     def add_reduced_norm(
         self, x_WTD: Tensor, addend_WTD: Tensor, norm: Norm, part_1TD: Tensor | None = None, is_total: bool = False
     ) -> tuple[Tensor, Normed]:
-        """a = x + addend, and for each way of this rank the norm of a, the rank's other ways' x, and the part.
+        """a = x + addend, and for each way of this rank norm(a + the sum of x over the rank's other ways + part).
 
         Args:
             part_1TD: the sum over other ranks' ways; None if this rank has all ways.
@@ -77,7 +77,7 @@ class TorchKernels:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
 
     def quantize(self, x_WTI: Tensor, with_gelu: bool = False) -> QuantizedTensor:
-        """x in float8 with a scale per row, or GELU of x (the tanh form)."""
+        """x, or with `with_gelu` GELU of x (the tanh form), in float8 with a scale per row."""
         return QuantizedTensor(*quantize_rows(F.gelu(x_WTI, approximate="tanh") if with_gelu else x_WTI))
 
     def sample(self, logits_BV: Tensor, inputs: Sequence[SamplingInput], sampled_B: Tensor | None) -> list[int]:

@@ -1,9 +1,9 @@
-"""The saver: writes checkpoints beside the training, every rank its part, and says when one is finished.
+"""Writes checkpoints in the background of the training steps; every rank writes its part.
 
-A checkpoint goes through two phases, and all ranks go from one to the next at the same step, as they agree on it
-(`kraken/training/agreement.py`): every rank's thread copies and writes its part; when all parts are on disk, rank 0's
-thread writes the manifest and gives the folder its name. A rank that cannot write ends the checkpoint for all of them,
-and the one before stays. One is under way at most: the next waits for it.
+All ranks go through the phases of a checkpoint at the same step, as they agree by control all-reduces
+(`kraken/training/control_all_reduce.py`): every rank's thread copies and writes its part; when all parts are on disk,
+rank 0's thread writes the manifest and gives the folder its name. A rank that cannot write ends the checkpoint for all
+ranks, and the one before stays. At most one checkpoint is in progress: the next one waits for it.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from kraken.manifest import (
 )
 from kraken.stopwatch import Stopwatch
 from kraken.storage import Storage, is_remote
-from kraken.training.agreement import Agreement
+from kraken.training.control_all_reduce import ControlAllReduce
 from kraken.training.parallel import Mesh
 from kraken.training.snapshot import Snapshot
 
@@ -75,7 +75,7 @@ class _Flight:
     """Whether all ranks' parts are on disk; then the job is rank 0's publishing, and nothing on the others."""
 
 
-class Saver:
+class Checkpointer:
     """A run's checkpoints on one rank. Close it, or use it as a context, to end its thread.
 
     Args:
@@ -89,7 +89,7 @@ class Saver:
         self,
         run_folder: Path,
         mesh: Mesh,
-        agreement: Agreement,
+        control: ControlAllReduce,
         label: Label,
         *,
         keep: int,
@@ -97,7 +97,7 @@ class Saver:
         on_finished: Callable[[int, Path], None],
         storage: Storage | None = None,
     ):
-        self._run_folder, self._mesh, self._agreement, self._label = run_folder, mesh, agreement, label
+        self._run_folder, self._mesh, self._control, self._label = run_folder, mesh, control, label
         self._keep, self._keep_best, self._on_finished, self._storage = keep, keep_best, on_finished, storage
         self.num_failed = 0
         self.waiting = Stopwatch()
@@ -109,7 +109,7 @@ class Saver:
         self._flight: _Flight | None = None
         self._prepare_folder()
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -131,7 +131,7 @@ class Saver:
             probe.unlink()
         except OSError as error:
             failure = error
-        (failed_rank,) = self._agreement.largest(self._mesh.rank + 1 if failure else 0)
+        (failed_rank,) = self._control.largest(self._mesh.rank + 1 if failure else 0)
         if failed_rank:
             raise ArtefactError(
                 f"rank {failed_rank - 1} cannot write to {self._run_folder}, where checkpoints go"
@@ -187,14 +187,15 @@ class Saver:
             self._flight = _Flight(step, list(history), interval, self._thread.submit(self._write_part, step, state))
 
     def numbers(self) -> tuple[int, int]:
-        """For the ranks' next round: whether this rank is at work, and 1 + rank if it failed."""
+        """For the next control all-reduce: whether this rank is writing, and 1 + its rank if it failed."""
         flight = self._flight
         if flight is None or not flight.job.done():
             return int(flight is not None), 0
         return 0, self._mesh.rank + 1 if flight.job.exception() else 0
 
     def advance(self, busy: int, failed_rank: int) -> None:
-        """Go on to the next phase when the round that every rank read says that all are through with this one."""
+        """Begin the next phase once the control all-reduce, which every rank has read, says that all ranks have
+        finished this one."""
         flight = self._flight
         if flight is None or busy:
             return
@@ -206,13 +207,13 @@ class Saver:
                 shutil.rmtree(self._partial(flight.step), ignore_errors=True)
             self._on_finished(flight.step, step_folder(self._run_folder, flight.step))
         else:
-            parts = self._agreement.gather([dataclasses.asdict(record) for record in flight.job.result()])
+            parts = self._control.gather([dataclasses.asdict(record) for record in flight.job.result()])
             records = [FileRecord(**record) for part in parts for record in part]
             flight.is_written = True
             flight.job = self._thread.submit(self._publish if self._mesh.is_main else _nothing, flight, records)
 
     def finish(self, must_succeed: bool = False) -> None:
-        """Wait for the checkpoint under way, if there is one; not within a round.
+        """Wait for the checkpoint in progress, if there is one. No control all-reduce may be in flight.
 
         Raises:
             ArtefactError: it failed, and `must_succeed` says that this is an error.
@@ -221,7 +222,7 @@ class Saver:
         with self.waiting.running():
             while self._flight is not None:
                 failure = self._flight.job.exception()
-                (failed_rank,) = self._agreement.largest(self._mesh.rank + 1 if failure else 0)
+                (failed_rank,) = self._control.largest(self._mesh.rank + 1 if failure else 0)
                 self.advance(0, failed_rank)
                 if failed_rank and must_succeed:
                     assert flight is not None

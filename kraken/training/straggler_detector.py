@@ -1,8 +1,8 @@
-"""Who arrives: when ranks wait in vain for one another, the names of those that did not come.
+"""Names the ranks that did not come to a collective that failed.
 
-A rank whose collective fails, because its time ran out or a connection broke, leaves a note in the store through which
-the ranks found each other. Ranks that wait fail at about the same time, so after a moment those without a note are the
-ones that were waited for: stuck somewhere else, or gone.
+A rank whose collective fails, because of a time-out or a broken connection, leaves a note in the store through which
+the ranks found each other. Ranks that wait fail at about the same time, so the ranks without a note after a moment are
+the stragglers: stuck somewhere else, or gone. `train` asks for the explanation.
 """
 
 import time
@@ -39,8 +39,8 @@ class LostRanks(ArtefactError):
         return str(self.args[0])
 
 
-class Arrivals:
-    """Notes of this rank, and what the notes of all say when a collective failed.
+class StragglerDetector:
+    """Writes the notes of this rank, and reads those of all ranks when a collective has failed.
 
     Args:
         timeout_s: of the collectives.

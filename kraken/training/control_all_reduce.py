@@ -1,9 +1,8 @@
-"""Agreement: small numbers of which every rank learns the largest, without waiting for the device.
+"""All-reduces of a few integers with the maximum, over gloo on the CPU, so that no rank waits for its device.
 
-Ranks agree over a group of their own, gloo on the CPU, whatever the gradients travel on. A round that `start` opens is
-read by `result` one training step later, when the others' numbers have long arrived: that is how all ranks decide at
-the same step that somebody asked to stop or that a checkpoint is finished, although none of them waits for the others
-more than the gradients make them wait anyway.
+The training loop calls them: `start` begins one after a step, and `result` reads it one step later, when the numbers of
+all ranks have arrived. That is how all ranks decide at the same step that one of them was asked to stop, or that a
+checkpoint is finished, without waiting for each other more than the gradients make them wait.
 """
 
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from torch import Tensor
 from kraken.training.parallel import Mesh
 
 
-class Agreement:
-    """Rounds among the ranks of a mesh, one at a time; every rank must open and read the same ones.
+class ControlAllReduce:
+    """All-reduces among the ranks of a mesh, one at a time. Every rank must start and read the same ones.
 
     Args:
-        timeout_s: a rank that has waited so long for another raises RuntimeError.
+        timeout_s: time after which a rank that waits for another raises RuntimeError.
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float):
@@ -31,14 +30,14 @@ class Agreement:
         self._work: dist.Work | None = None
 
     def start(self, numbers: Sequence[int]) -> None:
-        """Open a round."""
-        assert self._numbers is None, "one round at a time"
+        """Begin an all-reduce."""
+        assert self._numbers is None, "one all-reduce at a time"
         self._numbers = torch.tensor(numbers)
         if self._group is not None:
             self._work = dist.all_reduce(self._numbers, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def result(self) -> list[int] | None:
-        """The largest of each number in the open round, which this ends; None when there is none."""
+        """The largest value of each number, of the all-reduce that `start` began; None if there is none."""
         if self._numbers is None:
             return None
         if self._work is not None:
@@ -47,7 +46,8 @@ class Agreement:
         return numbers
 
     def largest(self, *numbers: int) -> list[int]:
-        """A whole round, which ends an open one without reading it; waits for every rank."""
+        """The largest value of each number over the ranks; waits for every rank. Drops the result of one that was
+        begun."""
         self.result()
         self.start(numbers)
         result = self.result()
@@ -56,7 +56,7 @@ class Agreement:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order, on rank 0, and nothing on the others; waits for every rank."""
-        assert self._numbers is None, "not within a round"
+        assert self._numbers is None, "not while an all-reduce is in flight"
         if self._group is None:
             return [value]
         values: list[Any] | None = [None] * dist.get_world_size(self._group) if dist.get_rank() == 0 else None
