@@ -251,22 +251,22 @@ def test_a_new_key_or_another_deployment_is_never_reused(
     def is_reused(config: RunConfig) -> bool:
         return end_to_end.plan(config)[-1].manifest is not None
 
-    limited = dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_queued_requests=7))
+    varied = dataclasses.replace(config, serve=dataclasses.replace(config.serve, cpus_per_replica=0.01))
     assert is_reused(config)
-    for changed, key, others in ((config, "first-key", (None, "wrong")), (limited, "second-key", (None, "first-key"))):
+    for changed, key, others in ((config, "first-key", (None, "wrong")), (varied, "second-key", (None, "first-key"))):
         monkeypatch.setenv("KRAKEN_API_KEY", key)
         assert not is_reused(config)
         results = end_to_end.run(changed)
         assert not results["deploy"].reused and results["evaluate"].reused
         assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
         assert is_reused(changed)
-    assert not is_reused(config), "its manifest is there, but the endpoint has the other limits"
-    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(limited, results))
+    assert not is_reused(config), "its manifest is there, but the endpoint has the other settings"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(varied, results))
     with monkeypatch.context() as patch:
         patch.setattr(deploy, "code_digest", lambda: "of other code")
-        assert not is_reused(limited)
+        assert not is_reused(varied)
     monkeypatch.delenv("KRAKEN_API_KEY")
-    assert not is_reused(limited), "the endpoint asks for a key, and none is configured"
+    assert not is_reused(varied), "the endpoint asks for a key, and none is configured"
 
     secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
     for path in storage.rglob("*"):
