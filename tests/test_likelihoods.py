@@ -172,7 +172,7 @@ def endpoint(trained: Trained, ray_cluster: str, free_port: Callable[[], int]) -
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = ServeArgs(
-        exchange=trained.exchange,
+        exchange=str(trained.exchange),
         engine="torch",
         engine_config=EngineConfig(device="cpu", dtype="float32", num_threads=1),
         serve_config=ServeConfig(model_name=MODEL),
@@ -251,13 +251,16 @@ class ThreadedWays(WayGroup):
         for name, value in (("rank", rank), ("size", size), ("group", (barrier, values))):
             object.__setattr__(self, name, value)
 
-    def all_reduce(self, x: Tensor, op: object = torch.distributed.ReduceOp.SUM) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         barrier, values = self.group  # type: ignore[misc]
         values[self.rank] = x.clone()
         barrier.wait()
         stacked = torch.stack([value for value in values if value is not None])
         barrier.wait()
-        return x.copy_(stacked.amax(dim=0) if op == torch.distributed.ReduceOp.MAX else stacked.sum(dim=0))
+        return stacked
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x.copy_(self.all_gather(x).sum(dim=0))
 
 
 @pytest.mark.parametrize("num_ids", [320, 261, 130, 3])

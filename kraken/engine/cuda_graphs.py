@@ -81,7 +81,7 @@ class CudaGraphRunner:
         size = self._prompt_lengths[index]
         graph = self._prompts[size]
         num_used = -(-num_tokens // self._cache.tokens_per_block)
-        # the padding still holds an earlier prompt's ids; they are computed, but no token of this prompt attends to them
+        # the padding still holds an earlier prompt's ids: computed too, but no token of this prompt attends to them
         values = graph.inputs()
         values[:num_tokens] = batch.token_ids_T
         values[size : size + num_used] = batch.block_tables[0][:num_used]
