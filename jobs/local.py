@@ -29,6 +29,7 @@ from pipelines import local_cluster, local_head, local_jobs
 from pipelines.errors import ClusterError
 from pipelines.local_head import Head
 from pipelines.local_jobs import Job
+from pipelines.outbox import without_password
 from pipelines.tracking import Tracker
 from pipelines.tracking_server import tracking_uri, ui_command
 
@@ -213,7 +214,7 @@ def ui(storage: str) -> int:
     """Run the MLflow server of this storage until Ctrl-C."""
     uri = tracking_uri(storage)
     if uri.startswith("http"):
-        say(f"MLflow runs at {uri}")
+        say(f"MLflow runs at {without_password(uri)}")
         return 0
     port = next((port for port in range(5000, 5100) if is_free(port)), None) or local_cluster.free_port()
     url = f"http://127.0.0.1:{port}"

@@ -24,6 +24,7 @@ from jobs.local import CHECKOUT, CODE, excludes, exit_status, job_environment
 from kraken.config import ConfigError
 from kraken.environment import environment
 from pipelines.errors import ClusterError
+from pipelines.outbox import without_password
 
 JOBS = ("end_to_end", "prepare", "pretrain", "convert", "evaluate", "deploy")
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -71,7 +72,7 @@ def submit(entrypoint: list[str], *, name: str, working_dir: Path = CHECKOUT, wa
     submission = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     variables = job_environment(submission)
     print(f"submit: uploading {describe_upload(working_dir)}", flush=True)
-    shown = {name: "..." if name == "KRAKEN_API_KEY" else value for name, value in variables.items()}
+    shown = {name: "..." if name == "KRAKEN_API_KEY" else without_password(value) for name, value in variables.items()}
     print(f"submit: environment {' '.join(f'{key}={shlex.quote(value)}' for key, value in shown.items())}", flush=True)
     runtime_env = {"working_dir": str(working_dir), "excludes": excludes(working_dir), "env_vars": variables}
     try:

@@ -1,4 +1,4 @@
-"""Before any worker starts: whether the cluster can do the training that is asked of it. Ten seconds, then a verdict.
+"""Before any worker starts: whether the cluster can do the training that is asked of it. A verdict within a minute.
 
 Sizes, memory and storage are checked here, so that what would fail or wait hours later is said at once.
 """
@@ -24,24 +24,27 @@ from pipelines.training.placement import Resources, per_worker, place, room, siz
 logger = logging.getLogger(__name__)
 
 LIMIT_S = 10.0
+"""How long resources that others hold are waited for."""
+LOOK_LIMIT_S = 60.0
+"""How long a node may take to answer. A node's first task fetches the code and imports the libraries, which takes more
+than ten seconds from a slow disk or on a busy machine."""
 SHARE_LIMIT_S = 2.0
 """Longest delay with which a shared folder shows on one node what another has written."""
 
 
-def check(config: RunConfig, limit_s: float = LIMIT_S) -> None:
+def check(config: RunConfig, limit_s: float = LIMIT_S, look_limit_s: float = LOOK_LIMIT_S) -> None:
     """Check that training can run: its workers will get their resources, fit into memory and share the storage.
 
     Raises:
         ConfigError: the cluster is too small, or the storage is not shared.
-        ClusterError: it is large enough, but others still hold its resources after the limit, or a node does not
-            answer within it.
+        ClusterError: it is large enough, but others still hold its resources after `limit_s`, or a node does not
+            answer within `look_limit_s`.
     """
-    deadline = time.monotonic() + limit_s
     nodes = _nodes()
     require_size(config.cluster, {node: record["Resources"] for node, record in nodes.items()})
     hosts = {node: record for node, record in nodes.items() if room(config.cluster, record["Resources"])}
-    _require_memory(config, hosts, look_at(config, hosts, deadline))
-    _wait_until_free(config, deadline)
+    _require_memory(config, hosts, look_at(config, hosts, look_limit_s))
+    _wait_until_free(config, time.monotonic() + limit_s)
 
 
 # Size
@@ -80,12 +83,12 @@ def require_size(cluster: ClusterConfig, nodes: dict[str, Resources]) -> None:
 # Memory and storage, seen from the nodes
 
 
-def look_at(config: RunConfig, nodes: dict[str, Any], deadline: float) -> dict[str, int]:
+def look_at(config: RunConfig, nodes: dict[str, Any], limit_s: float) -> dict[str, int]:
     """Node -> memory in bytes of its smallest GPU, 0 without one; proves on the way that the nodes share the storage.
 
     Raises:
         ConfigError: a node does not see what we write, or cannot write what we see.
-        ClusterError: a node does not answer before the deadline.
+        ClusterError: a node does not answer within the limit.
     """
     probe = Probe(config.storage, uuid.uuid4().hex)
     try:
@@ -99,9 +102,7 @@ def look_at(config: RunConfig, nodes: dict[str, Any], deadline: float) -> dict[s
             .remote(probe, node)
             for node in nodes
         }
-        done, late = ray.wait(
-            list(looks.values()), num_returns=len(looks), timeout=max(0.5, deadline - time.monotonic())
-        )
+        done, late = ray.wait(list(looks.values()), num_returns=len(looks), timeout=max(0.5, limit_s))
         for reference in late:
             ray.cancel(reference, force=True)
         found: dict[str, int] = {}
@@ -109,7 +110,7 @@ def look_at(config: RunConfig, nodes: dict[str, Any], deadline: float) -> dict[s
             name = _name(nodes[node])
             if reference not in done:
                 raise ClusterError(
-                    f"{name} did not answer within the preflight's {LIMIT_S:.0f} s; look at its Ray logs, or remove it "
+                    f"{name} did not answer within the preflight's {limit_s:.0f} s; look at its Ray logs, or remove it "
                     "from the cluster, then run again"
                 )
             try:

@@ -11,7 +11,8 @@ from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.storage import is_remote
 from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
-from pipelines.tracking_server import ui_command
+from pipelines.outbox import without_password
+from pipelines.tracking_server import tracking_uri, ui_command
 from serve.api_key import API_KEY_VARIABLE, api_key
 
 SUMMARY_NAME = "summary.json"
@@ -104,7 +105,16 @@ def render(config: RunConfig, summary: dict[str, Any]) -> str:
             f"  completion      {json.dumps(PROMPT)} -> {json.dumps(summary['completion'])}",
             f"  endpoint        {summary['endpoint']}",
             f"    {curl}",
-            f"  runs            make ui, or: {shlex.join(ui_command(config.storage))}",
+            f"  runs            {where_runs_are(config.storage)}",
             "",
         ]
     )
+
+
+def where_runs_are(storage: str) -> str:
+    """The page of the MLflow server, or for a database the command that starts one; passwords are hidden.
+
+    A job on a cluster prints this where another machine reads it, so the server's page comes without a command.
+    """
+    uri = tracking_uri(storage)
+    return without_password(uri if uri.startswith("http") else f"make ui, or: {shlex.join(ui_command(storage))}")

@@ -71,10 +71,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
-    """The command that opens the MLflow UI of a storage on loopback; where a server is set, one that shows its page."""
+    """The command that opens the MLflow UI of a storage's database on loopback; not for a server, which has its own."""
     uri = tracking_uri(storage)
-    if uri.startswith("http"):
-        return [sys.executable, "-m", "webbrowser", uri]
     # MLflow's jobs evaluate chats; they cost eight processes and half a gigabyte. One worker, another quarter of a
     # gigabyte, suffices for one person.
     environment = ["env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", "MLFLOW_DISABLE_TELEMETRY=true"]

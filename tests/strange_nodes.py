@@ -20,3 +20,9 @@ def silent(probe: Probe, node: str) -> tuple[str, int]:
     """A node that does not answer in time."""
     time.sleep(60)
     return "", 0
+
+
+def late(probe: Probe, node: str) -> tuple[str, int]:
+    """A good node that takes its time."""
+    time.sleep(2)
+    return look(probe, node)

@@ -403,3 +403,11 @@ def test_what_a_killed_head_leaves_behind_is_ended(storages: list[str]) -> None:
     assert local_cluster.find(storages[1]) is None
     assert local_cluster.stop(storages[1])
     assert [process for process in own if is_alive(process)] == []
+
+
+def test_a_tracking_server_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@tracking:5000")
+    assert local.ui("/shared/kraken") == 0
+    assert capsys.readouterr().out == "local: MLflow runs at http://***@tracking:5000\n"

@@ -181,6 +181,13 @@ class TestNodes:
         preflight.check(dataclasses.replace(config(), storage=str(tmp_path)))
         assert list(tmp_path.glob(".preflight/*")) == []
 
+    def test_a_node_may_answer_later_than_busy_resources_are_waited_for(
+        self, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first task on a fresh node fetches the code and imports the libraries."""
+        monkeypatch.setattr(preflight, "_look", strange_nodes.late)
+        preflight.check(dataclasses.replace(config(), storage=str(tmp_path)), limit_s=1.0)
+
     @pytest.mark.parametrize(
         ("look", "error", "message"),
         [
@@ -194,7 +201,7 @@ class TestNodes:
                 ConfigError,
                 "what it writes there does not arrive here; give a folder",
             ),
-            (strange_nodes.silent, ClusterError, "did not answer within the preflight's 10 s"),
+            (strange_nodes.silent, ClusterError, "did not answer within the preflight's 3 s"),
         ],
     )
     def test_a_node_that_does_not_share_the_storage_is_named(
@@ -207,7 +214,7 @@ class TestNodes:
         message: str,
     ) -> None:
         monkeypatch.setattr(preflight, "_look", look)
-        limit_s = 3.0 if look is strange_nodes.silent else preflight.LIMIT_S
+        look_limit_s = 3.0 if look is strange_nodes.silent else preflight.LOOK_LIMIT_S
         with pytest.raises(error, match=message):
-            preflight.check(dataclasses.replace(config(), storage=str(tmp_path)), limit_s)
+            preflight.check(dataclasses.replace(config(), storage=str(tmp_path)), look_limit_s=look_limit_s)
         assert list(tmp_path.glob(".preflight/*")) == []

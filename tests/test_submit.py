@@ -50,6 +50,7 @@ def test_a_job_knows_its_commit_its_user_and_its_own_name(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("KRAKEN_USER", "ada")
     monkeypatch.setenv("KRAKEN_API_KEY", "not-to-be-shown")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:not-to-be-shown@tracking:5000")
     for status in (0, 2):
         entrypoint = [sys.executable, "jobs/probe.py", str(status)]
         assert submit.submit(entrypoint, name="probe", working_dir=checkout) == status

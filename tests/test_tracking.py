@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 import pytest
 
 from kraken.config import ConfigError
-from pipelines import outbox, tracking, tracking_server
+from pipelines import outbox, summary, tracking, tracking_server
 from pipelines.tracking import RunRef, StageRun, Tracker, end_status
 from pipelines.tracking_server import tracking_uri, ui_command
 
@@ -428,7 +428,17 @@ def test_storages_that_cannot_hold_the_database(storage_uri: str, monkeypatch: p
         tracking_uri(storage_uri)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
     assert tracking_uri(storage_uri) == "http://tracking:5000"
-    assert ui_command(storage_uri)[-1] == "http://tracking:5000"
+
+
+@pytest.mark.parametrize("uri", ["http://ada:secret@tracking:5000", "postgresql://ada:secret@database/kraken"])
+def test_the_summary_says_where_the_runs_are_without_a_password(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    where = summary.where_runs_are("/shared/kraken")
+    assert "secret" not in where
+    if uri.startswith("http"):  # another machine reads it, which has neither this Python nor this checkout
+        assert where == "http://***@tracking:5000"
+    else:
+        assert where.startswith("make ui, or: ") and "postgresql://***@database/kraken" in where
 
 
 def test_a_missing_database_driver_is_named_with_what_installs_it(
