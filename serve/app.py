@@ -24,7 +24,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kraken.choose_engine import (
     Choice,
-    Machine,
     choose_for,
     find_machine,
     num_ways_of,
@@ -32,7 +31,7 @@ from kraken.choose_engine import (
 )
 from kraken.config import ConfigError, EngineConfig, EngineKind, ServeConfig, from_dict
 from kraken.engine.echo import EchoEngine
-from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
+from kraken.engine.placement import REPLICA_ENVIRONMENT, Machine, Placement
 from kraken.engine.protocol import Engine, EngineInfo
 from kraken.manifest import MANIFEST_NAME
 from kraken.storage import is_remote, local_artefact

@@ -15,8 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.protocol import ApiError
 from serve.ray_internals import serve_details
 
-PROXY_SETTINGS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.unavailable:proxy_middlewares"}
-"""Environment variables of the proxy's process. Serve reads them while the process imports it."""
+PROXY_SETTINGS = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.unavailable:proxy_middlewares",
+    # Serve kills a proxy that is not ready after five seconds, which a busy machine needs for its imports alone.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""Environment variables of Serve's own processes, which read them while they import it."""
 PATIENCE_S = 2.0
 """A request without the head of a response for so long makes the proxy ask how many replicas run."""
 STATUS_AGE_S = 1.0

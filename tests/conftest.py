@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
 TESTS = Path(__file__).parent
 
 RAY_ENVIRONMENT = {
+    # Serve kills a proxy that is not ready after five seconds, which a busy machine needs for its imports alone.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
 }
