@@ -257,12 +257,15 @@ def test_functions_that_the_architecture_names_exist() -> None:
         assert set(re.findall(r"`([\w.]+)`", functions)) <= defined, path
 
 
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def definitions(tree: ast.Module) -> set[str]:
     """The functions of a module, methods as `Class.method`."""
     names = set()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, FUNCTIONS):
             names.add(node.name)
         elif isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, FUNCTIONS)}
     return names

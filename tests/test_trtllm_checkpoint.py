@@ -350,7 +350,9 @@ class TestPipeline:
         parents = {"prepare": tiny.prepared(storage.folder("prepare", "tiny"), config)}
         run_folder = storage.folder("pretrain", "tiny")
         train(config, storage.folder("prepare", "tiny"), run_folder)
-        parents["pretrain"] = dataclasses.replace(parents["prepare"], kind="pretrain")
+        parents["pretrain"] = dataclasses.replace(
+            parents["prepare"], kind="pretrain", metrics={"steps": Metric(2, "optimizer steps")}
+        )
         folder = storage.folder("convert", "c" * 64)
         (folder / TENSORRT_LLM_FOLDER).mkdir()
         (folder / TENSORRT_LLM_FOLDER / "left over").write_text("")

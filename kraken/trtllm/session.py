@@ -162,7 +162,7 @@ def llm_arguments(launch: Launch) -> dict[str, Any]:
         "kv_cache_config": KvCacheConfig(
             enable_block_reuse=launch.prefix_reuse,
             tokens_per_block=launch.tokens_per_block,
-            **({"max_tokens": launch.kv_cache_tokens} if launch.kv_cache_tokens else {}),
+            max_tokens=launch.kv_cache_tokens or None,
         ),
         "gather_generation_logits": True,
         "return_perf_metrics": True,
