@@ -62,7 +62,7 @@ class RunRecord:
 
 
 def section(config: RunConfig) -> dict[str, Any]:
-    """What pretrain records of the config; its `continue_from` must be exact."""
+    """The config section that pretrain records; `continue_from` must name a fingerprint and a step."""
     config = config.resolved()
     origin = config.continue_from
     assert origin is None or "@" in origin, f"continue_from={origin} is resolved first"

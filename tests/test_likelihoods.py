@@ -222,7 +222,7 @@ def test_the_gate_passes(trained: Trained) -> None:
 def test_the_gate_notices_a_softmax_over_the_padding_ids(
     faulty: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every logit is right in both cases; only what is made of them is not."""
+    """Every logit is right in both cases; the log-probabilities computed from them are wrong."""
     shift = 50 * TOLERANCE
     if faulty == "trainer":
         whole = Kraken.loss

@@ -1,4 +1,4 @@
-"""Lineage: what an earlier training leaves to a later one, in one process on a tiny model; only Ray is left out."""
+"""Lineage: a training continues an earlier one, in one process on a tiny model, without Ray."""
 
 import dataclasses
 import re
@@ -37,7 +37,7 @@ class StopAt(NoHooks):
 
 
 class Run:
-    """Stands for the stage's MLflow run, of which these tests look at the tags."""
+    """Stands for the stage's MLflow run; the tests read its tags."""
 
     def __init__(self) -> None:
         self.tags: dict[str, Any] = {}

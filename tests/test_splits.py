@@ -126,7 +126,7 @@ class TestEmptySplits:
 
 class TestShortSplits:
     def short(self, path: Path) -> DataConfig:
-        """120 documents of which those held out are a letter each."""
+        """120 documents; each document of the validation split is one letter."""
         texts = [words(seed, 60) for seed in range(300)]
         texts = [text for text in texts if split_of(text.encode(), 0.05) == "train"]
         letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if split_of(letter.encode(), 0.05) == "validation"]

@@ -169,7 +169,7 @@ class _CapturedGraph:
             self._logits_RV = run()
 
     def inputs(self) -> np.ndarray:
-        """The inputs' host memory, to be written before `replay`. Waits until the last replay has copied it."""
+        """Host memory of the inputs; write them here before `replay`. Waits until the last replay has copied it."""
         self._inputs_were_read.synchronize()
         return self._values
 
