@@ -326,7 +326,8 @@ def test_another_host_restarts_serve_and_a_strange_application_is_not_ended(
 
 
 def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
-    busy = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=config.serve.port + 1))
+    elsewhere = dataclasses.replace(config.serve, port=config.serve.port + 1, name="of-nobody")
+    busy = dataclasses.replace(config, serve=elsewhere)
     with pytest.raises(ConfigError, match="serve.port"):
         end_to_end.run(busy)
 
@@ -352,6 +353,7 @@ def test_what_deploy_would_refuse_is_said_before_any_work(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(tmp_path, 8000)
+    config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, name="of-nobody"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
