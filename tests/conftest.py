@@ -34,6 +34,7 @@ def find_free_port() -> int:
         return port
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, keep tests together that share fixtures: those of a file, and all that use the Ray cluster,
     which is then started once. These take longest and come first. Slow tests may take half an hour."""
