@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).parent
+_CLUSTER = "ray_cluster"
+"""The fixture that starts Ray."""
 
 RAY_ENVIRONMENT = {
     # Serve kills a proxy that is not ready after five seconds, which a busy machine needs for its imports alone.
@@ -30,6 +32,28 @@ def find_free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, keep tests together that share fixtures: those of a file, and all that use the Ray cluster,
+    which is then started once. These take longest and come first. Slow tests may take half an hour."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+        item.add_marker(pytest.mark.xdist_group(_CLUSTER if _uses_cluster(item) else item.path.name))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _uses_cluster(item))
+
+
+def _uses_cluster(item: pytest.Item) -> bool:
+    return _CLUSTER in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cores_are_shared() -> None:
+    """Workers beside each other use one thread each, or they would fight for the cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

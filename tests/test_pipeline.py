@@ -227,6 +227,7 @@ def test_changing_how_a_stage_works_reruns_nothing(
     assert [planned.manifest is None for planned in end_to_end.plan(longer_queue)] == [False] * 4 + [True]
 
 
+@pytest.mark.slow
 def test_more_steps_continue_an_earlier_training(
     finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
 ) -> None:
@@ -275,6 +276,7 @@ def test_failed_parity_refuses_deployment_and_loses_nothing(
     assert deploy.is_serving(config, finished["deploy"].manifest)
 
 
+@pytest.mark.slow
 def test_two_storages_of_one_server_have_a_run_each(
     finished: dict[str, end_to_end.StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,8 +321,15 @@ def status_of(config: RunConfig, key: str | None) -> int | None:
     return deploy.status_of_models(config.serve, None if key is None else ApiKey(key))
 
 
+@pytest.mark.parametrize(
+    "num_changes", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["a_first_key", "then_another_and_other_settings"]
+)
 def test_a_new_key_or_another_deployment_is_never_reused(
-    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+    finished: dict[str, end_to_end.StageResult],
+    config: RunConfig,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_changes: int,
 ) -> None:
     """The cluster's processes do not have the key in their environment: it was set after they started."""
 
@@ -328,21 +337,24 @@ def test_a_new_key_or_another_deployment_is_never_reused(
         return end_to_end.plan(config)[-1].manifest is not None
 
     varied = dataclasses.replace(config, serve=dataclasses.replace(config.serve, cpus_per_replica=0.01))
+    end_to_end.run(config)  # open, whatever was deployed before
     assert is_reused(config)
-    for changed, key, others in ((config, "first-key", (None, "wrong")), (varied, "second-key", (None, "first-key"))):
+    changes = ((varied, "first-key", (None, "wrong")), (config, "second-key", (None, "first-key")))
+    for changed, key, others in changes[:num_changes]:
         monkeypatch.setenv("KRAKEN_API_KEY", key)
         assert not is_reused(config)
         results = end_to_end.run(changed)
         assert not results["deploy"].reused and results["evaluate"].reused
         assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
         assert is_reused(changed)
-    assert not is_reused(config), "its manifest is there, but the endpoint has the other settings"
-    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(varied, results))
+    other = config if changed is varied else varied
+    assert not is_reused(other), "its manifest is there, but the endpoint has the other settings"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(changed, results))
     with monkeypatch.context() as patch:
         patch.setattr(deploy, "code_digest", lambda: "of other code")
-        assert not is_reused(varied)
+        assert not is_reused(changed)
     monkeypatch.delenv("KRAKEN_API_KEY")
-    assert not is_reused(varied), "the endpoint asks for a key, and none is configured"
+    assert not is_reused(changed), "the endpoint asks for a key, and none is configured"
 
     secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
     for path in storage.rglob("*"):
@@ -351,29 +363,39 @@ def test_a_new_key_or_another_deployment_is_never_reused(
             assert not any(secret in content for secret in secrets), path
 
 
+def named(config: RunConfig, **fields: Any) -> RunConfig:
+    """The same pipeline under another name, with other settings of `serve`."""
+    return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
+
+
+def deployed(config: RunConfig) -> Any:
+    return deploy.health(config.serve)["deployment"]
+
+
 def test_a_name_belongs_to_the_pipeline_that_deployed_under_it(
     finished: dict[str, end_to_end.StageResult], config: RunConfig
 ) -> None:
-    def named(**fields: Any) -> RunConfig:
-        return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
-
-    def deployed() -> Any:
-        return deploy.health(config.serve)["deployment"]
-
-    before = deployed()
+    before = deployed(config)
     refused = f"serve.name=kraken belongs to run {config.name} of experiment kraken in storage {config.storage}"
     with pytest.raises(ConfigError, match=rf"{refused}.*--serve.name other.*--serve.replace"):
-        end_to_end.run(named())
-    assert deployed() == before
+        end_to_end.run(named(config))
+    assert deployed(config) == before
 
-    beside = end_to_end.run(named(name="beside"))["deploy"].manifest
+
+@pytest.mark.slow
+def test_another_name_serves_beside_it_and_replacing_takes_the_name(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    end_to_end.run(config)
+    before = deployed(config)
+    beside = end_to_end.run(named(config, name="beside"))["deploy"].manifest
     assert beside.details["endpoint"] == f"http://127.0.0.1:{config.serve.port}/beside/v1"
     assert deploy.complete(beside.details["endpoint"], summary.request_body(config))
-    assert deploy.is_serving(named(name="beside"), beside)
-    assert deployed() == before
+    assert deploy.is_serving(named(config, name="beside"), beside)
+    assert deployed(config) == before
 
-    taken_over = end_to_end.run(named(replace=True))["deploy"].manifest
-    assert deploy.is_serving(named(), taken_over)
+    taken_over = end_to_end.run(named(config, replace=True))["deploy"].manifest
+    assert deploy.is_serving(named(config), taken_over)
     assert status_of(config, None) == 200
     with pytest.raises(ConfigError, match="serve.name=kraken belongs to run other"):
         end_to_end.run(config)
@@ -402,7 +424,8 @@ def test_another_host_restarts_serve_and_a_strange_application_is_not_ended(
 
 
 def test_a_port_in_use_is_a_clear_error(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
-    busy = dataclasses.replace(config, serve=dataclasses.replace(config.serve, port=config.serve.port + 1))
+    elsewhere = dataclasses.replace(config.serve, port=config.serve.port + 1, name="of-nobody")
+    busy = dataclasses.replace(config, serve=elsewhere)
     with pytest.raises(ConfigError, match="serve.port"):
         end_to_end.run(busy)
 
@@ -428,6 +451,7 @@ def test_what_deploy_would_refuse_is_said_before_any_work(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config(tmp_path, 8000)
+    config = dataclasses.replace(config, serve=dataclasses.replace(config.serve, name="of-nobody"))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

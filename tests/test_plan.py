@@ -15,6 +15,7 @@ from jobs.command import USER_ERROR
 from jobs.plan import count, main
 from kraken.config import ConfigError, ModelConfig
 from kraken.model import Kraken
+from kraken.model.architecture import is_vector
 from kraken.plan import cost as plan
 from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, num_parameters
 from kraken.plan.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
@@ -56,9 +57,14 @@ SMALL = [
 def test_the_plan_counts_what_the_model_counts(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Kraken(config)
-    assert plan.num_parameters(config) == model.num_parameters()
-    assert plan.training_flops_per_token(config) == model.training_flops_per_token()
-    assert plan.kv_bytes_per_token(config, 2) == model.kv_bytes_per_token(2)
+    assert plan.num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    # six per matrix weight, the tied head included, and attention's two products (PaLM, 2022, appendix B)
+    matrix_weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not is_vector(name))
+    matrix_weights -= 0 if model.wpe is None else model.wpe.weight.numel()
+    attention = 12 * config.num_layers * config.num_ways * config.width * config.context_length
+    assert plan.training_flops_per_token(config) == 6 * matrix_weights + attention
+    keys_and_values = 2 * sum(len(layer.ln_1.weight) * config.width for layer in model.h)
+    assert plan.kv_bytes_per_token(config, 2) == 2 * keys_and_values
 
 
 def test_head_sizes_are_padded_to_what_kernels_take() -> None:

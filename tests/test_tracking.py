@@ -571,6 +571,7 @@ def post(url: str, body: str) -> str:
         return str(answer.read().decode())
 
 
+@pytest.mark.slow
 def test_a_real_server_shows_the_runs_and_may_go_away(
     tracker: Tracker,
     client: "MlflowClient",

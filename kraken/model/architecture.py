@@ -25,9 +25,7 @@ a layer is a few batched matrix products and one attention call, whatever W is.
 
 import hashlib
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +40,7 @@ from kraken.config import ModelConfig
 from kraken.model.alignment import Alignment, pad
 from kraken.model.loss import chunk_gradient, chunked_cross_entropy
 from kraken.model.precision import compute_dtype
-from kraken.model.residual_norm import LAYER_NORM_EPSILON, advance, see
+from kraken.model.residual_norm import LAYER_NORM_EPSILON, add_norm, add_reduced_norm
 from kraken.model.ways import WayGroup
 
 INIT_STD = 0.02
@@ -56,9 +54,6 @@ FASTEST_ATTENTION_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, q_WBTNH, k_WBTNH, v_WBTNH) -> out_WBTNH. An engine brings its cache here; it scales by 1/sqrt(H)."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each [B or 1, T, 1, H/2]."""
@@ -144,10 +139,8 @@ class Attention(nn.Module):
         self.c_proj = WayLinear(num_ways, config.width, config.width, config.bias)
         self.alignment = Alignment()
 
-    def forward(
-        self, x_WBTD: Tensor, norm: WayNorm, rotation: Rotation | None, attend: Callable[..., Tensor] | None
-    ) -> Tensor:
-        """Attention of normalised input, padded as its output is; `attend` None is full causal attention."""
+    def forward(self, x_WBTD: Tensor, norm: WayNorm, rotation: Rotation | None) -> Tensor:
+        """Attention of normalised input, padded as its output is."""
         D, H = self.alignment.padded_width(self.width), self.alignment.padded_head_size(self.head_size)
         heads = (3, self.num_heads, self.head_size)
         weight, bias = norm.fold(self.c_attn)
@@ -157,7 +150,7 @@ class Attention(nn.Module):
         q, k, v = batched_linear(x_WBTD, weight, bias).unflatten(-1, (3, self.num_heads, H)).unbind(dim=3)
         if rotation is not None:
             q, k = (pad(rotate(x[..., : self.head_size], rotation), H) for x in (q, k))
-        out_WBTNH = causal_attention(q, k, v, self.head_size) if attend is None else attend(q, k, v)
+        out_WBTNH = causal_attention(q, k, v, self.head_size)
         weight = pad(self.c_proj.weight.unflatten(2, heads[1:]), D, None, H).flatten(2)
         bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
         return batched_linear(out_WBTNH.flatten(-2), weight, bias)
@@ -204,27 +197,21 @@ class Layer(nn.Module):
         self.ln_2 = None if config.architecture == "parallel" else WayNorm(num_ways, config.width, config.bias)
         self.mlp = MLP(config, num_ways)
 
-    def forward(
-        self,
-        x_WBTD: Tensor,
-        addend_WBTD: Tensor | None,
-        rotation: Rotation | None,
-        attend: Callable[..., Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_WBTD: Tensor, addend_WBTD: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Of a state in two parts the next, in two parts: the last addition of a layer is left to the one that follows,
         which does it in the same kernel as its first norm. What is added is padded as the linears are."""
         padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
         sum_dtype = self.ways.sum_dtype(x_WBTD) if self.reads_others else None
-        x_WBTD, normed_WBTD, total_1BTD = advance(x_WBTD, addend_WBTD, padded_width, sum_dtype)
+        x_WBTD, normed_WBTD, total_1BTD = add_norm(x_WBTD, addend_WBTD, padded_width, sum_dtype)
         if total_1BTD is not None:  # in flight while the ways held here attend
             total_1BTD = self.ways.start_sum(total_1BTD)
-        attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation, attend)
+        attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation)
         if self.ln_2 is None:
             return x_WBTD, attended_WBTD + self.mlp(normed_WBTD, self.ln_1)
         if total_1BTD is None:
-            a_WBTD, normed_WBTD, _ = advance(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
+            a_WBTD, normed_WBTD, _ = add_norm(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
         else:
-            a_WBTD, normed_WBTD = see(x_WBTD, attended_WBTD, self.ways.wait_sum(total_1BTD))
+            a_WBTD, normed_WBTD = add_reduced_norm(x_WBTD, attended_WBTD, self.ways.wait_sum(total_1BTD))
         return a_WBTD, self.mlp(normed_WBTD, self.ln_2)
 
 
@@ -275,14 +262,9 @@ class Kraken(nn.Module):
             layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
         self.chunk_gradient = torch.compile(chunk_gradient)
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """Logits of the next token at every position, in the compute type.
-
-        Args:
-            positions_BT: int64 positions in the context; None counts from 0.
-            attend: how queries meet keys; None is full causal attention.
-        """
-        return self.readout(self.hidden(ids_BT, positions_BT, attend))
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits of the next token at every position, in the compute type."""
+        return self.readout(self.hidden(ids_BT))
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
         """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist.
@@ -303,16 +285,15 @@ class Kraken(nn.Module):
             num_ids,
         )
 
-    def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor) -> Tensor:
         """The normalised state [B, T, D] that the head reads."""
-        if positions_BT is None:
-            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         x_BTD = self._embed(ids_BT)
         rotation = None
         if self.wpe is None:
-            rotation = rotation_of(positions_BT, self.config.head_size, self.config.rope_base, x_BTD.dtype)
+            rotation = rotation_of(positions_1T, self.config.head_size, self.config.rope_base, x_BTD.dtype)
         else:
-            x_BTD = x_BTD + self.wpe(positions_BT)
+            x_BTD = x_BTD + self.wpe(positions_1T)
         x_BTD = self.ways.share(x_BTD.to(compute_dtype(x_BTD)))  # between layers too, as sums stay in float32
         num_ways = len(self.ways.part(self.config.num_ways))
         x_WBTD = x_BTD.expand(num_ways, -1, -1, -1)
@@ -320,14 +301,12 @@ class Kraken(nn.Module):
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
         addend_WBTD = None
-        for index, layer in enumerate(self.h):
+        for layer in self.h:
             if self.recomputes and torch.is_grad_enabled():
                 whole_WBTD = _added(x_WBTD, addend_WBTD)  # what is kept is one tensor a layer
-                x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, None, use_reentrant=False)
+                x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, use_reentrant=False)
             else:
-                x_WBTD, addend_WBTD = layer(
-                    x_WBTD, addend_WBTD, rotation, None if attend is None else partial(attend, index)
-                )
+                x_WBTD, addend_WBTD = layer(x_WBTD, addend_WBTD, rotation)
         return self.ln_f(self._join(_added(x_WBTD, addend_WBTD)))
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
@@ -363,27 +342,6 @@ class Kraken(nn.Module):
         shapes = whole_shapes(self.config)
         for name, parameter in self.named_parameters():
             fill(parameter, part_of(name, initial_value(name, shapes[name], self.config, seed), self.config, self.ways))
-
-    def num_parameters(self) -> int:
-        """Parameters, with the tied head counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def training_flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token at the full context.
-
-        Six per matrix weight, the tied head included, and 12 * layers * W*D * T for attention's two products, all T
-        positions counted (Chowdhery et al., PaLM, 2022, appendix B).
-        """
-        c = self.config
-        matrix_weights = sum(
-            p.numel() for name, p in self.named_parameters() if not is_vector(name) and "wpe" not in name
-        )
-        return 6 * matrix_weights + 12 * c.num_layers * c.num_ways * c.width * c.context_length
-
-    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Cache that one token occupies over all layers and ways."""
-        c = self.config
-        return 2 * c.num_layers * c.num_ways * c.width * bytes_per_value
 
 
 def _added(x_WBTD: Tensor, addend_WBTP: Tensor | None) -> Tensor:
