@@ -163,10 +163,9 @@ def _data(facts: Facts) -> list[Block]:
     ]
     data = manifest.config["data"]
     tokenizer = f"{data['tokenizer']} tokenizer with {_metric(manifest, 'vocabulary_ids')} ids"
-    return [
-        Table(("split", *DATA_METRICS), rows, frozenset({1, 2, 3})),
-        Text(f"Corpus {data['corpus']} ({corpus_name(data)}), {tokenizer}."),
-    ]
+    name = corpus_name(data)
+    corpus = name if name == data["corpus"] else f"{name} ({data['corpus']})"
+    return [Table(("split", *DATA_METRICS), rows, frozenset({1, 2, 3})), Text(f"Corpus {corpus}, {tokenizer}.")]
 
 
 def _metric(manifest: Manifest, name: str) -> str:
@@ -200,7 +199,7 @@ def _lineage(facts: Facts) -> list[Block]:
         (
             stage.kind,
             stage.fingerprint[:16],
-            ", ".join(f"{kind} {found[:16]}" for kind, found in manifest.parents.items()) or "-",
+            ", ".join(f"{kind} {found[:8]}" for kind, found in manifest.parents.items()) or "-",
             without_password(join(facts.config.storage, stage.kind, stage.fingerprint[:16])),
             (manifest.git_revision or "unknown")[:12],
         )

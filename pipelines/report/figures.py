@@ -88,9 +88,12 @@ def timeline(facts: Facts) -> "Figure | None":
             text, x = f"{stage.work_seconds:.1f} s", (end - origin) / unit
         else:
             text, x = stage.state, 0.0
-        axes.text(x, index, f"  {text}", va="center", fontsize=9, color=STATE_COLOURS[stage.state])
+        colour = STATE_COLOURS[stage.state]
+        axes.annotate(
+            text, (x, index), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color=colour
+        )
     axes.set_yticks(range(len(facts.stages)), [stage.kind for stage in facts.stages])
-    axes.invert_yaxis()
+    axes.set_ylim(len(facts.stages) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * longest / unit or 1.0)
     axes.set_xlabel(f"{name} since the first stage began to work", color=MUTED)
     axes.grid(axis="x", color=LINE, linewidth=0.6)
