@@ -35,7 +35,15 @@ from urllib.parse import quote, urlsplit
 from kraken.manifest import git_revision, make_fingerprint
 from kraken.storage_id import storage_id
 from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, without_password
-from pipelines.tracking_server import CONNECT_LIMIT_S, UI_PORT, TrackingServer, connect, is_passing, locked
+from pipelines.tracking_server import (
+    CONNECT_LIMIT_S,
+    TRAINING_QUERY,
+    UI_PORT,
+    TrackingServer,
+    connect,
+    is_passing,
+    locked,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -391,16 +399,17 @@ class PipelineRun(StageRun):
     def page(self) -> str:
         """URL of this run in the UI: of the server, or for a database of the server that `ui_command` starts."""
         server = self._uri if self._uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
-        return f"{without_password(server).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        path = f"#/experiments/{self._experiment_id}/runs/{self.run_id}?{TRAINING_QUERY}"
+        return f"{without_password(server).rstrip('/')}/{path}"
 
     def artifact_link(self, path: str) -> str:
         """URL of an artifact's page in the UI, relative to the UI's pages."""
-        return f"#/experiments/{self._experiment_id}/runs/{self.run_id}/artifacts/{quote(path)}"
+        return f"#/experiments/{self._experiment_id}/runs/{self.run_id}/artifacts/{quote(path)}?{TRAINING_QUERY}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
         """URL of the UI's comparison of other runs of this experiment, relative to the UI's pages."""
         runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [self._experiment_id]))
-        return f"#/compare-runs?runs={runs}&experiments={experiments}"
+        return f"#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING_QUERY}"
 
     def link(self, pipeline: str, kind: str, fingerprint: str) -> None:
         """Tie this run, a comparison, to a pipeline's run that it compares: each gets a tag that names the other.

@@ -30,17 +30,21 @@ UI_PORT = 5000
 """Where the UI of a database listens unless told otherwise."""
 KIND_TAG = "kraken.kind"
 """On the run of a pipeline: `pipeline`. The list of the UI's link shows the runs that have it."""
+TRAINING_QUERY = "workflowType=machine_learning"
+"""Part of an address that has the UI show its pages for model training. A browser that has not been there before shows
+every experiment as GenAI, without its runs, whatever the experiment's tags say."""
 VIEW_NAME = "kraken"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_NAME}"
 """On the experiment: the list of runs as the UI's link shows it. The UI's own button for sharing a view writes such
 tags, too."""
 VIEW_COLUMNS = (
-    *("metrics.`bits_per_byte`", "metrics.`perplexity`", "metrics.`loss`", "metrics.`validation_loss`"),
+    *("metrics.`perplexity`", "metrics.`bits_per_byte`", "metrics.`loss`", "metrics.`validation_loss`"),
     *("metrics.`tokens_per_second`", "metrics.`mfu`", "metrics.`parameters`", "metrics.`train_tokens`"),
     *("params.`train.steps`", "params.`train.learning_rate`", "attributes.`Dataset`", "attributes.`Source`"),
     *("attributes.`Version`", "attributes.`User`"),
 )
-"""Columns of that list."""
+"""Columns of that list behind name and date, in this order."""
+NAME_COLUMN, NAME_WIDTH = "attributes.`Run Name`", 340
 CONNECT_LIMIT_S = 30.0
 """A pipeline does not begin without its tracking server; one that is just starting gets this long."""
 
@@ -97,19 +101,23 @@ def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
 
 def view_state() -> str:
     """The list of pipelines' runs with the columns that they are compared by, as the UI reads it."""
-    return json.dumps({"searchFilter": f"tags.`{KIND_TAG}` = 'pipeline'", "selectedColumns": VIEW_COLUMNS})
+    return json.dumps(
+        {
+            "searchFilter": f"tags.`{KIND_TAG}` = 'pipeline'",
+            "selectedColumns": VIEW_COLUMNS,
+            "columnOrder": (NAME_COLUMN, *VIEW_COLUMNS),
+            "columnWidths": {NAME_COLUMN: NAME_WIDTH},
+        }
+    )
 
 
 def runs_page(server: str, experiment_id: str) -> str:
     """URL of the list of pipelines' runs in the UI.
 
-    `workflowType` has the UI show the experiment as model training: a browser that has not been there before shows any
-    experiment as GenAI, without runs, whatever the experiment's tags say.
-
     Args:
         server: URL of the server whose UI it is.
     """
-    query = f"viewStateShareKey={VIEW_NAME}&workflowType=machine_learning"
+    query = f"viewStateShareKey={VIEW_NAME}&{TRAINING_QUERY}"
     return f"{without_password(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
 
 
