@@ -1,24 +1,28 @@
 """What /v1/completions means: from a checked request to engine requests, and from engine outputs back to choices.
 
-One call asks for n choices of each of its prompts. All of them run in the engine at the same time, under one roof: when
-one fails or the client leaves, every one of them is aborted.
+One call asks for n choices of each of its prompts. All of them run in the engine at the same time and put their outputs
+into one inbox, which the call reads: when one fails or the client leaves, every one of them is aborted.
 """
 
 import asyncio
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
-from kraken.engine.detokenizer import Detokenizer, generate_text
+from kraken.engine.detokenizer import CompletionText, Detokenizer
+from kraken.engine.inbox import Inbox, is_end_of_task
 from kraken.engine.prompt import encode_for_completion
 from kraken.engine.protocol import (
     Engine,
     EngineOverloaded,
     FinishReason,
+    Item,
     PromptOutput,
     Request,
     RequestError,
@@ -31,6 +35,8 @@ from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logp
 logger = logging.getLogger("ray.serve")
 
 STREAM_END = "data: [DONE]\n\n"
+STOP_CHECK_INTERVAL_S = 0.05
+"""How often a call that is not streamed looks for its stop strings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +51,8 @@ class ServedModel:
     """Most choices of one call; they arrive together, so more than the engine queues could never be accepted."""
     created: int
     """Unix time at which it was loaded."""
+    stream_interval_s: float = 0.0
+    """Tokens of a stream that come within so much time of a write share the next one."""
 
     def require_name(self, name: str) -> None:
         if name != self.name:
@@ -74,6 +82,19 @@ class Part:
             prompt_logprobs=self.prompt_logprobs,
         )
 
+    @classmethod
+    def join(cls, parts: "Sequence[Part]") -> "Part":
+        """Successive parts of a choice as one."""
+        if len(parts) == 1:
+            return parts[0]
+        logprobs = [part.logprobs for part in parts if part.logprobs]
+        return replace(
+            parts[-1],
+            text="".join(part.text for part in parts),
+            logprobs=Logprobs.join(logprobs) if logprobs else None,
+            prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), None),
+        )
+
 
 class CompletionCall:
     """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
@@ -84,10 +105,10 @@ class CompletionCall:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
-        self._requests = [
-            self._engine_request(prompt_ids, index=prompt_index * body.n + k, k=k)
+        self._choices = [
+            _Choice(index, self._engine_request(prompt_ids, index, k), body, model.tokenizer)
             for prompt_index, prompt_ids in enumerate(prompts)
-            for k in range(body.n)
+            for k, index in enumerate(range(prompt_index * body.n, (prompt_index + 1) * body.n))
         ]
 
     @classmethod
@@ -123,52 +144,72 @@ class CompletionCall:
         # Off the event loop: other streams go on while a long prompt is encoded.
         return cls(body, model, await asyncio.to_thread(encode))
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """The parts of all choices as they come; closing it aborts what still runs."""
-        choices = [self._choice_parts(index, request) for index, request in enumerate(self._requests)]
-        async with aclosing(merge(choices)) as parts:
-            async for part in parts:
-                yield part
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
+        """The parts of all choices, those together that are ready together, at most one part of each choice; closing it
+        aborts what still runs.
 
-    async def collect(self, parts: AsyncGenerator[Part, None]) -> Completion:
+        Raises:
+            RequestError, EngineOverloaded, EngineError: a choice failed, which ends the others.
+        """
+        engine, interval_s = self._model.engine, self._model.stream_interval_s
+        loop, not_before = asyncio.get_running_loop(), 0.0
+        if not self._body.stream:
+            interval_s = STOP_CHECK_INTERVAL_S if self._body.stop else math.inf
+            not_before = loop.time() + interval_s
+        inbox, running = Inbox(), dict(enumerate(self._choices))
+        failure: BaseException | None = None
+        try:
+            for choice in self._choices:
+                choice.cancel = engine.submit(choice.request, partial(inbox.put, choice.index))
+            while running:
+                ready: dict[int, list[Part]] = {}
+                for index, item in await inbox.take(not_before):
+                    choice = self._choices[index]
+                    try:
+                        part = choice.take_in(item) if index in running else None
+                    except BaseException as error:
+                        failure = error
+                        break
+                    if part is not None:
+                        ready.setdefault(index, []).append(part)
+                        if part.finish_reason:
+                            del running[index]
+                            choice.cancel()
+                if ready:
+                    yield [Part.join(parts) for parts in ready.values()]
+                if failure is not None:
+                    raise failure
+                not_before = loop.time() + interval_s
+        finally:
+            for choice in running.values():
+                choice.cancel()
+
+    async def collect(self, parts: AsyncGenerator[list[Part], None]) -> Completion:
         """The whole response, once everything is generated."""
-        with_logprobs = self._body.logprobs is not None
-        texts: list[list[str]] = [[] for _ in self._requests]
-        logprobs = [Logprobs() if with_logprobs else None for _ in self._requests]
-        prompt_logprobs: dict[int, Logprobs] = {}
-        last: dict[int, Part] = {}
+        found: list[list[Part]] = [[] for _ in self._choices]
         async with aclosing(parts):
-            async for part in parts:
-                texts[part.index].append(part.text)
-                if part.logprobs and (total := logprobs[part.index]):
-                    total.extend(part.logprobs)
-                if part.prompt_logprobs:
-                    prompt_logprobs[part.index] = part.prompt_logprobs
-                last[part.index] = part
-        choices = [
-            Choice(
-                index=i,
-                text="".join(text),
-                logprobs=logprobs[i],
-                finish_reason=last[i].finish_reason,
-                prompt_logprobs=prompt_logprobs.get(i),
-            )
-            for i, text in enumerate(texts)
-        ]
-        return self._completion(choices, self._usage(part.num_tokens for part in last.values()))
+            async for ready in parts:
+                for part in ready:
+                    found[part.index].append(part)
+        whole = [Part.join(own) for own in found]
+        return self._completion([part.choice() for part in whole], self._usage(part.num_tokens for part in whole))
 
-    async def frames(self, first: Part, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[str, None]:
-        """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error."""
-        num_tokens = dict.fromkeys(range(len(self._requests)), 0)
+    async def frames(self, first: list[Part], parts: AsyncGenerator[list[Part], None]) -> AsyncGenerator[str, None]:
+        """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error.
+        Frames that are ready together are one string."""
+        num_tokens = dict.fromkeys(range(len(self._choices)), 0)
         options = self._body.stream_options or StreamOptions()
         has_usage_field = options.include_usage or options.continuous_usage_stats
         try:
-            part: Part | None = first
-            while part is not None:
-                num_tokens[part.index] = part.num_tokens
-                usage = self._usage_of(part) if options.continuous_usage_stats else None
-                yield self._frame([part.choice()], usage, has_usage_field)
-                part = await anext(parts, None)
+            ready: list[Part] | None = first
+            while ready is not None:
+                frames = []
+                for part in ready:
+                    num_tokens[part.index] = part.num_tokens
+                    usage = self._usage_of(part) if options.continuous_usage_stats else None
+                    frames.append(self._frame([part.choice()], usage, has_usage_field))
+                yield "".join(frames)
+                ready = await anext(parts, None)
             if options.include_usage:
                 yield self._frame([], self._usage(num_tokens.values()), has_usage_field)
             yield STREAM_END
@@ -192,47 +233,9 @@ class CompletionCall:
         check_request(request, info)
         return request
 
-    async def _choice_parts(self, index: int, request: Request) -> AsyncGenerator[Part, None]:
-        """One choice. An echoed prompt goes out with the first output, when the engine has accepted the request."""
-        engine, tokenizer = self._model.engine, self._model.tokenizer
-        body = self._body
-        prompt, starts = "", tuple[int, ...]()
-        if body.echo or body.prompt_logprobs is not None:
-            prompt, starts = _decode_prompt(tokenizer, request.prompt_ids)
-        unsent = prompt if body.echo else ""
-        offset = len(unsent)
-        async with aclosing(generate_text(engine, tokenizer, request, self._body.stop)) as outputs:
-            async for output in outputs:
-                if isinstance(output, PromptOutput):
-                    prompt_slots = list(zip(request.prompt_ids, starts, output.logprobs, strict=True))
-                    echoed = self._logprobs(prompt_slots, body.logprobs if body.echo else None)
-                    yield Part(index, unsent, echoed, None, 0, self._logprobs(prompt_slots, body.prompt_logprobs))
-                else:
-                    slots = [(token.token_id, offset + token.start, token.logprobs) for token in output.tokens]
-                    logprobs = self._logprobs(slots, body.logprobs)
-                    yield Part(index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
-                unsent = ""
-
-    def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]], num_top: int | None) -> Logprobs | None:
-        """OpenAI's parallel lists from (token id, text offset, log-probabilities); None where nobody asked."""
-        if num_top is None:
-            return None
-        result = Logprobs()
-        for token_id, text_offset, logprobs in slots:
-            result.tokens.append(token_label(self._model.tokenizer, token_id))
-            result.text_offset.append(text_offset)
-            result.token_logprobs.append(logprobs.logprob if logprobs else None)
-            result.top_logprobs.append(self._top_logprobs(logprobs, num_top) if logprobs else None)
-        return result
-
-    def _top_logprobs(self, logprobs: TokenLogprobs, num_top: int) -> dict[str, float]:
-        """The most likely tokens and, where it is not among them, the actual one."""
-        pairs = (*logprobs.top[:num_top], (logprobs.token_id, logprobs.logprob))
-        return {token_label(self._model.tokenizer, token_id): logprob for token_id, logprob in pairs}
-
     def _usage_of(self, part: Part) -> Usage:
         """Token counts of the choice that a frame belongs to, so far."""
-        num_prompt_tokens = len(self._requests[part.index].prompt_ids)
+        num_prompt_tokens = len(self._choices[part.index].request.prompt_ids)
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=part.num_tokens,
@@ -262,36 +265,65 @@ class CompletionCall:
         return f"data: {completion.model_dump_json(exclude=None if has_usage_field else {'usage'})}\n\n"
 
 
-async def merge(sources: Sequence[AsyncGenerator[Part, None]]) -> AsyncGenerator[Part, None]:
-    """Run every source at once and yield what comes, as it comes. The first failure ends them all, as does closing."""
-    arrived: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()  # None: one source has ended
+class _Choice:
+    """One choice of a call: from the engine's outputs to parts.
 
-    async def pump(source: AsyncGenerator[Part, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for part in source:
-                    arrived.put_nowait(part)
-            arrived.put_nowait(None)
-        except BaseException as error:
-            if is_end_of_task(error):
-                raise
-            arrived.put_nowait(error)  # else the loop below would wait for this source for ever
+    An echoed prompt goes out with the first part, when the engine has accepted the request.
+    """
 
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    def __init__(self, index: int, request: Request, body: CompletionRequest, tokenizer: Tokenizer):
+        self.index = index
+        self.request = request
+        self.text = CompletionText(tokenizer, request, body.stop)
+        self.cancel: Callable[[], None] = lambda: None
+        self._body = body
+        self._tokenizer = tokenizer
+        self._starts = tuple[int, ...]()
+        self._unsent = ""
+        if body.echo or body.prompt_logprobs is not None:
+            prompt, self._starts = _decode_prompt(tokenizer, request.prompt_ids)
+            self._unsent = prompt if body.echo else ""
+        self._offset = len(self._unsent)
+
+    def take_in(self, item: Item) -> Part | None:
+        """The part that an output makes final, if any.
+
+        Raises:
+            BaseException: the item is an exception, or the end of a request that is not complete.
+        """
+        if isinstance(item, BaseException):
+            raise item
+        body, unsent = self._body, self._unsent
+        if isinstance(item, PromptOutput):
+            prompt = list(zip(self.request.prompt_ids, self._starts, item.logprobs, strict=True))
+            echoed = self._logprobs(prompt, body.logprobs if body.echo else None)
+            part = Part(self.index, unsent, echoed, None, 0, self._logprobs(prompt, body.prompt_logprobs))
+        else:
+            output = self.text.end() if item is None else self.text.push(item)
+            if output is None:
+                return None
+            slots = [(token.token_id, self._offset + token.start, token.logprobs) for token in output.tokens]
+            logprobs = self._logprobs(slots, body.logprobs)
+            part = Part(self.index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
+        self._unsent = ""
+        return part
+
+    def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]], num_top: int | None) -> Logprobs | None:
+        """OpenAI's parallel lists from (token id, text offset, log-probabilities); None where nobody asked."""
+        if num_top is None:
+            return None
+        result = Logprobs()
+        for token_id, text_offset, logprobs in slots:
+            result.tokens.append(token_label(self._tokenizer, token_id))
+            result.text_offset.append(text_offset)
+            result.token_logprobs.append(logprobs.logprob if logprobs else None)
+            result.top_logprobs.append(self._top_logprobs(logprobs, num_top) if logprobs else None)
+        return result
+
+    def _top_logprobs(self, logprobs: TokenLogprobs, num_top: int) -> dict[str, float]:
+        """The most likely tokens and, where it is not among them, the actual one."""
+        pairs = (*logprobs.top[:num_top], (logprobs.token_id, logprobs.logprob))
+        return {token_label(self._tokenizer, token_id): logprob for token_id, logprob in pairs}
 
 
 def token_label(tokenizer: Tokenizer, token_id: int) -> str:
@@ -304,12 +336,6 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return token.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
-
-
-def is_end_of_task(error: BaseException) -> bool:
-    """Whether an exception ends this task or process by intention, as a cancellation does. Any other is a failure, also
-    one outside `Exception`: libraries in Rust raise `pyo3_runtime.PanicException`, which is a BaseException."""
-    return isinstance(error, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
 
 
 def log_failure(error: BaseException) -> None:

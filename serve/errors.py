@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.completions import is_end_of_task, log_failure
+from kraken.engine.inbox import is_end_of_task
+from serve.completions import log_failure
 from serve.protocol import ApiError
 
 BASE_MODEL = "the model completes text and knows no conversation"

@@ -8,7 +8,7 @@ Ranges of numbers are those of `SamplingParams`, so that the endpoint, the comma
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -342,11 +342,11 @@ class Logprobs(BaseModel):
     text_offset: list[int] = []
     """Where the token begins in the choice's text, in characters."""
 
-    def extend(self, more: "Logprobs") -> None:
-        self.tokens += more.tokens
-        self.token_logprobs += more.token_logprobs
-        self.top_logprobs += more.top_logprobs
-        self.text_offset += more.text_offset
+    @classmethod
+    def join(cls, parts: "Sequence[Logprobs]") -> "Logprobs":
+        """The lists one after the other."""
+        lists = {name: [value for part in parts for value in getattr(part, name)] for name in cls.model_fields}
+        return cls(**lists)
 
 
 class Usage(BaseModel):

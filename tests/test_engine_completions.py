@@ -105,6 +105,14 @@ def test_the_field_is_only_there_when_asked_for(model: ServedModel) -> None:
 def frames_of(model: ServedModel, **fields: Any) -> list[Any]:
     """The frames of a stream, without its end mark."""
 
+    *frames, end, nothing = "".join(writes_of(model, **fields)).split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def writes_of(model: ServedModel, **fields: Any) -> list[str]:
+    """What a stream writes, each time with one or more frames."""
+
     async def main() -> list[str]:
         body = CompletionRequest(model="kraken", stream=True, **fields)
         call = await CompletionCall.prepare(body, model)
@@ -112,9 +120,27 @@ def frames_of(model: ServedModel, **fields: Any) -> list[Any]:
         first = await anext(parts)
         return [frame async for frame in call.frames(first, parts)]
 
-    *frames, end = asyncio.run(main())
-    assert end == "data: [DONE]\n\n"
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"logprobs": 2, "echo": True}, {"stop": ["t o"]}], ids=str)
+def test_tokens_that_come_within_the_interval_share_a_write(model: ServedModel, fields: dict[str, Any]) -> None:
+    fields |= {"prompt": "the cat sat on the mat", "max_tokens": 40, "ignore_eos": True}
+    whole, _ = complete(model, **fields)
+    for interval_s in (0.0, 60.0):
+        slow = dataclasses.replace(model, stream_interval_s=interval_s)
+        frames = frames_of(slow, **fields, stream_options={"continuous_usage_stats": True})
+        for choice in whole.choices:
+            parts = [frame["choices"][0] for frame in frames if frame["choices"][0]["index"] == choice.index]
+            assert "".join(part["text"] for part in parts) == choice.text
+            assert parts[-1]["finish_reason"] == choice.finish_reason
+            if choice.logprobs:
+                for name, values in choice.logprobs.model_dump().items():
+                    assert [value for part in parts for value in part["logprobs"][name]] == values
+            # with the long interval: the first token, then nothing before the last one
+            assert len(parts) == 2 if interval_s else len(parts) > 2
+        num_tokens = {frame["choices"][0]["index"]: frame["usage"]["completion_tokens"] for frame in frames}
+        assert whole.usage and sum(num_tokens.values()) == whole.usage.completion_tokens
 
 
 def test_continuous_usage_counts_in_every_frame(model: ServedModel) -> None:
