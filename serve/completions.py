@@ -17,8 +17,9 @@ from typing import cast
 
 from kraken.engine.detokenizer import CompletionText, Detokenizer
 from kraken.engine.inbox import Inbox, is_end_of_task
-from kraken.engine.prompt import encode_for_completion
+from kraken.engine.prompt import encode_for_completion, encode_prompt
 from kraken.engine.protocol import (
+    Admission,
     Engine,
     EngineOverloaded,
     FinishReason,
@@ -30,7 +31,18 @@ from kraken.engine.protocol import (
     check_request,
 )
 from kraken.tokenizer import Tokenizer
-from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, StreamOptions, Usage
+from serve.observer import CallObserver
+from serve.protocol import (
+    ApiError,
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Prompt,
+    PromptTokensDetails,
+    StreamOptions,
+    Usage,
+)
 
 logger = logging.getLogger("ray.serve")
 
@@ -99,12 +111,18 @@ class Part:
 class CompletionCall:
     """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
 
-    def __init__(self, body: CompletionRequest, model: ServedModel, prompts: Sequence[tuple[int, ...]]):
+    def __init__(
+        self,
+        body: CompletionRequest,
+        model: ServedModel,
+        prompts: Sequence[tuple[int, ...]],
+        observer: CallObserver,
+    ):
         self._body = body
+        self._observer = observer
         self._model = model
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._prompt_tokens = sum(map(len, prompts))
         self._choices = [
             _Choice(index, self._engine_request(prompt_ids, index, k), body, model.tokenizer)
             for prompt_index, prompt_ids in enumerate(prompts)
@@ -112,13 +130,20 @@ class CompletionCall:
         ]
 
     @classmethod
-    async def prepare(cls, body: CompletionRequest, model: ServedModel) -> "CompletionCall":
+    async def prepare(
+        cls, body: CompletionRequest, model: ServedModel, observer: CallObserver | None = None
+    ) -> "CompletionCall":
         """Check a request against the model.
+
+        Args:
+            observer: is told what happens; None tells nobody.
 
         Raises:
             ApiError, RequestError: the request can never be served.
         """
+        observer = observer or CallObserver()
         model.require_name(body.model)
+        observer.record.model = model.name
         prompts = _prompts_of(body.prompt)
         num_choices = len(prompts) * body.n
         if num_choices > model.max_choices:
@@ -130,19 +155,8 @@ class CompletionCall:
                 code="invalid_value",
             )
 
-        def encode() -> list[tuple[int, ...]]:
-            length = model.engine.info.context_length
-            return [
-                tuple(
-                    encode_for_completion(model.tokenizer, prompt, body.max_tokens, length)
-                    if isinstance(prompt, str)
-                    else prompt
-                )
-                for prompt in prompts
-            ]
-
         # Off the event loop: other streams go on while a long prompt is encoded.
-        return cls(body, model, await asyncio.to_thread(encode))
+        return cls(body, model, await asyncio.to_thread(_encode, body, prompts, model), observer)
 
     async def parts(self) -> AsyncGenerator[list[Part], None]:
         """The parts of all choices, those together that are ready together, at most one part of each choice; closing it
@@ -158,31 +172,50 @@ class CompletionCall:
             not_before = loop.time() + interval_s
         inbox, running = Inbox(), dict(enumerate(self._choices))
         failure: BaseException | None = None
+
+        def receive(index: int, item: Item) -> None:
+            self._observer.came(index, item)
+            inbox.put(index, item)
+
         try:
             for choice in self._choices:
-                choice.cancel = engine.submit(choice.request, partial(inbox.put, choice.index))
+                choice.cancel = engine.submit(choice.request, partial(receive, choice.index))
             while running:
                 ready: dict[int, list[Part]] = {}
                 for index, item in await inbox.take(not_before):
-                    choice = self._choices[index]
+                    if index not in running:  # ended by a stop string
+                        continue
                     try:
-                        part = choice.take_in(item) if index in running else None
+                        part = self._take_in(running[index], item)
                     except BaseException as error:
                         failure = error
                         break
                     if part is not None:
                         ready.setdefault(index, []).append(part)
                         if part.finish_reason:
-                            del running[index]
-                            choice.cancel()
+                            running.pop(index).cancel()
+                            self._observer.choice_ended(part.finish_reason)
                 if ready:
                     yield [Part.join(parts) for parts in ready.values()]
                 if failure is not None:
                     raise failure
                 not_before = loop.time() + interval_s
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             for choice in running.values():
                 choice.cancel()
+                self._observer.choice_ended("abort" if failure is None or is_end_of_task(failure) else "error")
+
+    def _take_in(self, choice: "_Choice", item: Item) -> Part | None:
+        is_first, num_before = not choice.has_begun, choice.text.num_tokens
+        part = choice.take_in(item)
+        if is_first:
+            num_prompt_tokens = 0 if choice.index % self._body.n else len(choice.request.prompt_ids)
+            self._observer.admitted(choice.admission, num_prompt_tokens)
+        self._observer.tokens(choice.text.num_tokens - num_before)
+        return part
 
     async def collect(self, parts: AsyncGenerator[list[Part], None]) -> Completion:
         """The whole response, once everything is generated."""
@@ -216,17 +249,20 @@ class CompletionCall:
         except BaseException as error:  # the status line is long gone, so this frame is all that can still tell
             if is_end_of_task(error):
                 raise
-            log_failure(error)
-            yield f"data: {ApiError.of(error).json()}\n\n"
+            log_failure(error, self._observer.record.id)
+            told = ApiError.of(error)
+            self._observer.record.fail(told.body["error"])
+            yield event(told.json())
 
     def _engine_request(self, prompt_ids: tuple[int, ...], index: int, k: int) -> Request:
         body, info = self._body, self._model.engine.info
+        max_tokens = body.limit(room=info.context_length - len(prompt_ids))
         echoes_logprobs = body.echo and body.logprobs is not None
         asked = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
         request = Request(
-            id=f"{self._id}-{index}",
+            id=f"{self._observer.record.id}/{self._id}-{index}",
             prompt_ids=prompt_ids,
-            sampling=body.sampling_params(info.eot_id, choice=k),
+            sampling=body.sampling_params(max_tokens, info.eot_id, choice=k),
             num_logprobs=max(asked, default=None),
             prompt_logprobs=echoes_logprobs or body.prompt_logprobs is not None,
         )
@@ -235,20 +271,11 @@ class CompletionCall:
 
     def _usage_of(self, part: Part) -> Usage:
         """Token counts of the choice that a frame belongs to, so far."""
-        num_prompt_tokens = len(self._choices[part.index].request.prompt_ids)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=part.num_tokens,
-            total_tokens=num_prompt_tokens + part.num_tokens,
-        )
+        return _usage([self._choices[part.index]], part.num_tokens)
 
     def _usage(self, num_tokens: Iterable[int]) -> Usage:
-        completion_tokens = sum(num_tokens)
-        return Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self._prompt_tokens + completion_tokens,
-        )
+        """Token counts of the call. A prompt counts once, however many choices it has."""
+        return _usage(self._choices[:: self._body.n], sum(num_tokens))
 
     def _completion(self, choices: list[Choice], usage: Usage | None) -> Completion:
         return Completion(
@@ -262,7 +289,7 @@ class CompletionCall:
 
     def _frame(self, choices: list[Choice], usage: Usage | None, has_usage_field: bool) -> str:
         completion = self._completion(choices, usage)
-        return f"data: {completion.model_dump_json(exclude=None if has_usage_field else {'usage'})}\n\n"
+        return event(completion.model_dump_json(exclude=None if has_usage_field else {"usage"}))
 
 
 class _Choice:
@@ -274,8 +301,13 @@ class _Choice:
     def __init__(self, index: int, request: Request, body: CompletionRequest, tokenizer: Tokenizer):
         self.index = index
         self.request = request
-        self.text = CompletionText(tokenizer, request, body.stop)
+        skipped_ids = frozenset({tokenizer.eot_id} if body.skip_special_tokens else ())
+        self.text = CompletionText(tokenizer, request, body.stop, skipped_ids)
+        self.admission: Admission | None = None
+        """Known from the first output on, if the engine measures it."""
         self.cancel: Callable[[], None] = lambda: None
+        self.has_begun = False
+        """Whether the engine has yielded something."""
         self._body = body
         self._tokenizer = tokenizer
         self._starts = tuple[int, ...]()
@@ -293,7 +325,10 @@ class _Choice:
         """
         if isinstance(item, BaseException):
             raise item
+        self.has_begun = True
         body, unsent = self._body, self._unsent
+        if item is not None and item.admission is not None:
+            self.admission = item.admission
         if isinstance(item, PromptOutput):
             prompt = list(zip(self.request.prompt_ids, self._starts, item.logprobs, strict=True))
             echoed = self._logprobs(prompt, body.logprobs if body.echo else None)
@@ -326,6 +361,11 @@ class _Choice:
         return {token_label(self._tokenizer, token_id): logprob for token_id, logprob in pairs}
 
 
+def event(content: str) -> str:
+    """A server-sent event. JSON leaves U+2028 and U+2029 as they are, and some clients take them for ends of lines."""
+    return f"data: {content}\n\n".replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
 def token_label(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as the key of a JSON object: its text, or OpenAI's spelling of bytes that are no whole characters.
 
@@ -338,10 +378,49 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def log_failure(error: BaseException) -> None:
+def log_failure(error: BaseException, request_id: str) -> None:
     """Record what is the server's fault; what the client did wrong, the client is told."""
     if not isinstance(error, ApiError | RequestError | EngineOverloaded):
-        logger.error("A completion failed.", exc_info=error)
+        logger.error("Request %s failed.", request_id, exc_info=error)
+
+
+def _encode(body: CompletionRequest, prompts: list[str | list[int]], model: ServedModel) -> list[tuple[int, ...]]:
+    """Ids of every prompt, cut to `truncate_prompt_tokens`.
+
+    Raises:
+        RequestError: a prompt cannot be encoded, or is longer than the context.
+        ApiError: `truncate_prompt_tokens` is larger than the context.
+    """
+    tokenizer, length, num_last = model.tokenizer, model.engine.info.context_length, body.truncate_prompt_tokens
+    if num_last is None:
+        return [
+            tuple(encode_for_completion(tokenizer, p, body.limit(), length) if isinstance(p, str) else p)
+            for p in prompts
+        ]
+    if num_last > length:
+        message = f"truncate_prompt_tokens={num_last} is larger than the context of {length} tokens; lower it"
+        raise ApiError(400, message, param="truncate_prompt_tokens", code="invalid_value")
+    num_last = max(1, length - body.limit()) if num_last == -1 else num_last
+    return [
+        tuple(((encode_prompt(tokenizer, p) or [tokenizer.eot_id]) if isinstance(p, str) else p)[-num_last:])
+        for p in prompts
+    ]
+
+
+def _usage(prompts: "Sequence[_Choice]", completion_tokens: int) -> Usage:
+    """
+    Args:
+        prompts: one choice of each prompt.
+    """
+    prompt_tokens = sum(len(choice.request.prompt_ids) for choice in prompts)
+    admissions = [choice.admission for choice in prompts if choice.admission]
+    known = [admission.num_cached_tokens for admission in admissions if admission.num_cached_tokens is not None]
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(known)) if known else None,
+    )
 
 
 def _prompts_of(prompt: Prompt) -> list[str | list[int]]:
