@@ -22,8 +22,9 @@ import kraken
 from kraken.engine.prompt import encode_prompt
 from serve import metrics
 from serve.api_key import ApiKeyDigest, KeyRing
+from serve.chat import ChatCall, ChatCompletion, ChatRequest
 from serve.completions import CompletionCall, ServedModel
-from serve.errors import MISSING_ENDPOINTS, ErrorResponses, refuse_missing_endpoint, refuse_route
+from serve.errors import CHAT, MISSING_ENDPOINTS, ErrorResponses, refuse_missing_endpoint, refuse_route
 from serve.metrics import EndpointMetrics
 from serve.observer import CallObserver
 from serve.openapi import Operation, docs_page, document
@@ -66,6 +67,10 @@ OPERATIONS = (
     Operation("GET", "/", "A page to try the model", None, "text/html", is_open=True),
 )
 """Everything that the endpoint answers. `/openapi.json` and `/docs` are made from it."""
+CHAT_OPERATION = Operation(
+    "POST", CHAT, "Answer in a conversation", ChatRequest, ChatCompletion, errors=(404, 429, 500)
+)
+"""Only of models with a chat template."""
 
 
 class Api:
@@ -89,7 +94,10 @@ class Api:
         self._keys = keys or KeyRing(None)
         self._deployment = deployment
         self._metrics = EndpointMetrics(model.engine, {"model_name": model.name, "replica": replica})
-        self._document = document(OPERATIONS, MISSING_ENDPOINTS, model.engine.info)
+        has_chat = model.chat_template is not None
+        self._operations = (*OPERATIONS, CHAT_OPERATION) if has_chat else OPERATIONS
+        self._missing = {path: why for path, why in MISSING_ENDPOINTS.items() if not (has_chat and path == CHAT)}
+        self._document = document(self._operations, self._missing, model.engine.info)
         self._docs = docs_page(self._document)
         self._playground = Page.load("playground.html")
 
@@ -106,6 +114,7 @@ class Api:
         guard = [Depends(self._require_api_key)]
         handlers: dict[str, Callable[..., Awaitable[Response]]] = {
             "/v1/completions": self._create_completion,
+            CHAT: self._create_chat_completion,
             "/v1/models": self._list_models,
             "/v1/models/{name:path}": self._get_model,
             "/tokenizer_info": self._tokenizer_info,
@@ -118,11 +127,11 @@ class Api:
             "/docs": self._docs.respond,
             "/": self._playground.respond,
         }
-        for operation in OPERATIONS:
+        for operation in self._operations:
             dependencies = [] if operation.is_open else guard
             handler = handlers[operation.path]
             app.add_api_route(operation.path, handler, methods=[operation.method], dependencies=dependencies)
-        for path in MISSING_ENDPOINTS:
+        for path in self._missing:
             app.add_api_route(path, refuse_missing_endpoint, methods=["GET", "POST"], dependencies=guard)
         app.add_exception_handler(HTTPException, refuse_route)
         app.add_middleware(ErrorResponses)
@@ -139,12 +148,14 @@ class Api:
 
     async def _create_completion(self, request: Request) -> Response:
         body = await read_body(CompletionRequest, request)
-        call = await CompletionCall.prepare(body, self._model, CallObserver(record_of(request), self._metrics))
-        parts = call.parts()
-        if not body.stream:
-            return _json(await call.collect(parts))
-        first = await anext(parts)  # up to here a failure is a status code, from here on it is a frame
-        return EventStream(call.frames(first, parts), parts)
+        observer = CallObserver(record_of(request), self._metrics)
+        return await _answer(await CompletionCall.prepare(body, self._model, observer), body.stream)
+
+    async def _create_chat_completion(self, request: Request) -> Response:
+        body, template = await read_body(ChatRequest, request), self._model.chat_template
+        assert template is not None, "the route exists only with a template"
+        observer = CallObserver(record_of(request), self._metrics)
+        return await _answer(await ChatCall.prepare_chat(body, self._model, template, observer), body.stream)
 
     async def _list_models(self) -> Response:
         return _json(ModelList(data=[self._model_card()]))
@@ -154,8 +165,15 @@ class Api:
         return _json(self._model_card())
 
     async def _tokenizer_info(self) -> Response:
-        tokenizer = self._model.tokenizer
-        return _json(TokenizerInfo(name=tokenizer.name, num_ids=tokenizer.num_ids, fingerprint=tokenizer.fingerprint))
+        tokenizer, template = self._model.tokenizer, self._model.chat_template
+        return _json(
+            TokenizerInfo(
+                name=tokenizer.name,
+                num_ids=tokenizer.num_ids,
+                fingerprint=tokenizer.fingerprint,
+                chat_template=None if template is None else template.source,
+            )
+        )
 
     async def _tokenize(self, request: Request) -> Response:
         body = await read_body(TokenizeRequest, request)
@@ -252,6 +270,14 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._source):
             await super().__call__(scope, receive, send)
+
+
+async def _answer(call: CompletionCall, is_stream: bool) -> Response:
+    parts = call.parts()
+    if not is_stream:
+        return _json(await call.collect(parts))
+    first = await anext(parts)  # up to here a failure is a status code, from here on it is a frame
+    return EventStream(call.frames(first, parts), parts)
 
 
 async def read_body(body_class: type[Body], request: Request) -> Body:

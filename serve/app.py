@@ -38,6 +38,7 @@ from kraken.storage import is_remote, local_artefact
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from serve.api_key import API_KEY_VARIABLE as API_KEY_VARIABLE
 from serve.api_key import ApiKeyDigest, KeyRing, api_key
+from serve.chat_template import ChatTemplate
 from serve.completions import ServedModel
 from serve.deployment import Endpoint
 
@@ -202,6 +203,7 @@ def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:
         exchange_fingerprint=_exchange_fingerprint(exchange),
         max_choices=args.engine_config.max_queued_requests,
         created=int(time.time()),
+        chat_template=ChatTemplate.load(exchange),
         stream_interval_s=args.serve_config.stream_interval_ms / 1e3,
     )
 

@@ -13,7 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
+from typing import Any, Self, cast
+
+from pydantic import BaseModel
 
 from kraken.engine.detokenizer import CompletionText, Detokenizer
 from kraken.engine.inbox import Inbox, is_end_of_task
@@ -31,6 +33,7 @@ from kraken.engine.protocol import (
     check_request,
 )
 from kraken.tokenizer import Tokenizer
+from serve.chat_template import ChatTemplate
 from serve.observer import CallObserver
 from serve.protocol import (
     ApiError,
@@ -63,6 +66,8 @@ class ServedModel:
     """Most choices of one call; they arrive together, so more than the engine queues could never be accepted."""
     created: int
     """Unix time at which it was loaded."""
+    chat_template: ChatTemplate | None = None
+    """None for a base model, which knows no conversation."""
     stream_interval_s: float = 0.0
     """Tokens of a stream that come within so much time of a write share the next one."""
 
@@ -111,6 +116,8 @@ class Part:
 class CompletionCall:
     """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
 
+    id_prefix = "cmpl"
+
     def __init__(
         self,
         body: CompletionRequest,
@@ -121,7 +128,7 @@ class CompletionCall:
         self._body = body
         self._observer = observer
         self._model = model
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._choices = [
             _Choice(index, self._engine_request(prompt_ids, index, k), body, model.tokenizer)
@@ -130,9 +137,7 @@ class CompletionCall:
         ]
 
     @classmethod
-    async def prepare(
-        cls, body: CompletionRequest, model: ServedModel, observer: CallObserver | None = None
-    ) -> "CompletionCall":
+    async def prepare(cls, body: CompletionRequest, model: ServedModel, observer: CallObserver | None = None) -> Self:
         """Check a request against the model.
 
         Args:
@@ -217,7 +222,7 @@ class CompletionCall:
         self._observer.tokens(choice.text.num_tokens - num_before)
         return part
 
-    async def collect(self, parts: AsyncGenerator[list[Part], None]) -> Completion:
+    async def collect(self, parts: AsyncGenerator[list[Part], None]) -> BaseModel:
         """The whole response, once everything is generated."""
         found: list[list[Part]] = [[] for _ in self._choices]
         async with aclosing(parts):
@@ -225,7 +230,7 @@ class CompletionCall:
                 for part in ready:
                     found[part.index].append(part)
         whole = [Part.join(own) for own in found]
-        return self._completion([part.choice() for part in whole], self._usage(part.num_tokens for part in whole))
+        return self.response(whole, self._usage(part.num_tokens for part in whole))
 
     async def frames(self, first: list[Part], parts: AsyncGenerator[list[Part], None]) -> AsyncGenerator[str, None]:
         """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error.
@@ -240,7 +245,7 @@ class CompletionCall:
                 for part in ready:
                     num_tokens[part.index] = part.num_tokens
                     usage = self._usage_of(part) if options.continuous_usage_stats else None
-                    frames.append(self._frame([part.choice()], usage, has_usage_field))
+                    frames.append(self._frame([part], usage, has_usage_field))
                 yield "".join(frames)
                 ready = await anext(parts, None)
             if options.include_usage:
@@ -256,7 +261,7 @@ class CompletionCall:
 
     def _engine_request(self, prompt_ids: tuple[int, ...], index: int, k: int) -> Request:
         body, info = self._body, self._model.engine.info
-        max_tokens = body.limit(room=info.context_length - len(prompt_ids))
+        max_tokens = self.limit(body, info.context_length - len(prompt_ids))
         echoes_logprobs = body.echo and body.logprobs is not None
         asked = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
         request = Request(
@@ -277,19 +282,36 @@ class CompletionCall:
         """Token counts of the call. A prompt counts once, however many choices it has."""
         return _usage(self._choices[:: self._body.n], sum(num_tokens))
 
-    def _completion(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model.name,
-            choices=choices,
-            usage=usage,
-            system_fingerprint=self._model.exchange_fingerprint,
-        )
+    @classmethod
+    def limit(cls, body: CompletionRequest, room: int) -> int:
+        """Most tokens of a choice.
 
-    def _frame(self, choices: list[Choice], usage: Usage | None, has_usage_field: bool) -> str:
-        completion = self._completion(choices, usage)
-        return event(completion.model_dump_json(exclude=None if has_usage_field else {"usage"}))
+        Args:
+            room: tokens that the prompt leaves of the context.
+        """
+        return body.limit(room)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What every response and every frame of the call has."""
+        return {
+            "id": self._id,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.exchange_fingerprint,
+        }
+
+    def response(self, parts: Sequence[Part], usage: Usage) -> BaseModel:
+        """The whole response, from one part for each choice."""
+        return Completion(**self.head, choices=[part.choice() for part in parts], usage=usage)
+
+    def chunk(self, parts: Sequence[Part], usage: Usage | None) -> BaseModel:
+        """What one frame of a stream holds."""
+        return Completion(**self.head, choices=[part.choice() for part in parts], usage=usage)
+
+    def _frame(self, parts: Sequence[Part], usage: Usage | None, has_usage_field: bool) -> str:
+        content = self.chunk(parts, usage)
+        return event(content.model_dump_json(exclude=None if has_usage_field else {"usage"}))
 
 
 class _Choice:

@@ -16,14 +16,16 @@ from serve.completions import log_failure
 from serve.protocol import ApiError
 from serve.record import RequestRecord
 
-BASE_MODEL = "the model completes text and knows no conversation"
+BASE_MODEL = "base model without a chat template; use /v1/completions"
+CHAT = "/v1/chat/completions"
 MISSING_ENDPOINTS = {
-    "/v1/chat/completions": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
-    "/v1/responses": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
-    "/v1/messages": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
+    CHAT: BASE_MODEL,
+    "/v1/responses": "use /v1/completions",
+    "/v1/messages": "use /v1/completions",
     "/v1/embeddings": "the model generates text and computes no embeddings",
 }
-"""URLs that clients expect of an OpenAI-compatible server -> why this one does not have them."""
+"""URLs that clients expect of an OpenAI-compatible server -> why this one does not have them. Chat is there if the
+model has a template."""
 
 
 class ErrorResponses:
@@ -83,7 +85,7 @@ def _what_exists(request: Request) -> str:
     known = [
         f"{method} {route.path.replace('{name:path}', '{model}')}"
         for route in routes
-        if isinstance(route, APIRoute) and route.path not in MISSING_ENDPOINTS
+        if isinstance(route, APIRoute) and route.endpoint is not refuse_missing_endpoint
         for method in sorted(route.methods or ())
     ]
     return f"This endpoint has {', '.join(known)}; the base URL of OpenAI clients ends in /v1."

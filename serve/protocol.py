@@ -160,7 +160,7 @@ def bad_request(error: ValidationError) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     """A request: JSON types as they are (no "16" for 16), nothing unknown, null as if left out."""
 
     model_config = ConfigDict(
@@ -288,7 +288,7 @@ def _truncation(value: int) -> int:
     return value
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     include_usage: bool = False
     """End the stream with a frame of token counts."""
     continuous_usage_stats: bool = False
@@ -297,15 +297,13 @@ class StreamOptions(_Body):
     """Padding against traffic analysis, which OpenAI adds; not here."""
 
 
-class CompletionRequest(_Body):
-    """POST /v1/completions."""
+class GenerationRequest(RequestBody):
+    """What requests for completions and for chat have in common."""
 
     model: str
-    prompt: Prompt = END_OF_TEXT
-    """Left out: the beginning of a new document."""
     max_tokens: Annotated[int, _range(0)] | None = None
-    """Left out: 16, or what the prompt leaves of the context if that is less. 0 needs `echo` or `prompt_logprobs`: the
-    prompt comes back, scored."""
+    """Left out: 16 for completions, and in a chat what the prompt leaves of the context; never more than that. 0 needs
+    `echo` or `prompt_logprobs`: the prompt comes back, scored."""
     max_completion_tokens: Annotated[int, _range(0)] | None = None
     """`max_tokens` by the name that chat completions have for it."""
     temperature: Annotated[float, _range(0, 100)] = 1.0
@@ -334,20 +332,14 @@ class CompletionRequest(_Body):
     """Not OpenAI's: the end of text is a token like any other."""
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] = []
     """Not OpenAI's: ids that end the completion; they are no part of its text."""
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Not OpenAI's: the prompt's log-probabilities, in a field of their own, with this many most likely tokens."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES_PER_PROMPT)] | None = None
     """Choice k of a prompt draws with seed + k."""
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
     user: str | None = None
     """The client's own label of its end user, which has no effect; OpenAI defines it so."""
-    best_of: int | None = None
-    suffix: Annotated[str, Field(json_schema_extra={"maxLength": 0})] = ""
 
     # What other servers offer and their clients send. Only the values that say what happens here anyway are accepted.
     add_special_tokens: bool = True
@@ -374,27 +366,18 @@ class CompletionRequest(_Body):
         other = values.get("max_tokens")
         if other is not None and (type(other), other) != (type(limit), limit):
             message = "max_tokens and max_completion_tokens are the same limit and differ; give one"
-            raise _refusal("invalid_value", "max_completion_tokens", message)
+            raise refusal("invalid_value", "max_completion_tokens", message)
         return values | {"max_tokens": limit}
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_there(self) -> "CompletionRequest":
-        if self.suffix:
-            raise _refusal("unsupported_parameter", "suffix", "suffix is not supported; leave it out")
-        if self.best_of not in (None, self.n):
-            raise _refusal(
-                "unsupported_parameter", "best_of", "best_of is not supported; leave it out or make it equal n"
-            )
+    def _refuse_what_is_not_there(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise _refusal("invalid_value", "stream_options", "stream_options needs stream=true")
-        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
-            raise _refusal("invalid_value", "max_tokens", message)
+            raise refusal("invalid_value", "stream_options", "stream_options needs stream=true")
         try:
             self.sampling_params(self.limit(), eot_id=0)
             check_stop_strings(self.stop)
         except RequestError as error:
-            raise _refusal("invalid_value", str(error.field), str(error)) from None
+            raise refusal("invalid_value", str(error.field), str(error)) from None
         return self
 
     def limit(self, room: int = DEFAULT_MAX_TOKENS) -> int:
@@ -433,11 +416,37 @@ class CompletionRequest(_Body):
         )
 
 
-def _refusal(code: Literal["unsupported_parameter", "invalid_value"], param: str, message: str) -> PydanticCustomError:
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt = END_OF_TEXT
+    """Left out: the beginning of a new document."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Not OpenAI's: the prompt's log-probabilities, in a field of their own, with this many most likely tokens."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: Annotated[str, Field(json_schema_extra={"maxLength": 0})] = ""
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> "CompletionRequest":
+        if self.suffix:
+            raise refusal("unsupported_parameter", "suffix", "suffix is not supported; leave it out")
+        if self.best_of not in (None, self.n):
+            raise refusal(
+                "unsupported_parameter", "best_of", "best_of is not supported; leave it out or make it equal n"
+            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
+            raise refusal("invalid_value", "max_tokens", message)
+        return self
+
+
+def refusal(code: Literal["unsupported_parameter", "invalid_value"], param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(code, "{message}", {"param": param, "message": message})
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBody):
     """POST /tokenize, as vLLM offers it and lm-eval reads it."""
 
     prompt: str
@@ -446,7 +455,7 @@ class TokenizeRequest(_Body):
     """Makes no difference, as with GPT-2: there is no special token that belongs around every text."""
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     tokens: Ids
@@ -553,7 +562,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str = END_OF_TEXT
     eos_token: str = END_OF_TEXT
     pad_token: str = END_OF_TEXT
-    chat_template: None = None
+    chat_template: str | None = None
 
 
 class TokenizeResponse(BaseModel):

@@ -1,6 +1,7 @@
 """The HTTP API in this process: what it says of itself, its metrics, its log, its pages, and that they agree."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import re
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import openai
 import pytest
 import tiny
 from prometheus_client.parser import text_string_to_metric_families
 
 import kraken
-from kraken.config import EngineConfig
+from kraken.config import ConfigError, EngineConfig
 from kraken.engine.echo import EchoEngine
 from kraken.engine.engine import TorchEngine
 from kraken.engine.protocol import Engine, EngineInfo
@@ -23,7 +25,9 @@ from kraken.model import Kraken
 from kraken.tokenizer import Tokenizer
 from serve.api import Api
 from serve.api_key import ApiKey, ApiKeyDigest, KeyRing
+from serve.chat_template import ChatTemplate
 from serve.completions import ServedModel
+from serve.protocol import ApiError
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
@@ -162,6 +166,92 @@ def test_health_says_why_not(tokenizer: Tokenizer) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
 
     use(model, work)
+
+
+# ---- chat
+
+TEMPLATE = """{% for message in messages %}{{ message.role[0] }}:{{ message.content }}
+{% endfor %}{% if messages[-1].role == "assistant" %}{{ raise_exception("the last turn must not be the assistant's") }}
+{% endif %}a:"""
+
+
+def test_a_chat_is_the_completion_of_the_rendered_prompt(tokenizer: Tokenizer) -> None:
+    model = dataclasses.replace(torch_model(tokenizer), chat_template=ChatTemplate(TEMPLATE))
+    messages = [
+        {"role": "system", "content": "so"},
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]},
+    ]
+    prompt = "s:so\nu:the cat\na:"
+
+    async def work(client: httpx.AsyncClient) -> None:
+        openai_client = openai.AsyncOpenAI(base_url="http://endpoint/v1", api_key="k", http_client=client)
+        fields: dict[str, Any] = {"seed": 3, "n": 2, "max_tokens": 4}
+        plain = (await complete(client, prompt, logprobs=2, **fields)).json()
+        chat = await openai_client.chat.completions.create(
+            model=MODEL, messages=messages, logprobs=True, top_logprobs=2, **fields
+        )
+        assert chat.object == "chat.completion"
+        assert chat.usage and chat.usage.prompt_tokens == plain["usage"]["prompt_tokens"]
+        for ours, theirs in zip(chat.choices, plain["choices"], strict=True):
+            assert ours.message.content == theirs["text"] and ours.finish_reason == theirs["finish_reason"]
+            assert ours.logprobs and ours.logprobs.content
+            assert [token.token for token in ours.logprobs.content] == theirs["logprobs"]["tokens"]
+            for token, top in zip(ours.logprobs.content, theirs["logprobs"]["top_logprobs"], strict=True):
+                assert {other.token: other.logprob for other in token.top_logprobs} == top
+                assert token.bytes and tokenizer.ranks[bytes(token.bytes)] >= 0
+        stream = await openai_client.chat.completions.create(
+            model=MODEL, messages=messages, stream=True, stream_options={"include_usage": True}, **fields
+        )
+        texts, last = {0: "", 1: ""}, None
+        async for chunk in stream:
+            last = chunk
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+        assert list(texts.values()) == [choice["text"] for choice in plain["choices"]]
+        assert last and last.usage and last.usage.completion_tokens == plain["usage"]["completion_tokens"]
+        whole = await openai_client.chat.completions.create(
+            model=MODEL, messages=messages, extra_body={"ignore_eos": True}
+        )
+        length = model.engine.info.context_length
+        assert whole.usage and whole.usage.total_tokens == length and whole.choices[0].finish_reason == "length"
+        for wrong, param in (
+            ({"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+            ({"messages": []}, "messages"),
+            ({"messages": messages, "top_logprobs": 2}, "top_logprobs"),
+            ({"messages": messages, "max_tokens": 0}, "max_tokens"),
+            ({"messages": messages, "tools": [{}]}, "tools"),
+            ({"messages": messages, "echo": True}, "echo"),
+        ):
+            answer = await client.post("/v1/chat/completions", json={"model": MODEL, **wrong})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+        assert "/v1/chat/completions" in (await client.get("/openapi.json")).json()["paths"]
+        assert (await client.get("/tokenizer_info")).json()["chat_template"] == TEMPLATE
+
+    use(model, work)
+
+
+def test_a_base_model_says_that_it_has_no_template(tokenizer: Tokenizer) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}]}
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert "base model without a chat template; use /v1/completions" in answer.json()["error"]["message"]
+
+    use(echo_model(tokenizer), work)
+
+
+def test_a_folder_carries_its_template_in_one_of_two_files(tmp_path: Path) -> None:
+    assert ChatTemplate.load(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}?"}))
+    found = ChatTemplate.load(tmp_path)
+    assert found and found.render([{"role": "user", "content": "a"}]) == "a?"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    found = ChatTemplate.load(tmp_path)
+    assert found and found.source == TEMPLATE
+    with pytest.raises(ConfigError, match="no valid Jinja"):
+        ChatTemplate("{% for %}")
+    with pytest.raises(ApiError, match="refuses these messages"):
+        ChatTemplate("{{ messages.append(1) }}").render([])
 
 
 # ---- metrics and log
