@@ -536,6 +536,12 @@ class ServeConfig:
     """HTTP port."""
     model_name: str = "kraken"
     """Name that clients put into `model`."""
+    api_keys_file: str = ""
+    """A file with digests of further API keys, each with a name and a rate limit, beside the key in KRAKEN_API_KEY. The
+    driver and every node with a replica read it, and again when it changes. `serve/api_key.py` says how to write it."""
+    stream_interval_ms: float = 0.0
+    """A stream writes at most so often: tokens that come within this time of a write share the next one. The first and
+    the last token never wait."""
     num_replicas: int = 1
     """Engine replicas behind the endpoint."""
     cpus_per_replica: float = 0.0
@@ -552,6 +558,10 @@ class ServeConfig:
         _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
         _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
         _require_positive("serve", self, "num_replicas")
+        _require(
+            0 <= self.stream_interval_ms <= 1000,
+            f"serve.stream_interval_ms={self.stream_interval_ms} is outside 0..1000; 0 writes every token at once",
+        )
         for name in ("cpus_per_replica", "gpus_per_replica"):
             value = getattr(self, name)
             _require(value >= 0, f"serve.{name}={value} is negative; 0 reserves none")
