@@ -167,13 +167,13 @@ CASES = {
         EngineActor.a_constructor_that_blocks_does_not_stop_the_clock.__name__,
     ],
 }
-"""Engine -> what is checked, in this order: an engine starts once."""
+"""Engine -> what is checked, in this order: an engine starts once. The one over Ray takes three processes to start."""
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(kind, name, marks=pytest.mark.ray if kind == OVER_RAY else ())
+        pytest.param(kind, name, marks=[pytest.mark.ray, pytest.mark.slow] if kind == OVER_RAY else [])
         for kind, names in CASES.items()
         for name in names
     ],
