@@ -474,7 +474,7 @@ class EngineConfig:
             ),
             "max_step_tokens": (
                 self.max_step_tokens != DEFAULT_MAX_STEP_TOKENS,
-                "it has no effect, since a step of TensorRT-LLM has room for a whole context",
+                "it has no effect, since a step of TensorRT-LLM has room for every prompt",
             ),
             "tokens_per_block": (
                 self.tokens_per_block not in TENSORRT_LLM_BLOCKS,

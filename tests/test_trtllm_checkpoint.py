@@ -229,8 +229,6 @@ class TestFolder:
             "torch_dtype": "bfloat16",
             "tie_word_embeddings": True,
             "layer_norm_eps": 1e-5,
-            "kraken_width": 6,
-            "kraken_head_dim": 6,
             "num_ways": 6,
             "bias": True,
         }
