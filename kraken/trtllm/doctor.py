@@ -439,7 +439,8 @@ class Bench:
         sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, seed=1)
         request = Request(id=name, prompt_ids=self._prompt(7), sampling=sampling, return_logits=True)
         outputs = [output async for output in engine.generate(request)]
-        return np.stack([output.logits_V for output in outputs if isinstance(output, TokenOutput)])
+        logits = (output.logits_V for output in outputs if isinstance(output, TokenOutput))
+        return np.stack([logits_V for logits_V in logits if logits_V is not None])
 
     async def _time(self, engine: Any) -> tuple[float, str]:
         """Median time to first token of one request at a time in ms, and in words; TensorRT-LLM's own clock, too."""
