@@ -238,7 +238,9 @@ def test_what_transformers_saved_comes_back(found: dict[str, torch.Tensor], root
     assert not (saved / RANKS_NAME).exists()
     with pytest.raises(ArtefactError, match="jobs.convert --from-huggingface"):
         TorchEngine.from_exchange(saved, EngineConfig(device="cpu"))
+    (saved / "chat_template.jinja").write_text("{{ messages }}")
     convert_main(["--from-huggingface", str(saved), "--out", str(tmp_path / "back")])
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
     for name in (RANKS_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "back" / name).read_bytes() == (root / "everything" / name).read_bytes(), name
     info = TorchEngine.from_exchange(tmp_path / "back", EngineConfig(device="cpu", dtype="float32")).info

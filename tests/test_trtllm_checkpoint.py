@@ -262,6 +262,8 @@ class TestFolder:
     def test_what_cannot_be_converted_is_refused(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"model.positions=rope.*engine.kind=torch"):
             plan_parts(shape(2, positions="rope"))
+        with pytest.raises(ConfigError, match=r"model.architecture=kraken_delayed.*engine.kind=torch"):
+            plan_parts(shape(2, architecture="kraken_delayed"))
         with pytest.raises(ConfigError, match="head size is 300.*no kernel above 256"):
             plan_parts(shape(2, width=900))
         source = exchange(tmp_path / "exchange", float32_model(shape(2)), tokenizer)

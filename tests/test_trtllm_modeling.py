@@ -265,6 +265,7 @@ def refusal(mapping=dict(world_size=2, tp_size=2), attributes=(), **model_kwargs
 settings = {
     "accepted": refusal(),
     "positions=rope": refusal(positions="rope"),
+    "architecture=kraken_delayed": refusal(architecture="kraken_delayed"),
     "head_dim=113": refusal(head_dim=113),
     "tensor_parallel_size=4": refusal(mapping=dict(world_size=4, tp_size=4)),
     "tensor_parallel_size=3": refusal(mapping=dict(world_size=3, tp_size=3), architecture="standard"),

@@ -7,17 +7,21 @@ has probability 2 ** -(r + 1). The completion is not sampled from it.
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
 import numpy as np
 
 from kraken.config import ConfigError, EngineConfig
+from kraken.engine.inbox import submit_by_generate
 from kraken.engine.protocol import (
+    Admission,
     EngineError,
     EngineInfo,
     EngineOverloaded,
     EngineStats,
+    Item,
     Output,
     PromptOutput,
     Request,
@@ -65,20 +69,24 @@ class EchoEngine:
         if request.id in self._running or request.id in self._queued:
             raise RequestError(f"id={request.id!r} is in flight already; give every request its own")
         self._require_open()
+        arrived_at = time.monotonic()
         turn = self._take_turn(request.id)
         try:
             await turn  # also ends when the request is aborted, which is then in neither collection
+            admission: Admission | None = Admission(queue_s=time.monotonic() - arrived_at)
             if self._has_ended(request.id, turn):
                 return
             self._prompt_tokens += len(request.prompt_ids)
             if request.prompt_logprobs or request.return_logits:
-                yield self._prompt_output(request)
+                yield dataclasses.replace(self._prompt_output(request), admission=admission)
+                admission = None
             num_tokens = request.sampling.max_tokens
             for step in range(num_tokens):
                 await asyncio.sleep(self.token_delay_s)
                 if self._has_ended(request.id, turn):
                     return
-                output = self._token_output(request, step)
+                output = dataclasses.replace(self._token_output(request, step), admission=admission)
+                admission = None
                 self._completion_tokens += 1
                 if output.finish_reason:  # before the yield: the caller may never ask for more
                     self._finish(request.id)
@@ -91,6 +99,9 @@ class EchoEngine:
             # by turn and not by id, which may belong to a later request by now
             if turn in (self._running.get(request.id), self._queued.get(request.id)):
                 self.abort(request.id)
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        return submit_by_generate(self, request, receive)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running or request_id in self._queued:

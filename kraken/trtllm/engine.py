@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kraken.config import ConfigError, EngineConfig
+from kraken.engine.inbox import submit_by_generate
 from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import (
     EngineError,
@@ -29,6 +30,7 @@ from kraken.engine.protocol import (
     EngineOverloaded,
     EngineStats,
     FinishReason,
+    Item,
     Output,
     PromptOutput,
     Request,
@@ -264,6 +266,10 @@ class TensorRTEngine:
             # by flight and not by id, which may belong to a later request by now
             if self._flights.get(request.id) is flight:
                 self.abort(request.id)
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        """See `Engine.submit`."""
+        return submit_by_generate(self, request, receive)
 
     def abort(self, request_id: str) -> None:
         """See `Engine.abort`."""

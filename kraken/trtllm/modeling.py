@@ -67,6 +67,10 @@ def require_supported(model_config: ModelConfig) -> None:
             "num_token_ids is missing in config.json, so that nobody knows which ids only pad the vocabulary and must "
             "have no probability; convert again"
         )
+    if shape.architecture == "kraken_delayed":
+        raise ConfigError(
+            "architecture=kraken_delayed is not supported with TensorRT-LLM; serve this model with engine.kind=torch"
+        )
     if shape.positions != "learned":
         raise ConfigError(
             f"positions={shape.positions} is not supported with TensorRT-LLM; serve this model with engine.kind=torch"
