@@ -33,7 +33,7 @@ ui: setup ## open the MLflow server of this storage on loopback, until Ctrl-C
 	@.venv/bin/python -m jobs.local ui --storage "$(STORAGE)"
 
 test: setup ## run the tests, in WORKERS processes
-	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: setup ## ruff (lint and format) and mypy
 	@.venv/bin/ruff check .

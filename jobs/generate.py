@@ -32,6 +32,8 @@ SAMPLING_OPTIONS = {
     "top_p": (float, 1.0, "draw from the smallest set of tokens whose probability reaches this (1)"),
     "min_p": (float, 0.0, "draw from tokens at least this share as likely as the most likely one (0)"),
     "repetition_penalty": (float, 1.0, "above 1, tokens that came before become less likely (1)"),
+    "presence_penalty": (float, 0.0, "above 0, tokens of the completion become less likely (0)"),
+    "frequency_penalty": (float, 0.0, "the same for each time that the completion has the token (0)"),
     "seed": (int, None, "equal seeds give equal texts (a fresh one)"),
 }
 """Field of `SamplingParams` -> type, default, help."""

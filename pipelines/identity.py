@@ -113,6 +113,8 @@ DETERMINING: dict[str, frozenset[str]] = {
             "serve.host",
             "serve.port",
             "serve.model_name",
+            "serve.stream_interval_ms",
+            "serve.api_keys_file",
             "serve.num_replicas",
             "serve.cpus_per_replica",
             "serve.gpus_per_replica",

@@ -1,5 +1,6 @@
 """What several test modules share: one small Ray cluster on loopback, the tokens of a tiny corpus, one thread."""
 
+import functools
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: what it is made of is made for its interpreter, or not, at that moment.
@@ -34,19 +36,31 @@ def find_free_port() -> int:
         return port
 
 
+class _Scheduling(LoadScopeScheduling):
+    """Keeps tests on one of several workers that share fixtures: those of a file, and those of all files that use the
+    Ray cluster, which is then started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.partition("::")[0]
+        return _CLUSTER if _uses_cluster(TESTS.parent / name) else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling:
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, keep tests together that share fixtures: those of a file, and all that use the Ray cluster,
-    which is then started once. These take longest and come first. Slow tests may take half an hour."""
+    """Begin with the files of the Ray cluster, which take longest, where others can run beside them."""
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1800))
-        item.add_marker(pytest.mark.xdist_group(_CLUSTER if _uses_cluster(item) else item.path.name))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not _uses_cluster(item))
+        items.sort(key=lambda item: not _uses_cluster(item.path))
 
 
-def _uses_cluster(item: pytest.Item) -> bool:
-    return _CLUSTER in getattr(item, "fixturenames", ())
+@functools.cache
+def _uses_cluster(path: Path) -> bool:
+    return _CLUSTER in path.read_text()
 
 
 @pytest.fixture(autouse=True, scope="session")
