@@ -38,8 +38,9 @@ from kraken.model.loss import chunk_gradient, chunked_cross_entropy
 from kraken.model.ways import WayGroup
 from kraken.tokenizer import Tokenizer
 from kraken.training.train import train
+from serve import app as serve_app
 from serve.api import Api
-from serve.app import ServeArgs, load_model
+from serve.app import ServeArgs
 
 TOLERANCE = 1e-4
 """Nats per token, in float32."""
@@ -176,7 +177,7 @@ def test_the_endpoint(trained: Trained) -> None:
     )
 
     async def ask() -> openai.types.Completion:
-        model = load_model(args)
+        model = serve_app.load_model(args)
         try:
             transport = httpx.ASGITransport(app=Api(model).app())
             async with httpx.AsyncClient(transport=transport) as http:
