@@ -23,7 +23,9 @@ ERRORS = {
     400: "The request cannot be served as it is; the message says what to change.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
+    431: "The headers are too large.",
     429: "Too many requests wait already; come back after the seconds in Retry-After.",
     500: "The engine or the server failed.",
     503: "The model cannot be used now.",
@@ -55,7 +57,7 @@ class Operation:
     @property
     def statuses(self) -> list[int]:
         """Of errors."""
-        of_kind = (() if self.is_open else (401,)) + ((400, 413) if self.body else ())
+        of_kind = (431, *(() if self.is_open else (401, 429))) + ((400, 408, 413) if self.body else ())
         return sorted({*of_kind, *self.errors})
 
 
