@@ -102,7 +102,7 @@ class Api:
         has_chat = model.chat_template is not None
         self._operations = (*OPERATIONS, CHAT_OPERATION) if has_chat else OPERATIONS
         self._missing = {path: why for path, why in MISSING_ENDPOINTS.items() if not (has_chat and path == CHAT)}
-        self._document = document(self._operations, self._missing, model.engine.info)
+        self._document = document(self._operations, self._missing, model.engine.info, model.name)
         self._docs = docs_page(self._document)
         self._playground = Page.load("playground.html")
 

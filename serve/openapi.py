@@ -72,10 +72,13 @@ class Document:
         return json.dumps(self.value).encode()
 
 
-def document(operations: Sequence[Operation], missing: Mapping[str, str], info: EngineInfo) -> Document:
+def document(
+    operations: Sequence[Operation], missing: Mapping[str, str], info: EngineInfo, model_name: str
+) -> Document:
     """The OpenAPI document of an endpoint.
 
     Args:
+        model_name: the only value of requests' `model`.
         missing: URL -> why it is refused, of what OpenAI has and this endpoint has not.
     """
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(ErrorBody, "serialization")]
@@ -85,9 +88,12 @@ def document(operations: Sequence[Operation], missing: Mapping[str, str], info: 
         if not isinstance(operation.response, str):
             models.append((operation.response, "serialization"))
     references, definitions = models_json_schema(models, ref_template=REF)
+    for name, schema in definitions["$defs"].items():
+        if name.endswith("Request") and (field := schema["properties"].get("model")):
+            field.get("anyOf", [field])[0]["enum"] = [model_name]
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.url, {})[operation.method.lower()] = _describe(operation, references)
+        paths.setdefault(operation.url, {})[operation.method.lower()] = _describe(operation, references, model_name)
     absent = " ".join(f"{path} is refused: {reason}." for path, reason in missing.items())
     return Document(
         {
@@ -109,7 +115,7 @@ def document(operations: Sequence[Operation], missing: Mapping[str, str], info: 
     )
 
 
-def _describe(operation: Operation, references: Mapping[Any, Any]) -> dict[str, Any]:
+def _describe(operation: Operation, references: Mapping[Any, Any], model_name: str) -> dict[str, Any]:
     """
     Args:
         references: (model, mode) -> reference to its schema.
@@ -138,7 +144,8 @@ def _describe(operation: Operation, references: Mapping[Any, Any]) -> dict[str, 
         schema = references[operation.body, "validation"]
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{model}" in operation.url:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+        schema = {"type": "string", "enum": [model_name]}
+        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": schema}]
     return described
 
 
