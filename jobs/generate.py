@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
         asyncio.run(_generate(options))
     except RequestError as error:
         raise ConfigError(str(error)) from error
-    except KeyboardInterrupt:  # nothing is left unfinished, so there is nothing to say
+    except (KeyboardInterrupt, asyncio.CancelledError):  # nothing is left unfinished, so there is nothing to say
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -112,6 +113,12 @@ async def _generate(options: argparse.Namespace) -> None:
     )
     exchange = local_artefact(options.exchange)
     engine = TorchEngine.from_exchange(exchange, config)
+    with contextlib.suppress(NotImplementedError):  # an event loop of Windows
+        # asyncio's own handler does not wake a loop that is about to wait: Ctrl-C at that moment would have no effect
+        # before the next line
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     try:
         session = Session(engine, Tokenizer.load(exchange), options)
         if options.interactive:

@@ -24,6 +24,7 @@ from kraken.config import ModelConfig
 from kraken.huggingface.tokenizer import write_fast_tokenizer
 from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.model import Kraken
+from kraken.plan.cost import num_parameters
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 
 CONFIG_NAME = "config.json"
@@ -166,7 +167,7 @@ def write_exchange(
     tensors = {name: tensor.to(torch.float32) for name, tensor in to_exchange(model).items()}
     write_folder(folder, model.config, tensors, tokenizer)
     metrics = {
-        "parameters": Metric(model.num_parameters(), "parameters"),
+        "parameters": Metric(num_parameters(model.config), "parameters"),
         "conversion_seconds": Metric(round(time.monotonic() - started_at, 3), "s"),
     }
     details = {"tokenizer_fingerprint": tokenizer.fingerprint, "checkpoint": checkpoint_folder.name}

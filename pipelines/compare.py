@@ -15,6 +15,7 @@ from typing import Any
 from kraken.checkpoint.history import read_history
 from kraken.config import ConfigError, RunConfig, to_dict
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
+from kraken.plan.cost import num_parameters
 from kraken.storage import Storage
 from pipelines import comparison, end_to_end, prepare, pretrain
 from pipelines.comparison import Comparison, ModelResult, Training
@@ -130,7 +131,7 @@ def require_equal_parameters(config: CompareConfig) -> None:
     """
     if config.allow_unequal:
         return
-    counts = {model.name: count_parameters(model) for model in config.models}
+    counts = {model.name: num_parameters(model.model) for model in config.models}
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     excess = counts[largest] / counts[smallest] - 1.0
     if excess > PARAMETER_TOLERANCE:
@@ -138,16 +139,6 @@ def require_equal_parameters(config: CompareConfig) -> None:
             f"{largest} has {counts[largest]:,} parameters, {100 * excess:.1f} % more than the {counts[smallest]:,} of "
             f"{smallest}; choose models within {100 * PARAMETER_TOLERANCE:g} % of each other, or give --allow-unequal"
         )
-
-
-def count_parameters(config: RunConfig) -> int:
-    """Parameters of a run's model."""
-    import torch  # seconds that `--help` need not spend
-
-    from kraken.model import Kraken
-
-    with torch.device("meta"):
-        return Kraken(config.model).num_parameters()
 
 
 # Running

@@ -127,7 +127,7 @@ for name in names:
             found["bfloat16"] = model.bfloat16()(ids).logits.float()
 config = AutoConfig.from_pretrained(f"{root}/tensorrt_llm", trust_remote_code=True)
 assert config.dtype == torch.bfloat16 and config.architectures == ["KrakenForCausalLM"]
-names_of_sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "kraken_width", "kraken_head_dim")
+names_of_sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_ways")
 sizes = {name: getattr(config, name) for name in names_of_sizes}
 tokenizer = AutoTokenizer.from_pretrained(f"{root}/{names[0]}", trust_remote_code=True)
 text = open(f"{root}/text", newline="").read()
@@ -341,8 +341,7 @@ def test_transformers_reads_what_tensorrt_llm_asks_it_for(found: dict[str, torch
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": 32,
-        "kraken_width": SHAPES["bias"].num_ways,
-        "kraken_head_dim": SHAPES["bias"].head_size,
+        "num_ways": SHAPES["bias"].num_ways,
     }
 
 

@@ -15,8 +15,9 @@ from jobs.command import USER_ERROR
 from jobs.plan import count, main
 from kraken.config import ConfigError, ModelConfig
 from kraken.model import Kraken
+from kraken.model.architecture import is_vector
 from kraken.plan import cost as plan
-from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, num_parameters
+from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, WAY_ARCHITECTURES, num_parameters
 from kraken.plan.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
 from kraken.presets import PRESETS
 
@@ -44,7 +45,7 @@ SMALL = [
     ModelConfig(
         **{"num_layers": 3, "width": 40, "num_heads": 4, "context_length": 32, "vocab_size": 128, "num_ways": 1}
         | {"architecture": architecture}
-        | ({"num_ways": 4} if architecture == "kraken" else {})
+        | ({"num_ways": 4} if architecture in WAY_ARCHITECTURES else {})
         | options
     )
     for architecture in ARCHITECTURES
@@ -56,9 +57,14 @@ SMALL = [
 def test_the_plan_counts_what_the_model_counts(config: ModelConfig) -> None:
     with torch.device("meta"):
         model = Kraken(config)
-    assert plan.num_parameters(config) == model.num_parameters()
-    assert plan.training_flops_per_token(config) == model.training_flops_per_token()
-    assert plan.kv_bytes_per_token(config, 2) == model.kv_bytes_per_token(2)
+    assert plan.num_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    # six per matrix weight, the tied head included, and attention's two products (PaLM, 2022, appendix B)
+    matrix_weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not is_vector(name))
+    matrix_weights -= 0 if model.wpe is None else model.wpe.weight.numel()
+    attention = 12 * config.num_layers * config.num_ways * config.width * config.context_length
+    assert plan.training_flops_per_token(config) == 6 * matrix_weights + attention
+    keys_and_values = 2 * sum(len(layer.ln_1.weight) * config.width for layer in model.h)
+    assert plan.kv_bytes_per_token(config, 2) == 2 * keys_and_values
 
 
 def test_head_sizes_are_padded_to_what_kernels_take() -> None:
@@ -180,15 +186,20 @@ def test_one_device_sends_nothing_and_waits_for_nothing() -> None:
         assert got.weight_bytes == 2 * got.parameters
 
 
-def test_only_kraken_hides_its_all_reduce() -> None:
+def test_only_the_krakens_hide_their_all_reduce() -> None:
     workload = Workload(prompt_length=1024)
     got = {each.config.architecture: each for each in compare(preset("kraken_350m_4way"), FOUR_DEVICES, workload)}
     assert list(got) == list(ARCHITECTURES)
-    assert [got[name].num_all_reduces for name in ARCHITECTURES] == [48, 24, 23]
+    assert [got[name].num_all_reduces for name in ARCHITECTURES] == [48, 24, 23, 22]
     assert got["standard"].exposed_us == got["standard"].all_reduce_us
     assert got["kraken"].exposed_us == 0
     assert got["kraken"].ttft_overlapped_ms < got["kraken"].ttft_waited_ms
     assert got["parallel"].ttft_overlapped_ms == got["parallel"].ttft_waited_ms
+    slow_link = dataclasses.replace(FOUR_DEVICES, link_gb_per_s=20)
+    paper, delayed = compare(preset("kraken_350m_4way"), slow_link, workload)[2:]
+    hidden_us = delayed.all_reduce_us - delayed.exposed_us
+    assert hidden_us == pytest.approx(delayed.attention_us + delayed.ffn_us), "the whole layer hides it"
+    assert paper.all_reduce_us - paper.exposed_us == pytest.approx(paper.attention_us)
 
 
 @pytest.mark.parametrize("config", [c for c in SMALL if c.positions == "learned" and not c.bias])

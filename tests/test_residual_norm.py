@@ -17,7 +17,7 @@ HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the int
 B, T = 2, 3
 
 
-KINDS = ["alone", "alone_summed", "added", "summed", "seen"]
+KINDS = ["alone", "alone_summed", "added", "summed", "reduced"]
 
 
 def plain(x: Tensor, addend: Tensor | None, total: Tensor | None, width: int, is_summed: bool) -> list[Tensor]:
@@ -38,7 +38,7 @@ def inputs(W: int, D: int, P: int, kind: str, dtype: torch.dtype) -> tuple[list[
     torch.manual_seed(W * 100 + D)
     x = torch.randn(B, T, W, D, device=DEVICE).permute(2, 0, 1, 3)  # a token's ways side by side, as in the model
     addend = None if kind.startswith("alone") else torch.randn(W, B, T, P, device=DEVICE)
-    total = torch.randn(1, B, T, D, device=DEVICE) * 3 if kind == "seen" else None
+    total = torch.randn(1, B, T, D, device=DEVICE) * 3 if kind == "reduced" else None
     leaves = [None if y is None else y.to(dtype).detach().requires_grad_() for y in (x, addend, total)]
     return leaves, kind.endswith("summed")
 
@@ -61,7 +61,7 @@ def test_equals_plain_operations_and_their_gradients(W: int, D: int, P: int, kin
 
 
 def test_rounds_what_it_adds_as_plain_operations_do() -> None:
-    leaves, _ = inputs(2, 24, 24, "seen", HALF)
+    leaves, _ = inputs(2, 24, 24, "reduced", HALF)
     a, n, _, _ = torch.ops.kraken.residual_norm(*leaves, 24, None)
     assert torch.equal(a, leaves[0] + leaves[1])
     assert n.dtype == HALF

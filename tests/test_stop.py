@@ -230,12 +230,3 @@ class TestMetrics:
             "system/0/disk_usage_percentage": 7.0,
             "system/1/disk_usage_percentage": 8.0,
         }
-
-    def test_a_machine_is_read_under_mlflows_names(self, tmp_path: Any) -> None:
-        from pipelines.training.system_metrics import SystemMetrics
-
-        values = SystemMetrics("1/", str(tmp_path), is_first=True, gpu=None).read()
-        assert 0 < values["system/1/system_memory_usage_percentage"] < 100
-        assert values["system/1/disk_available_megabytes"] > 0
-        assert values["system/1/network_receive_megabytes"] >= 0
-        assert SystemMetrics("", str(tmp_path), is_first=False, gpu=None).read() == {}

@@ -1,12 +1,11 @@
 """Adopting a checkpoint: the first checkpoint of a run that continues another run is a copy of that run's."""
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from kraken.checkpoint.folders import step_folder
+from kraken.checkpoint.folders import make_durable, step_folder
 from kraken.checkpoint.history import HISTORY_NAME, read_history, write_history
 from kraken.manifest import MANIFEST_NAME, ArtefactError, FileRecord, Manifest, sha256_of_file
 
@@ -56,15 +55,6 @@ def adopt(run_folder: Path, step: int, target_folder: Path, fingerprint: str, *,
         details=manifest.details | {"origin": origin},
     ).write(partial)
     for path in partial.iterdir():
-        _flush(path)
+        make_durable(path)
     partial.rename(target)
-    _flush(target_folder)
-
-
-def _flush(path: Path) -> None:
-    """Make a file or a renaming durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    make_durable(target_folder)

@@ -5,6 +5,7 @@ step_000000100/            a finished checkpoint, see `reader.py`
 step_000000200.damaged/    one that failed its checks; readers and retention ignore it
 """
 
+import os
 import re
 import shutil
 import warnings
@@ -80,3 +81,12 @@ def set_aside(folder: Path) -> None:
         folder.rename(target)
     except FileNotFoundError:
         return
+
+
+def make_durable(path: Path) -> None:
+    """Write a file, or the names in a folder after a renaming, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,6 +11,15 @@ concatenated, brought back to width D by one linear (the conjunction), normalise
 Source: Prabhakar, Zhang, Wentzlaff, "Kraken", NeurIPS 2024 (arXiv 2408.07802). A way is the paper's sub-layer and the
 published code's split (`num_splits`, `n_heads_in_split`).
 
+`kraken_delayed` lets a way read the others' states one layer later, everywhere, with attention and FFN side by side:
+
+    n_i  = LN_i(x_i + S - y_i)                          y_i: the way's input of the layer BEFORE; S = sum_j y_j
+    x_i' = x_i + Attn_i(n_i) + FFN_i(n_i)
+
+An all-reduce starts with a layer and is read by the next one, so that it may run during all of the layer. The first
+layer reads no other way. The second reads the sum of W equal embeddings, and nothing reads the sum of the last layer's
+inputs: L - 2 all-reduces.
+
 The baselines have one way and no conjunction. `standard` is the pre-LayerNorm Transformer of GPT-2, with two
 all-reduces a layer under tensor parallelism, both waited for; `parallel` is the block of GPT-J and PaLM, which waits
 for one:
@@ -25,9 +34,7 @@ a layer is a few batched matrix products and one attention call, whatever W is.
 
 import hashlib
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +49,7 @@ from kraken.config import ModelConfig
 from kraken.model.alignment import Alignment, pad
 from kraken.model.loss import chunk_gradient, chunked_cross_entropy
 from kraken.model.precision import compute_dtype
-from kraken.model.residual_norm import LAYER_NORM_EPSILON, advance, see
+from kraken.model.residual_norm import LAYER_NORM_EPSILON, add_norm, add_reduced_norm
 from kraken.model.ways import WayGroup
 
 INIT_STD = 0.02
@@ -56,9 +63,6 @@ FASTEST_ATTENTION_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, q_WBTNH, k_WBTNH, v_WBTNH) -> out_WBTNH. An engine brings its cache here; it scales by 1/sqrt(H)."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary positions, each [B or 1, T, 1, H/2]."""
@@ -144,10 +148,8 @@ class Attention(nn.Module):
         self.c_proj = WayLinear(num_ways, config.width, config.width, config.bias)
         self.alignment = Alignment()
 
-    def forward(
-        self, x_WBTD: Tensor, norm: WayNorm, rotation: Rotation | None, attend: Callable[..., Tensor] | None
-    ) -> Tensor:
-        """Attention of normalised input, padded as its output is; `attend` None is full causal attention."""
+    def forward(self, x_WBTD: Tensor, norm: WayNorm, rotation: Rotation | None) -> Tensor:
+        """Attention of normalised input, padded as its output is."""
         D, H = self.alignment.padded_width(self.width), self.alignment.padded_head_size(self.head_size)
         heads = (3, self.num_heads, self.head_size)
         weight, bias = norm.fold(self.c_attn)
@@ -157,7 +159,7 @@ class Attention(nn.Module):
         q, k, v = batched_linear(x_WBTD, weight, bias).unflatten(-1, (3, self.num_heads, H)).unbind(dim=3)
         if rotation is not None:
             q, k = (pad(rotate(x[..., : self.head_size], rotation), H) for x in (q, k))
-        out_WBTNH = causal_attention(q, k, v, self.head_size) if attend is None else attend(q, k, v)
+        out_WBTNH = causal_attention(q, k, v, self.head_size)
         weight = pad(self.c_proj.weight.unflatten(2, heads[1:]), D, None, H).flatten(2)
         bias = None if self.c_proj.bias is None else pad(self.c_proj.bias, D)
         return batched_linear(out_WBTNH.flatten(-2), weight, bias)
@@ -201,31 +203,66 @@ class Layer(nn.Module):
         self.reads_others = config.architecture == "kraken" and layer_index > 0
         self.ln_1 = WayNorm(num_ways, config.width, config.bias)
         self.attn = Attention(config, num_ways)
-        self.ln_2 = None if config.architecture == "parallel" else WayNorm(num_ways, config.width, config.bias)
+        self.ln_2 = None if config.has_one_norm else WayNorm(num_ways, config.width, config.bias)
         self.mlp = MLP(config, num_ways)
 
-    def forward(
-        self,
-        x_WBTD: Tensor,
-        addend_WBTD: Tensor | None,
-        rotation: Rotation | None,
-        attend: Callable[..., Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x_WBTD: Tensor, addend_WBTD: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         """Of a state in two parts the next, in two parts: the last addition of a layer is left to the one that follows,
         which does it in the same kernel as its first norm. What is added is padded as the linears are."""
         padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
         sum_dtype = self.ways.sum_dtype(x_WBTD) if self.reads_others else None
-        x_WBTD, normed_WBTD, total_1BTD = advance(x_WBTD, addend_WBTD, padded_width, sum_dtype)
+        x_WBTD, normed_WBTD, total_1BTD = add_norm(x_WBTD, addend_WBTD, padded_width, sum_dtype)
         if total_1BTD is not None:  # in flight while the ways held here attend
             total_1BTD = self.ways.start_sum(total_1BTD)
-        attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation, attend)
+        attended_WBTD = self.attn(normed_WBTD, self.ln_1, rotation)
         if self.ln_2 is None:
             return x_WBTD, attended_WBTD + self.mlp(normed_WBTD, self.ln_1)
         if total_1BTD is None:
-            a_WBTD, normed_WBTD, _ = advance(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
+            a_WBTD, normed_WBTD, _ = add_norm(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
         else:
-            a_WBTD, normed_WBTD = see(x_WBTD, attended_WBTD, self.ways.wait_sum(total_1BTD))
+            total_1BTD = self.ways.wait_sum(total_1BTD)
+            a_WBTD, normed_WBTD, _ = add_reduced_norm(x_WBTD, attended_WBTD, total_1BTD)
         return a_WBTD, self.mlp(normed_WBTD, self.ln_2)
+
+
+class DelayedLayer(nn.Module):
+    """One layer of `kraken_delayed`, of the ways held here; see the module's docstring for the equations."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, ways: WayGroup):
+        super().__init__()
+        num_ways = len(ways.part(config.num_ways))
+        self.ways = ways
+        self.starts_sum = 0 < layer_index < config.num_layers - 1
+        self.recomputes = False
+        self.ln_1 = WayNorm(num_ways, config.width, config.bias)
+        self.attn = Attention(config, num_ways)
+        self.mlp = MLP(config, num_ways)
+
+    def forward(
+        self, x_WBTD: Tensor, addend_WBTD: Tensor | None, total_1BTD: Tensor | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the input of the layer before and what that layer adds: the input of this layer, what this layer adds, and
+        the sum over the ways of the input in flight, for `WayGroup.wait_sum` before the next layer.
+
+        Args:
+            total_1BTD: the sum over the ways of the input of the layer before; None in the first layer.
+        """
+        padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
+        sum_dtype = self.ways.sum_dtype(x_WBTD) if self.starts_sum else None
+        if addend_WBTD is None or total_1BTD is None:
+            x_WBTD, normed_WBTD, sum_1BTD = add_norm(x_WBTD, addend_WBTD, padded_width, sum_dtype)
+        else:
+            x_WBTD, normed_WBTD, sum_1BTD = add_reduced_norm(x_WBTD, addend_WBTD, total_1BTD, sum_dtype)
+        if sum_1BTD is not None:
+            sum_1BTD = self.ways.start_sum(sum_1BTD)
+        if self.recomputes and torch.is_grad_enabled():  # without the sum, which runs once
+            addend_WBTD = checkpoint(self._attention_and_mlp, normed_WBTD, rotation, use_reentrant=False)
+        else:
+            addend_WBTD = self._attention_and_mlp(normed_WBTD, rotation)
+        return x_WBTD, addend_WBTD, sum_1BTD
+
+    def _attention_and_mlp(self, normed_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
+        return self.attn(normed_WBTD, self.ln_1, rotation) + self.mlp(normed_WBTD, self.ln_1)
 
 
 class Kraken(nn.Module):
@@ -249,10 +286,12 @@ class Kraken(nn.Module):
         learned = config.positions == "learned"
         self.wte = skip_init(nn.Embedding, len(ways.part(config.vocab_size)), D, device=device)
         self.wpe = skip_init(nn.Embedding, config.context_length, D, device=device) if learned else None
-        self.h = nn.ModuleList(Layer(config, index, ways) for index in range(config.num_layers))
-        joins = config.architecture == "kraken"
+        layer = DelayedLayer if config.architecture == "kraken_delayed" else Layer
+        self.h = nn.ModuleList(layer(config, index, ways) for index in range(config.num_layers))
         num_joined = len(ways.part(config.num_ways)) * D
-        self.conjunction = skip_init(nn.Linear, num_joined, D, bias=config.bias, device=device) if joins else None
+        self.conjunction = (
+            skip_init(nn.Linear, num_joined, D, bias=config.bias, device=device) if config.is_kraken else None
+        )
         self.ln_f = nn.LayerNorm(D, eps=LAYER_NORM_EPSILON, bias=config.bias)
 
     def align(self, alignment: Alignment) -> None:
@@ -264,6 +303,9 @@ class Kraken(nn.Module):
     def recompute_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass from now on."""
         self.recomputes = True
+        for layer in self.h:
+            if isinstance(layer, DelayedLayer):
+                layer.recomputes = True
 
     def compile_parts(self) -> None:
         """`torch.compile` each layer, of which those of one kind share one compilation, however many there are; and the
@@ -275,14 +317,9 @@ class Kraken(nn.Module):
             layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
         self.chunk_gradient = torch.compile(chunk_gradient)
 
-    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
-        """Logits of the next token at every position, in the compute type.
-
-        Args:
-            positions_BT: int64 positions in the context; None counts from 0.
-            attend: how queries meet keys; None is full causal attention.
-        """
-        return self.readout(self.hidden(ids_BT, positions_BT, attend))
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits of the next token at every position, in the compute type."""
+        return self.readout(self.hidden(ids_BT))
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor, num_ids: int | None = None) -> Tensor:
         """Sum (not mean) of the next-token cross-entropy in nats; at no time do all logits exist.
@@ -303,32 +340,43 @@ class Kraken(nn.Module):
             num_ids,
         )
 
-    def hidden(self, ids_BT: Tensor, positions_BT: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor) -> Tensor:
         """The normalised state [B, T, D] that the head reads."""
-        if positions_BT is None:
-            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        positions_1T = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         x_BTD = self._embed(ids_BT)
         rotation = None
         if self.wpe is None:
-            rotation = rotation_of(positions_BT, self.config.head_size, self.config.rope_base, x_BTD.dtype)
+            rotation = rotation_of(positions_1T, self.config.head_size, self.config.rope_base, x_BTD.dtype)
         else:
-            x_BTD = x_BTD + self.wpe(positions_BT)
+            x_BTD = x_BTD + self.wpe(positions_1T)
         x_BTD = self.ways.share(x_BTD.to(compute_dtype(x_BTD)))  # between layers too, as sums stay in float32
         num_ways = len(self.ways.part(self.config.num_ways))
         x_WBTD = x_BTD.expand(num_ways, -1, -1, -1)
         if x_BTD.is_cuda and num_ways > 1:
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+        through = self._through_delayed_layers if self.config.architecture == "kraken_delayed" else self._through_layers
+        return self.ln_f(self._join(through(x_WBTD, rotation)))
+
+    def _through_layers(self, x_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
         addend_WBTD = None
-        for index, layer in enumerate(self.h):
+        for layer in self.h:
             if self.recomputes and torch.is_grad_enabled():
                 whole_WBTD = _added(x_WBTD, addend_WBTD)  # what is kept is one tensor a layer
-                x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, None, use_reentrant=False)
+                x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, use_reentrant=False)
             else:
-                x_WBTD, addend_WBTD = layer(
-                    x_WBTD, addend_WBTD, rotation, None if attend is None else partial(attend, index)
-                )
-        return self.ln_f(self._join(_added(x_WBTD, addend_WBTD)))
+                x_WBTD, addend_WBTD = layer(x_WBTD, addend_WBTD, rotation)
+        return _added(x_WBTD, addend_WBTD)
+
+    def _through_delayed_layers(self, x_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
+        addend_WBTD = total_1BTD = in_flight_1BTD = None
+        for index, layer in enumerate(self.h):
+            if in_flight_1BTD is not None:
+                total_1BTD = self.ways.wait_sum(in_flight_1BTD)
+            elif index == 1:  # all ways start from one embedding
+                total_1BTD = self.config.num_ways * x_WBTD[:1].to(self.ways.sum_dtype(x_WBTD))
+            x_WBTD, addend_WBTD, in_flight_1BTD = layer(x_WBTD, addend_WBTD, total_1BTD, rotation)
+        return _added(x_WBTD, addend_WBTD)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings [B, T, D], of whose rows each process holds some."""
@@ -363,27 +411,6 @@ class Kraken(nn.Module):
         shapes = whole_shapes(self.config)
         for name, parameter in self.named_parameters():
             fill(parameter, part_of(name, initial_value(name, shapes[name], self.config, seed), self.config, self.ways))
-
-    def num_parameters(self) -> int:
-        """Parameters, with the tied head counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def training_flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per token at the full context.
-
-        Six per matrix weight, the tied head included, and 12 * layers * W*D * T for attention's two products, all T
-        positions counted (Chowdhery et al., PaLM, 2022, appendix B).
-        """
-        c = self.config
-        matrix_weights = sum(
-            p.numel() for name, p in self.named_parameters() if not is_vector(name) and "wpe" not in name
-        )
-        return 6 * matrix_weights + 12 * c.num_layers * c.num_ways * c.width * c.context_length
-
-    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Cache that one token occupies over all layers and ways."""
-        c = self.config
-        return 2 * c.num_layers * c.num_ways * c.width * bytes_per_value
 
 
 def _added(x_WBTD: Tensor, addend_WBTP: Tensor | None) -> Tensor:

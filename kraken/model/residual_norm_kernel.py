@@ -151,22 +151,22 @@ def _forward(  # type: ignore[no-untyped-def]
     is_real = (ways_W1 < W) & (columns_1P < D)
     x_rows_W1 = (ways_W1 * x_way + b * x_sequence + t * x_token) * X_STEP
     x_WP = tl.load(x_ptr + x_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
-    seen_WP = x_WP
+    h_WP = x_WP
     if ADDS:
         addend_rows_W1 = (ways_W1 * addend_way + b * addend_sequence + t * addend_token) * ADDEND_STEP
         addend_WP = tl.load(addend_ptr + addend_rows_W1 + columns_1P, mask=is_real, other=0.0).to(tl.float32)
         a_WP = (x_WP + addend_WP).to(a_ptr.dtype.element_ty)
         a_rows_W1 = (ways_W1 * a_way + b * a_sequence + t * a_token) * X_STEP
         tl.store(a_ptr + a_rows_W1 + columns_1P, a_WP, mask=is_real)
-        seen_WP = a_WP.to(tl.float32)
+        h_WP = a_WP.to(tl.float32)
     if IS_SUMMED:
-        tl.store(sum_ptr + index * D + columns_1P, tl.sum(seen_WP, axis=0)[None, :], mask=columns_1P < D)
+        tl.store(sum_ptr + index * D + columns_1P, tl.sum(h_WP, axis=0)[None, :], mask=columns_1P < D)
     if SEES_OTHERS:
         total_places = b * total_sequence + t * total_token + columns_1P
         total_1P = tl.load(total_ptr + total_places, mask=columns_1P < D, other=0.0).to(tl.float32)
-        seen_WP = seen_WP + (total_1P - x_WP)
-    mean_W1 = tl.sum(tl.where(is_real, seen_WP, 0.0), axis=1)[:, None] / D
-    centred_WP = tl.where(is_real, seen_WP - mean_W1, 0.0)
+        h_WP = h_WP + (total_1P - x_WP)
+    mean_W1 = tl.sum(tl.where(is_real, h_WP, 0.0), axis=1)[:, None] / D
+    centred_WP = tl.where(is_real, h_WP - mean_W1, 0.0)
     variance_W1 = tl.sum(centred_WP * centred_WP, axis=1)[:, None] / D
     inverse_std_W1 = 1.0 / tl.sqrt(variance_W1 + epsilon)
     rows_W1 = ways_W1 * num_tokens + index

@@ -8,7 +8,6 @@ ranks, and the one before stays. At most one checkpoint is in progress: the next
 
 import dataclasses
 import errno
-import os
 import shutil
 import time
 import warnings
@@ -22,6 +21,7 @@ from kraken.checkpoint.folders import (
     is_set_aside,
     list_checkpoints,
     list_set_aside,
+    make_durable,
     reason,
     set_aside,
     set_aside_name,
@@ -293,7 +293,7 @@ class Checkpointer:
             self._upload(partial / name, flight.step)
         shutil.rmtree(folder, ignore_errors=True)  # one of this step that was damaged since the start
         partial.rename(folder)
-        _flush_folder(self._run_folder)
+        make_durable(self._run_folder)
         self._prune(flight.history)
 
     def _prune(self, history: History) -> None:
@@ -343,12 +343,3 @@ class Checkpointer:
 
 
 def _nothing(flight: _Flight, records: list[FileRecord]) -> None: ...
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a renaming durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
