@@ -51,6 +51,8 @@ from serve.record import Recorder, RequestRecord, record_of, request_logger
 Body = TypeVar("Body", bound=BaseModel)
 
 MAX_BODY_BYTES = 8 * 2**20
+BODY_TIMEOUT_S = 20.0
+"""A client that has not sent its whole body after so long is cut off; otherwise half-sent requests pile up."""
 
 OPERATIONS = (
     Operation("POST", "/v1/completions", "Complete text", CompletionRequest, Completion, errors=(404, 429, 500)),
@@ -71,6 +73,9 @@ CHAT_OPERATION = Operation(
     "POST", CHAT, "Answer in a conversation", ChatRequest, ChatCompletion, errors=(404, 429, 500)
 )
 """Only of models with a chat template."""
+
+POLLED = ("/health", "/metrics")
+"""Asked every few seconds by machines; the request log has them only where they fail."""
 
 
 class Api:
@@ -97,7 +102,7 @@ class Api:
         has_chat = model.chat_template is not None
         self._operations = (*OPERATIONS, CHAT_OPERATION) if has_chat else OPERATIONS
         self._missing = {path: why for path, why in MISSING_ENDPOINTS.items() if not (has_chat and path == CHAT)}
-        self._document = document(self._operations, self._missing, model.engine.info)
+        self._document = document(self._operations, self._missing, model.engine.info, model.name)
         self._docs = docs_page(self._document)
         self._playground = Page.load("playground.html")
 
@@ -144,7 +149,8 @@ class Api:
             self._metrics.error(record.error)
         if record.num_completion_tokens and record.status == 200 and record.error is None:
             self._metrics.completion_ended(record.duration_s)
-        request_logger.info("%s", record.line())
+        if record.route not in POLLED or record.status >= 400:
+            request_logger.info("%s", record.line())
 
     async def _create_completion(self, request: Request) -> Response:
         body = await read_body(CompletionRequest, request)
@@ -284,7 +290,7 @@ async def read_body(body_class: type[Body], request: Request) -> Body:
     """A request's JSON, bounded and checked.
 
     Raises:
-        ApiError: too large, not JSON, or not of this class.
+        ApiError: too large, too slow, not JSON, or not of this class.
     """
     content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
@@ -293,10 +299,15 @@ async def read_body(body_class: type[Body], request: Request) -> Body:
         raise ApiError(400, message, code="unsupported_content_type")
     raw = bytearray()
     try:
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > MAX_BODY_BYTES:
-                raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                raw += chunk
+                if len(raw) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+    except TimeoutError:
+        message = f"the body did not come within {BODY_TIMEOUT_S:g} s; send the request again"
+        headers = {"Connection": "close", "x-should-retry": "false"}
+        raise ApiError(408, message, code="request_timeout", headers=headers) from None
     except ClientDisconnect as error:  # nobody reads this answer, and nobody need read of it in the log
         raise ApiError(400, "the body is incomplete", code="request_incomplete") from error
     try:

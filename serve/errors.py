@@ -28,6 +28,9 @@ MISSING_ENDPOINTS = {
 model has a template."""
 
 
+MAX_HEADER_BYTES = 64 * 1024
+
+
 class ErrorResponses:
     """ASGI middleware that answers with an OpenAI error object where the application raises.
 
@@ -47,6 +50,8 @@ class ErrorResponses:
             await send(message)
 
         try:
+            if scope["type"] == "http":
+                require_small_headers(scope)
             await self._app(scope, receive, watched_send)
         except BaseException as error:
             if is_end_of_task(error) or scope["type"] != "http":
@@ -58,6 +63,17 @@ class ErrorResponses:
             told = ApiError.of(error)
             record.fail(told.body["error"])
             await told.response()(scope, receive, send)
+
+
+def require_small_headers(scope: Scope) -> None:
+    """Refuse headers that no client of this API needs.
+
+    Raises:
+        ApiError: they are larger than `MAX_HEADER_BYTES`.
+    """
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        message = f"the headers are larger than {MAX_HEADER_BYTES} bytes; send fewer"
+        raise ApiError(431, message, code="headers_too_large", headers={"Connection": "close"})
 
 
 async def refuse_missing_endpoint(request: Request) -> Response:

@@ -23,7 +23,9 @@ ERRORS = {
     400: "The request cannot be served as it is; the message says what to change.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
+    431: "The headers are too large.",
     429: "Too many requests wait already; come back after the seconds in Retry-After.",
     500: "The engine or the server failed.",
     503: "The model cannot be used now.",
@@ -55,7 +57,7 @@ class Operation:
     @property
     def statuses(self) -> list[int]:
         """Of errors."""
-        of_kind = (() if self.is_open else (401,)) + ((400, 413) if self.body else ())
+        of_kind = (431, *(() if self.is_open else (401, 429))) + ((400, 408, 413) if self.body else ())
         return sorted({*of_kind, *self.errors})
 
 
@@ -70,10 +72,13 @@ class Document:
         return json.dumps(self.value).encode()
 
 
-def document(operations: Sequence[Operation], missing: Mapping[str, str], info: EngineInfo) -> Document:
+def document(
+    operations: Sequence[Operation], missing: Mapping[str, str], info: EngineInfo, model_name: str
+) -> Document:
     """The OpenAPI document of an endpoint.
 
     Args:
+        model_name: the only value of requests' `model`.
         missing: URL -> why it is refused, of what OpenAI has and this endpoint has not.
     """
     models: list[tuple[type[BaseModel], JsonSchemaMode]] = [(ErrorBody, "serialization")]
@@ -83,9 +88,12 @@ def document(operations: Sequence[Operation], missing: Mapping[str, str], info: 
         if not isinstance(operation.response, str):
             models.append((operation.response, "serialization"))
     references, definitions = models_json_schema(models, ref_template=REF)
+    for name, schema in definitions["$defs"].items():
+        if name.endswith("Request") and (field := schema["properties"].get("model")):
+            field.get("anyOf", [field])[0]["enum"] = [model_name]
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.url, {})[operation.method.lower()] = _describe(operation, references)
+        paths.setdefault(operation.url, {})[operation.method.lower()] = _describe(operation, references, model_name)
     absent = " ".join(f"{path} is refused: {reason}." for path, reason in missing.items())
     return Document(
         {
@@ -107,7 +115,7 @@ def document(operations: Sequence[Operation], missing: Mapping[str, str], info: 
     )
 
 
-def _describe(operation: Operation, references: Mapping[Any, Any]) -> dict[str, Any]:
+def _describe(operation: Operation, references: Mapping[Any, Any], model_name: str) -> dict[str, Any]:
     """
     Args:
         references: (model, mode) -> reference to its schema.
@@ -136,7 +144,8 @@ def _describe(operation: Operation, references: Mapping[Any, Any]) -> dict[str, 
         schema = references[operation.body, "validation"]
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{model}" in operation.url:
-        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+        schema = {"type": "string", "enum": [model_name]}
+        described["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": schema}]
     return described
 
 

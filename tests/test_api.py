@@ -318,23 +318,28 @@ def test_metrics_are_what_a_client_counts(tokenizer: Tokenizer) -> None:
 
 def test_what_runs_and_what_is_aborted_is_seen(tokenizer: Tokenizer) -> None:
     async def work(client: httpx.AsyncClient) -> None:
+        async def wait_for(running: int, waiting: int) -> dict[str, float]:
+            async with asyncio.timeout(30):
+                while True:
+                    found = samples((await client.get("/metrics")).text)
+                    names = ("kraken:num_requests_running", "kraken:num_requests_waiting")
+                    if tuple(found[name] for name in names) == (running, waiting):
+                        return found
+                    await asyncio.sleep(0.01)
+
         calls = [asyncio.create_task(complete(client, "the", max_tokens=40)) for _ in range(3)]
-        await asyncio.sleep(0.05)
-        found = samples((await client.get("/metrics")).text)
-        assert (found["kraken:num_requests_running"], found["kraken:num_requests_waiting"]) == (1, 2)
-        refused = [await complete(client, "the", max_tokens=40) for _ in range(1)]
-        assert [answer.status_code for answer in refused] == [429]
+        await wait_for(running=1, waiting=2)
+        refused = await complete(client, "the", max_tokens=40)
+        assert refused.status_code == 429
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
-        await asyncio.sleep(0.05)
-        found = samples((await client.get("/metrics")).text)
-        assert (found["kraken:num_requests_running"], found["kraken:num_requests_waiting"]) == (0, 0)
+        found = await wait_for(running=0, waiting=0)
         assert found['kraken:request_success_total{"finished_reason": "abort"}'] == 3
         assert found['kraken:request_errors_total{"code": "engine_overloaded"}'] == 1
         assert found['kraken:http_requests_total{"handler": "/v1/completions", "method": "POST", "status": "499"}'] == 3
 
-    use(echo_model(tokenizer, 0.02, max_batch_size=1, max_queued_requests=2), work)
+    use(echo_model(tokenizer, 5.0, max_batch_size=1, max_queued_requests=2), work)
 
 
 def test_the_log_has_one_line_per_request_and_no_text(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
@@ -345,6 +350,7 @@ def test_the_log_has_one_line_per_request_and_no_text(tokenizer: Tokenizer, capl
         usage: dict[str, Any] = answer.json()["usage"]
         refused = await complete(client, PRIVATE, temperature=-1)
         assert refused.status_code == 400 and re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
+        await client.get("/health")
         await client.get("/v1/nothing", headers={"traceparent": TRACEPARENT.replace("4", "g")})
         return usage
 
@@ -364,6 +370,25 @@ def test_the_log_has_one_line_per_request_and_no_text(tokenizer: Tokenizer, capl
     assert (second["status"], second["reason"], second["ttft_ms"]) == (400, "invalid_value", None)
     assert (third["status"], third["reason"], third["route"], third["trace_id"]) == (404, "unknown_url", "", None)
     assert PRIVATE not in caplog.text
+
+
+def test_slow_bodies_and_large_headers_are_cut_off(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.api.BODY_TIMEOUT_S", 0.05)
+
+    async def half_a_body() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        await asyncio.sleep(30)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        headers = {"Content-Type": "application/json"}
+        answer = await client.post("/v1/completions", content=half_a_body(), headers=headers)
+        assert (answer.status_code, answer.headers["connection"]) == (408, "close")
+        assert answer.json()["error"]["code"] == "request_timeout"
+        answer = await client.get("/v1/models", headers={"x-large": "a" * 70_000})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (431, "headers_too_large")
+        assert (await client.get("/v1/models", headers={"x-large": "a" * 60_000})).status_code == 200
+
+    use(echo_model(tokenizer), work)
 
 
 def header(key: str) -> dict[str, str]:
