@@ -14,7 +14,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "pretrain": ("model", "train"),
     "convert": ("convert",),
     "evaluate": ("evaluate", "engine"),
-    "deploy": ("serve", "engine"),
+    "deploy": ("serve", "engine", "gates"),
 }
 """Stage -> the sections of the config that it reads and records."""
 
@@ -113,6 +113,7 @@ DETERMINING: dict[str, frozenset[str]] = {
             "serve.host",
             "serve.port",
             "serve.model_name",
+            "serve.registered_name",
             "serve.num_replicas",
             "serve.cpus_per_replica",
             "serve.gpus_per_replica",
@@ -147,7 +148,18 @@ NOT_DETERMINING: dict[str, frozenset[str]] = {
     ),
     "convert": frozenset(),
     "evaluate": _ENGINE_OPERATION,
-    "deploy": frozenset({"serve.replace"}),  # says how to begin
+    "deploy": frozenset(
+        {
+            # says how to begin
+            "serve.replace",
+            # what is compared and why, before the endpoint is made
+            "gates.max_perplexity_increase",
+            "gates.max_latency_increase",
+            "gates.same_tokenizer",
+            "gates.force",
+            "gates.reason",
+        }
+    ),
 }
 """Stage -> the fields that do not."""
 
