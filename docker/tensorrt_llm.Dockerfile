@@ -12,6 +12,8 @@ FROM nvcr.io/nvidia/tensorrt-llm/release:${TENSORRT_LLM_VERSION}
 
 ARG RAY_VERSION=2.60.0
 
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+
 # MPI ranks run as root inside a container, and only there.
 ENV OMPI_ALLOW_RUN_AS_ROOT=1 \
     OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
