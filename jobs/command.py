@@ -66,7 +66,17 @@ def require_preset(name: str) -> None:
 
 def parse_overrides(kind: type[A], name: str, prog: str, description: str, overrides: list[str]) -> A:
     """Vary one preset; raises as `parse` does."""
-    preset = dataclasses.replace(PRESETS[name](), storage=os.environ.get("KRAKEN_STORAGE", "storage"))
+    return vary(kind, dataclasses.replace(PRESETS[name](), storage=default_storage()), prog, description, overrides)
+
+
+def default_storage() -> str:
+    """The storage where none is given."""
+    return os.environ.get("KRAKEN_STORAGE", "storage")
+
+
+def vary(kind: type[A], preset: RunConfig, prog: str, description: str, overrides: list[str]) -> A:
+    """Vary a run by dotted overrides, of which `--force` is short for `--gates.force`; raises as `parse` does."""
+    overrides = [re.sub(r"^--force(?=$|=)", "--gates.force", word) for word in overrides]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):

@@ -4,7 +4,7 @@ transformers saved to it, or a converted model to what TensorRT-LLM reads.
 ray job submit --working-dir . -- python -m jobs.convert quickstart --storage /shared/kraken
 python -m jobs.convert quickstart --train.steps 50
 python -m jobs.convert --from-published ckpt.pt --out FOLDER [--tokenizer gpt2|FOLDER]
-python -m jobs.convert --to-published FOLDER --out ckpt.pt
+python -m jobs.convert --to-published FOLDER|models:/NAME@ALIAS --out ckpt.pt
 python -m jobs.convert --from-huggingface FOLDER --out FOLDER [--tokenizer gpt2|FOLDER]
 python -m jobs.convert --to-tensorrt-llm FOLDER --out FOLDER
 """
@@ -13,11 +13,12 @@ import argparse
 import os
 from pathlib import Path
 
-from jobs.command import LineParser, run_job
+from jobs.command import LineParser, absolute_storage, default_storage, run_job
 from jobs.stage import run_until
 from kraken.config import ConfigError
 from kraken.storage import is_remote, local_artefact
 from pipelines.convert import STAGE
+from pipelines.registry import is_reference, model_folder
 
 FOLDER_OPTIONS = ("--from-published", "--to-published", "--from-huggingface", "--to-tensorrt-llm")
 DESCRIPTION = """Convert the newest checkpoint to the exchange format.
@@ -67,14 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--from-published", metavar="FILE", help="the ckpt.pt to read; nothing in it is executed")
-    source.add_argument("--to-published", metavar="FOLDER", help="the exchange folder or URI to write as a ckpt.pt")
+    source.add_argument(
+        "--to-published", metavar="FOLDER", help="the exchange folder, URI or models:/NAME@ALIAS to export"
+    )
     source.add_argument(
         "--from-huggingface",
         metavar="FOLDER",
         help="the folder that save_pretrained of transformers wrote, for the model and for its tokenizer",
     )
     source.add_argument(
-        "--to-tensorrt-llm", metavar="FOLDER", help="the exchange folder to convert, in bfloat16 and with padded heads"
+        "--to-tensorrt-llm",
+        metavar="FOLDER",
+        help="the exchange folder or models:/NAME@ALIAS to convert, with padded heads",
     )
     parser.add_argument("--out", required=True, metavar="PATH", help="the folder, or file, to make")
     parser.add_argument(
@@ -87,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _source(option: str, text: str) -> Path:
-    """A converted model's folder on this machine; one in a remote storage is fetched."""
+    """A converted model's folder on this machine; a registered one is looked up, one in a remote storage fetched."""
+    if is_reference(text):
+        return model_folder(text, absolute_storage(default_storage()))
     return local_artefact(text) if is_remote(text) else _local(option, text)
 
 

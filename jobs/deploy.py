@@ -2,6 +2,7 @@
 
 ray job submit --working-dir . -- python -m jobs.deploy quickstart --storage /shared/kraken
 python -m jobs.deploy quickstart --train.steps 50
+python -m jobs.deploy models:/kraken/7            # a registered version again, through the gates
 """
 
 from jobs.command import run_job

@@ -2,6 +2,7 @@
 
 ray job submit --working-dir . -- python -m jobs.evaluate quickstart --storage /shared/kraken
 python -m jobs.evaluate quickstart --train.steps 50
+python -m jobs.evaluate models:/kraken@champion --evaluate.max-windows 100
 """
 
 from jobs.command import run_job

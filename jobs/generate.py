@@ -2,6 +2,7 @@
 
 python -m jobs.generate storage/EXCHANGE_FOLDER --prompt "def main" --max-tokens 64
 python -m jobs.generate storage/EXCHANGE_FOLDER --interactive --temperature 0.8
+python -m jobs.generate models:/kraken@champion --prompt "def main"
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from jobs.command import INTERRUPTED, LineParser, run_job
+from jobs.command import INTERRUPTED, LineParser, absolute_storage, default_storage, run_job
 from kraken.config import ConfigError, EngineConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = LineParser(
         prog="python -m jobs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exchange", metavar="FOLDER", help="a converted model: its folder, or STORAGE_URI/convert/NAME")
+    parser.add_argument(
+        "exchange",
+        metavar="MODEL",
+        help="a converted model: its folder, STORAGE_URI/convert/NAME, models:/NAME/VERSION or models:/NAME@ALIAS",
+    )
+    parser.add_argument("--storage", default=default_storage(), help="whose registry models:/ means (storage)")
     parser.add_argument("--prompt", metavar="TEXT", help="what to complete")
     parser.add_argument(
         "--interactive", action="store_true", help="read prompts line by line; each continues the text so far"
@@ -99,8 +105,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _generate(options: argparse.Namespace) -> None:
+    from pipelines.registry import is_reference, model_folder
+
+    registry_of = absolute_storage(options.storage) if is_reference(options.exchange) else ""
+    exchange = model_folder(options.exchange, registry_of)
     from kraken.engine.engine import TorchEngine
-    from kraken.storage import local_artefact
     from kraken.tokenizer import Tokenizer
 
     config = EngineConfig(
@@ -111,7 +120,6 @@ async def _generate(options: argparse.Namespace) -> None:
         num_devices=options.num_devices,
         max_batch_size=1,
     )
-    exchange = local_artefact(options.exchange)
     engine = TorchEngine.from_exchange(exchange, config)
     with contextlib.suppress(NotImplementedError):  # an event loop of Windows
         # asyncio's own handler does not wake a loop that is about to wait: Ctrl-C at that moment would have no effect

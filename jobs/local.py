@@ -238,8 +238,9 @@ def ui(storage: str) -> int:
 
 def say_runs(storage: str, url: str) -> None:
     """Say where the UI of a server lists the runs of pipelines, a line for each experiment."""
-    for name, experiment_id in TrackingServer(storage).experiments():
-        say(f"runs of experiment {name}: {runs_page(url, experiment_id)}")
+    with contextlib.suppress(ConfigError):  # a server that does not answer has no list
+        for name, experiment_id in TrackingServer(storage).experiments():
+            say(f"runs of experiment {name}: {runs_page(url, experiment_id)}")
 
 
 def is_free(port: int) -> bool:

@@ -20,11 +20,13 @@ from typing import Any
 
 from jobs import command
 from jobs.command import INTERRUPTED, LineParser
+from jobs.following import read
 from jobs.local import CHECKOUT, CODE, excludes, exit_status, job_environment
 from kraken.config import ConfigError
 from kraken.environment import environment
 from pipelines.errors import ClusterError
 from pipelines.outbox import without_password
+from pipelines.registry import Reference, is_reference
 
 JOBS = ("end_to_end", "prepare", "pretrain", "convert", "evaluate", "deploy")
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -40,7 +42,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--job", choices=JOBS, default="end_to_end", help="module of jobs/ to run (end_to_end)")
     parser.add_argument("--no-wait", action="store_true", help="return once the job is accepted")
-    parser.add_argument("preset", help="which run, for example kraken_125m_4way; its settings follow")
+    parser.add_argument(
+        "preset", help="which run, for example kraken_125m_4way, or models:/NAME@ALIAS; its settings follow"
+    )
     arguments, settings = parser.parse_known_args(argv)
     if not any(os.environ.get(name) for name in ADDRESS_VARIABLES):
         raise ConfigError(
@@ -48,11 +52,16 @@ def main(argv: list[str]) -> int:
             "`make run` for a cluster on this machine"
         )
     with environment({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}):  # judged as in the job: a relative storage is refused
-        parsed = command.parse(f"python -m jobs.{arguments.job}", "", [arguments.preset, *settings])
+        if is_reference(arguments.preset):  # its settings are those of its run, which the job will read
+            name = Reference.parse(arguments.preset).name
+            storage = command.absolute_storage(read(settings).get("storage", command.default_storage()))
+        else:
+            name = arguments.preset
+            storage = command.parse(f"python -m jobs.{arguments.job}", "", [name, *settings]).config.storage
     entrypoint = ["python", "-m", f"jobs.{arguments.job}", arguments.preset, *settings]
     if not any(word.partition("=")[0] == "--storage" for word in settings):  # KRAKEN_STORAGE says it here only
-        entrypoint += ["--storage", parsed.config.storage]
-    return submit(entrypoint, name=arguments.preset, wait=not arguments.no_wait)
+        entrypoint += ["--storage", storage]
+    return submit(entrypoint, name=name, wait=not arguments.no_wait)
 
 
 def submit(entrypoint: list[str], *, name: str, working_dir: Path = CHECKOUT, wait: bool = True) -> int:

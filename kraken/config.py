@@ -521,6 +521,55 @@ class EvaluateConfig:
         )
 
 
+GATES = ("fingerprint", "parity", "tokenizer", "perplexity", "latency")
+"""Checks between evaluation and deployment, in the order in which they are made."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatesConfig:
+    """What a model must pass before it is deployed. The champion is the model of the same registered name that was
+    deployed last. Parity's threshold is `evaluate.parity_tolerance`."""
+
+    max_perplexity_increase: float | None = 0.01
+    """Largest increase of perplexity over the champion's, on the champion's validation data, as a fraction of it; None
+    does not compare. With another tokenizer, nats of the same text per token of the champion's."""
+    max_latency_increase: float | None = None
+    """Largest increase of the median time of a completion over the champion's, as a fraction of it, both models
+    measured in turn in one process. None does not compare, which is the default because on shared CPU cores the medians
+    of one model against itself differ by several percent."""
+    same_tokenizer: bool = True
+    """Whether the tokenizer must be the champion's: clients that send or keep token ids depend on it."""
+    force: tuple[str, ...] = ()
+    """Gates whose failure does not stop the deployment, each as GATE=REASON; recorded with the model's version. On the
+    command line also `--force`. All but `fingerprint` can be forced."""
+    reason: str = ""
+    """Why the model is deployed, for the registry's history."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_perplexity_increase", "max_latency_increase"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 0.0,
+                f"gates.{name}={value} is negative; give a fraction such as 0.01, or None to compare nothing",
+            )
+        for text in self.force:
+            gate, _, reason = text.partition("=")
+            _require(
+                gate in GATES[1:] and bool(reason.strip()),
+                f"gates.force={text} is no GATE=REASON; the gates are {', '.join(GATES[1:])}, and a reason is needed, "
+                "for example perplexity='trained on newer text'",
+            )
+
+    @property
+    def forced(self) -> dict[str, str]:
+        """Gate -> why its failure does not stop the deployment."""
+        return {gate: reason.strip() for gate, _, reason in (text.partition("=") for text in self.force)}
+
+
+REGISTERED_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What a model may be called in MLflow's registry so that `models:/NAME@champion` names it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     """The endpoint."""
@@ -542,6 +591,8 @@ class ServeConfig:
     stream_interval_ms: float = 0.0
     """A stream writes at most so often: tokens that come within this time of a write share the next one. The first and
     the last token never wait."""
+    registered_name: str | None = None
+    """Name in MLflow's model registry, which has one champion: the model that was deployed last. None takes `name`."""
     num_replicas: int = 1
     """Engine replicas behind the endpoint."""
     cpus_per_replica: float = 0.0
@@ -554,6 +605,11 @@ class ServeConfig:
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name) is not None and self.name not in RESERVED_ROUTES,
             f"serve.name={self.name} cannot be a route; give letters, digits, '_', '.' and '-', and none of "
             f"{', '.join(RESERVED_ROUTES)}",
+        )
+        _require(
+            self.registered_name is None or REGISTERED_NAME.fullmatch(self.registered_name) is not None,
+            f"serve.registered_name={self.registered_name} cannot be part of models:/NAME; give letters, digits, '_', "
+            "'.' and '-'",
         )
         _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
         _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
@@ -570,6 +626,11 @@ class ServeConfig:
     def route_prefix(self) -> str:
         """Where the application's URLs begin."""
         return "/" if self.name == DEFAULT_APPLICATION else f"/{self.name}"
+
+    @property
+    def registry_name(self) -> str:
+        """Name in the model registry."""
+        return self.registered_name or self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -629,6 +690,7 @@ class RunConfig:
     convert: ConvertConfig = ConvertConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     engine: EngineConfig = EngineConfig()
+    gates: GatesConfig = GatesConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
     continue_from: str | None = None

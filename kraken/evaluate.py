@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,8 +24,17 @@ Progress = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 
+class TokenSource(Protocol):
+    """Tokens of a text; `TokenShards` are one."""
+
+    num_tokens: int
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) as int64."""
+
+
 async def perplexity(
-    engine: Engine, shards: TokenShards, tokenizer: Tokenizer, max_windows: int | None, on_progress: Progress
+    engine: Engine, shards: TokenSource, tokenizer: Tokenizer, max_windows: int | None, on_progress: Progress
 ) -> dict[str, Metric]:
     """Score a split through the engine: every token but the first exactly once, in windows of the full context.
 

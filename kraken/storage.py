@@ -4,6 +4,7 @@ Stages read and write plain local folders. For a local storage these are the art
 are a cache, and `publish` and `fetch` copy whole artefacts, the manifest last.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -119,7 +120,19 @@ class Storage:
             return
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         paths.sort(key=lambda path: path.name == MANIFEST_NAME)
-        self.publish_files(path for path in paths if self._same.get(path) != _version(path))
+        changed = [path for path in paths if self._same.get(path) != _version(path)]
+        if changed:  # an earlier copy must not count as finished while its files are replaced
+            self._delete_remote_file(folder / MANIFEST_NAME)
+        self.publish_files(changed)
+
+    def _delete_remote_file(self, path: Path) -> None:
+        """Delete a remote file, given by where it lies in the cache; no-op where there is none."""
+        if self._remote is None:
+            return
+        file_system, base = self._remote
+        place = f"{base}/{path.relative_to(self.root).as_posix()}"
+        if file_system.get_file_info(place).type == pyarrow.fs.FileType.File:
+            file_system.delete_file(place)
 
     def publish_files(self, paths: Iterable[Path]) -> None:
         """Copy files of an unfinished artefact to a remote storage, in this order; nothing to do for a local one."""
@@ -211,6 +224,66 @@ class Storage:
         return {
             self.root / info.path[len(base) + 1 :]: info.size for info in infos if info.type == pyarrow.fs.FileType.File
         }
+
+    @property
+    def _local_root(self) -> Path | None:
+        """The storage's own folder on this machine, also that of a `file://` URI; None for an object store."""
+        if self._remote is None:
+            return self.root
+        file_system, base = self._remote
+        return Path(base) if isinstance(file_system, pyarrow.fs.LocalFileSystem) else None
+
+    def measure(self, folder: Path) -> tuple[int, int, float]:
+        """Bytes, number of files and newest modification (Unix seconds; 0 without files) of what lies below a folder.
+
+        Wherever the storage is; links are not followed.
+
+        Args:
+            folder: where it lies, or would lie in the cache.
+        """
+        sizes, newest, root = [], 0.0, self._local_root
+        if root is None:
+            assert self._remote is not None
+            file_system, base = self._remote
+            selector = pyarrow.fs.FileSelector(
+                f"{base}/{folder.relative_to(self.root).as_posix()}", recursive=True, allow_not_found=True
+            )
+            infos = [i for i in file_system.get_file_info(selector) if i.type == pyarrow.fs.FileType.File]
+            return sum(i.size for i in infos), len(infos), max((i.mtime_ns / 1e9 for i in infos), default=0.0)
+        for parent, folders, names in os.walk(root / folder.relative_to(self.root), followlinks=False):
+            for name in [*names, *(name for name in folders if os.path.islink(os.path.join(parent, name)))]:
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    status = os.lstat(os.path.join(parent, name))
+                    sizes.append(status.st_size)
+                    newest = max(newest, status.st_mtime)
+        return sum(sizes), len(sizes), newest
+
+    def is_behind_link(self, folder: Path) -> bool:
+        """Whether a folder is a link, or lies behind one, so that it may be outside of the storage."""
+        root = self._local_root
+        if root is None:
+            return False
+        place = root / folder.relative_to(self.root)
+        return any(path.is_symlink() for path in [place, *place.parents] if path.is_relative_to(root) and path != root)
+
+    def delete(self, folder: Path) -> None:
+        """Delete a folder of the storage, its manifest first, and its copy in the cache. Links below it are deleted,
+        not followed.
+
+        Raises:
+            ArtefactError: it is a link, or lies behind one.
+        """
+        relative = folder.relative_to(self.root)
+        assert relative.parts and ".." not in relative.parts, folder
+        if self.is_behind_link(folder):
+            raise ArtefactError(f"{folder} is a link or behind one, which is not followed; delete it yourself")
+        root = self._local_root
+        if root is None:
+            self.delete_remote(folder)
+        for place in {folder} if root is None else {root / relative, folder}:
+            (place / MANIFEST_NAME).unlink(missing_ok=True)
+            if place.is_dir():
+                shutil.rmtree(place)
 
     def remote_folders(self, folder: Path) -> list[Path]:
         """Where the folders right below a remote one lie in the cache; none for a local storage."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from kraken.checkpoint.history import History
 from pipelines.tracking import StageRun
 
-CURVES = ("learning_rate", "loss", "mfu", "tokens_per_second", "validation_loss")
-"""Metrics of a report that the pipeline's run shows by optimizer step."""
+CURVES = ("loss", "validation_loss", "learning_rate", "tokens_per_second", "mfu")
+"""Metrics of a report that the pipeline's run shows by optimizer step. The UI lists metrics in the order in which they
+came, and its page of comparisons begins with the first."""
 MOST_POINTS = 2000
 """Reports of a reused training that are logged at most; the UI draws fewer."""
 

@@ -1,4 +1,6 @@
-"""Stage 5, deploy: the converted model behind an OpenAI-compatible endpoint; refused unless parity passed.
+"""Stage 5, deploy: the converted model behind an OpenAI-compatible endpoint; refused unless it passes its gates.
+
+A model that passes them becomes a version of the registry, and its champion once the endpoint answers.
 
 A deployment is reused only where the endpoint itself shows the digest of the model, every setting, the code and the
 owner, and lets in exactly those who should come in.
@@ -10,9 +12,10 @@ import secrets
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -22,11 +25,15 @@ from kraken.config import ConfigError, RunConfig, ServeConfig
 from kraken.manifest import ArtefactError, Manifest, Metric, library_versions, make_fingerprint
 from pipelines import cluster
 from pipelines.application import claimed, http_address, owner_of, require_no_others, require_own_name
+from pipelines.approval import approve
 from pipelines.identity import determining
 from pipelines.local_cluster import require_bindable
 from pipelines.stage import Outcome, Stage, Work, section_of
 from pipelines.training.placement import ROUNDING
 from serve.api_key import ApiKey, api_key
+
+Q = TypeVar("Q")
+T = TypeVar("T")
 
 HTTP_TIMEOUT_S = 5.0
 SWITCH_LIMIT_S = 30.0
@@ -56,7 +63,7 @@ def health(serve: ServeConfig, key: ApiKey | None = None) -> dict[str, Any] | No
         return None
 
 
-served_section = section_of("serve", "engine")
+served_section = section_of("serve", "engine", "gates")
 """Settings that determine the deployment."""
 
 
@@ -140,13 +147,7 @@ def work(work: Work) -> Outcome:
     from kraken.trtllm.proof import require_proven
     from serve.app import ServeArgs, build
 
-    evaluation = work.parents["evaluate"]
-    if evaluation.value("parity_passed") != 1.0:
-        raise ArtefactError(
-            f"deployment is refused: parity failed, the engine's log-probabilities differ from the trainer's by "
-            f"{evaluation.value('parity_max_abs_diff'):.2e} and {evaluation.value('parity_tokens_different'):.0f} "
-            "greedy tokens differ; raise evaluate.parity_tolerance only if the engine computes in a lower precision"
-        )
+    approval = approve(work, partial(call_as_evaluation, work.config))
     require_proven(work.parents["convert"])
     serve_config = work.config.serve
     owner = owner_of(work.config)
@@ -173,11 +174,22 @@ def work(work: Work) -> Outcome:
     with claimed(serve_config, owner):
         ray_serve.run(application, name=serve_config.name, route_prefix=serve_config.route_prefix)
     answer = wait_until_served(serve_config, digest)
+    endpoint = f"{endpoint_url(serve_config)}/v1"
+    approval.promote(work, endpoint)
     return {"replicas": Metric(serve_config.num_replicas, "replicas")}, {
-        "endpoint": f"{endpoint_url(serve_config)}/v1",
+        "endpoint": endpoint,
         "model_name": serve_config.model_name,
         "engine": answer["engine"],
+        **approval.details,
     }
+
+
+def call_as_evaluation(config: RunConfig, function: Callable[[Q], T], question: Q) -> T:
+    """Call a function in a task with the resources of an evaluation, where its engine has a device."""
+    options: dict[str, Any] = {"name": "compare", **cluster.stage_resources(config, "evaluate")}
+    task: Any = ray.remote(max_retries=0)(function).options(**options)
+    result: T = cluster.result_of(task.remote(question))
+    return result
 
 
 def require_possible(config: RunConfig) -> None:

@@ -132,7 +132,17 @@ def run_and_advise(config: RunConfig, until: str = "deploy") -> dict[str, StageR
     return _run(config, until, announce)
 
 
-def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]], None]) -> dict[str, StageResult]:
+def run_identified(config: RunConfig, found: dict[str, str], until: str) -> dict[str, StageResult]:
+    """As `run`, where the fingerprints are those of artefacts that exist and not what the config gives today."""
+    return _run(config, until, lambda planned: None, found)
+
+
+def _run(
+    config: RunConfig,
+    until: str,
+    announce: Callable[[list[PlannedStage]], None],
+    found: dict[str, str] | None = None,
+) -> dict[str, StageResult]:
     import ray
 
     from pipelines import cluster, preflight
@@ -143,7 +153,8 @@ def _run(config: RunConfig, until: str, announce: Callable[[list[PlannedStage]],
             "`python -m jobs.local run PRESET`, or set RAY_ADDRESS to the host:port of a cluster"
         )
     access_key = api_key() if until == "deploy" else None
-    config, found = identify(config)
+    if found is None:
+        config, found = identify(config)
     with cluster.connect(config):
         tracker = Tracker(config.storage, config.experiment, submission())
         key = tracker.key("pipeline", config.name, found)

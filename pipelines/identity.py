@@ -14,7 +14,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "pretrain": ("model", "train"),
     "convert": ("convert",),
     "evaluate": ("evaluate", "engine"),
-    "deploy": ("serve", "engine"),
+    "deploy": ("serve", "engine", "gates"),
 }
 """Stage -> the sections of the config that it reads and records."""
 
@@ -115,6 +115,7 @@ DETERMINING: dict[str, frozenset[str]] = {
             "serve.model_name",
             "serve.stream_interval_ms",
             "serve.api_keys_file",
+            "serve.registered_name",
             "serve.num_replicas",
             "serve.cpus_per_replica",
             "serve.gpus_per_replica",
@@ -149,7 +150,18 @@ NOT_DETERMINING: dict[str, frozenset[str]] = {
     ),
     "convert": frozenset(),
     "evaluate": _ENGINE_OPERATION,
-    "deploy": frozenset({"serve.replace"}),  # says how to begin
+    "deploy": frozenset(
+        {
+            # says how to begin
+            "serve.replace",
+            # what is compared and why, before the endpoint is made
+            "gates.max_perplexity_increase",
+            "gates.max_latency_increase",
+            "gates.same_tokenizer",
+            "gates.force",
+            "gates.reason",
+        }
+    ),
 }
 """Stage -> the fields that do not."""
 

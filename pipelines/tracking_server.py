@@ -126,13 +126,14 @@ class TrackingServer:
 
     Args:
         storage: absolute local path or URI of the artefacts; see `tracking_uri`.
+        uri: the server, where it is known already.
 
     Raises:
         ConfigError: the server cannot be used. Every method that contacts it raises the same.
     """
 
-    def __init__(self, storage: str):
-        self.uri = tracking_uri(storage)
+    def __init__(self, storage: str, uri: str | None = None):
+        self.uri = uri or tracking_uri(storage)
         self._storage = storage
         if path := sqlite_path(self.uri):
             try:

@@ -164,6 +164,48 @@ async def a_stop_id_ends_the_completion(engine: Engine) -> None:
     assert ids_of(outputs) == free[: stop + 1] and outputs[-1].finish_reason == "stop"  # type: ignore[union-attr]
 
 
+async def sampling_is_honoured_or_refused_by_name(engine: Engine) -> None:
+    (likely,) = ids_of(await collect(engine, request("likely", draw={"max_tokens": 1})))
+    draws: dict[str, dict[str, Any]] = {
+        "logit_bias": {"logit_bias": ((likely, -100.0),)},
+        "presence_penalty": {"presence_penalty": 2.0},
+        "frequency_penalty": {"frequency_penalty": 2.0},
+        "repetition_penalty": {"repetition_penalty": 2.0},
+        "min_tokens": {"stop_ids": (likely,), "min_tokens": 3},
+    }
+    found: dict[str, list[int]] = {}
+    for name, draw in draws.items():
+        try:
+            found[name] = ids_of(await collect(engine, request(name, draw=draw)))
+        except RequestError as error:
+            assert name in str(error) and engine.info.name != "torch"
+    if engine.info.name != "echo":  # which does not sample
+        assert likely not in found.get("logit_bias", [])[:1]
+        assert len(found.get("min_tokens", [0] * 3)) >= 3
+    assert found and {len(tokens) for name, tokens in found.items() if name != "min_tokens"} == {6}
+
+
+async def submitting_passes_on_what_generate_yields(engine: Engine) -> None:
+    asked = request("submitted", draw={"seed": 1, "temperature": 1.0})
+    expected = ids_of(await collect(engine, asked))
+    items: list[Any] = []
+    has_ended = asyncio.Event()
+
+    def receive(item: Any) -> None:
+        items.append(item)
+        if item is None or isinstance(item, BaseException):
+            has_ended.set()
+
+    abort = engine.submit(asked, receive)
+    await asyncio.wait_for(has_ended.wait(), 60)
+    assert ids_of(items) == expected and items[-1] is None
+    abort()
+    items.clear(), has_ended.clear()
+    engine.submit(request("left", draw={"max_tokens": 40}), receive)()
+    await asyncio.wait_for(has_ended.wait(), 60)
+    assert len(ids_of(items)) < 40
+
+
 async def a_seed_repeats(engine: Engine) -> None:
     """Whatever else has been computed of the same prompt, and whatever else runs."""
 
@@ -227,6 +269,8 @@ CHECKS = {
         the_queue_is_bounded,
         leaving_aborts,
         a_stop_id_ends_the_completion,
+        sampling_is_honoured_or_refused_by_name,
+        submitting_passes_on_what_generate_yields,
         a_seed_repeats,
         scores_are_those_of_the_logits,
         what_was_done_is_counted,

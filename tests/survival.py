@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from jobs import local
+from pipelines import local_head
 from pipelines.tracking import NAME_TAG
 
 ROOT = Path(__file__).parent.parent
@@ -185,3 +187,25 @@ class Nodes:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
+
+
+class Server:
+    """A real tracking server, which can be stopped and started again."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port, self.uri = folder, port, f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        stores = f"--backend-store-uri=sqlite:///{self.folder}/ml.db --artifacts-destination={self.folder}/files"
+        address = f"--host=127.0.0.1 --port={self.port} --workers=1"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *stores.split(), *address.split()],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_until(lambda: local.answers(f"{self.uri}/health"))
+
+    def stop(self) -> None:
+        local_head.end_tree(self.process.pid)

@@ -28,6 +28,9 @@ OTHER: dict[str, Any] = {
     "engine.all_reduce": "nccl",
     "engine.cuda_graph_sizes": (8,),
     "engine.max_batch_size": 8,
+    "gates.force": ("perplexity=because",),
+    "serve.registered_name": "other",
+    "gates.reason": "because",
 }
 """Another value of the fields whose type does not suggest one."""
 

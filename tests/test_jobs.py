@@ -77,10 +77,15 @@ def test_a_storage_that_cannot_be_opened_exits_with_1_and_one_line() -> None:
 def test_a_dry_run_shows_the_graph_and_changes_nothing(tmp_path: Path) -> None:
     result = run("jobs.end_to_end", "quickstart", "--dry-run", "--storage", str(tmp_path / "storage"))
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+    graph, _, table = result.stdout.partition("\n\n")
+    lines, needs = graph.splitlines(), table.splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["prepare", "pretrain", "convert", "evaluate", "deploy"]
     assert all(line.endswith("run") for line in lines[1:])
     assert "convert, evaluate" in lines[5]
+    assert [line.split()[0] for line in needs] == ["needs", "prepare", "pretrain", "convert", "evaluate", "deploy"]
+    assert (
+        "2 workers x 1 CPU" in needs[2] and "4 checkpoints of 26.5 MB" in needs[2] and "multiplies matrices" in needs[2]
+    )
     assert not (tmp_path / "storage").exists()
 
 

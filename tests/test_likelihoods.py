@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import tiny
 import torch
-from served import served
 from torch import Tensor
 
 from kraken.checkpoint.reader import load_model
@@ -38,6 +38,8 @@ from kraken.model.loss import chunk_gradient, chunked_cross_entropy
 from kraken.model.ways import WayGroup
 from kraken.tokenizer import Tokenizer
 from kraken.training.train import train
+from serve import app as serve_app
+from serve.api import Api
 from serve.app import ServeArgs
 
 TOLERANCE = 1e-4
@@ -173,10 +175,20 @@ def test_the_endpoint(trained: Trained) -> None:
         engine_config=EngineConfig(device="cpu", dtype="float32", num_threads=1),
         serve_config=ServeConfig(model_name=MODEL),
     )
-    with served(args) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        completion = client.completions.create(
-            model=MODEL, prompt=trained.windows, max_tokens=0, echo=True, logprobs=1, temperature=0.0
-        )
+
+    async def ask() -> openai.types.Completion:
+        model = serve_app.load_model(args)
+        try:
+            transport = httpx.ASGITransport(app=Api(model).app())
+            async with httpx.AsyncClient(transport=transport) as http:
+                client = openai.AsyncOpenAI(base_url="http://replica/v1", api_key="none", http_client=http)
+                return await client.completions.create(
+                    model=MODEL, prompt=trained.windows, max_tokens=0, echo=True, logprobs=1, temperature=0.0
+                )
+        finally:
+            await model.engine.close()
+
+    completion = asyncio.run(ask())
     rows = [choice.logprobs.token_logprobs[1:] for choice in completion.choices if choice.logprobs]
     found = torch.tensor(rows, dtype=torch.float64)
     torch.testing.assert_close(found, trained.logprobs, rtol=0, atol=TOLERANCE)

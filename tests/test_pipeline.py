@@ -19,12 +19,13 @@ import tiny
 from kraken.config import ConfigError, RunConfig
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 from kraken.storage import Storage, join, local_artefact
-from pipelines import deploy, end_to_end, summary
+from pipelines import champion, clean, deploy, end_to_end, summary
 from pipelines.application import http_address
 from pipelines.curves import CURVES
 from pipelines.errors import ClusterError
 from pipelines.lease import Lease
 from pipelines.recorder import HEADLINES
+from pipelines.registry import Registry
 from pipelines.report.content import number
 from pipelines.stage import Stage, fingerprints
 from pipelines.tracking import NAME_TAG, NOTE_TAG, Tracker
@@ -33,6 +34,8 @@ from pipelines.variation import arguments
 from serve.api_key import ApiKey
 
 pytestmark = pytest.mark.ray
+
+TESTS = Path(__file__).parent
 
 
 def run_config(storage: Path | str, port: int, workers: int = 1, **train: Any) -> RunConfig:
@@ -147,6 +150,97 @@ def test_the_report_shows_what_the_manifests_and_mlflow_have(
     assert parent.data.tags[NOTE_TAG].startswith(f"[Report](#/experiments/{parent.info.experiment_id}/runs/")
 
 
+def test_a_deployed_model_is_the_champion_of_the_registry(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    registry = Registry(config.storage)
+    [version] = registry.versions("kraken")
+    assert (version.number, version.aliases) == (1, ("candidate", "champion"))
+    manifests = {kind: result.manifest for kind, result in finished.items()}
+    lineage, evaluation = version.lineage, manifests["evaluate"]
+    assert [lineage.prepare, lineage.pretrain, lineage.exchange, lineage.evaluate] == [
+        manifests[kind].fingerprint for kind in ("prepare", "pretrain", "convert", "evaluate")
+    ]
+    assert float(lineage.perplexity) == evaluation.value("validation_perplexity")
+    assert version.folder() == storage / "convert" / manifests["convert"].fingerprint[:16]
+    [event] = registry.history("kraken")
+    assert (event.action, event.version, event.previous, event.why) == ("promotion", 1, None, "gates: passed")
+    assert event.where == manifests["deploy"].details["endpoint"]
+    states = {row["gate"]: row["state"] for row in manifests["deploy"].details["gates"]}
+    assert states == {"fingerprint": "passed", "parity": "passed"} | dict.fromkeys(
+        ("tokenizer", "perplexity", "latency"), "skipped"
+    )
+    [run] = [run for run in mlflow_runs(storage) if run.info.run_name == "deploy"]
+    assert (run.data.tags["kraken.gates"], run.data.tags["kraken.version"]) == ("passed", "models:/kraken/1")
+    assert version.run_id == run.data.tags["mlflow.parentRunId"]
+
+
+def test_the_registered_model_answers_as_the_endpoint_does(
+    finished: dict[str, end_to_end.StageResult],
+    config: RunConfig,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Greedily, through MLflow's own loader and through the command line."""
+    import mlflow
+
+    from jobs import generate
+
+    prompt = "import os"
+    endpoint = finished["deploy"].manifest.details["endpoint"]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    expected = deploy.complete(endpoint, body)
+    greedy = ["--max-tokens", "8", "--temperature", "0", "--ignore-eos", "--num-threads", "1"]
+    generate.main(["models:/kraken@champion", "--storage", str(storage), "--prompt", prompt, *greedy])
+    assert capsys.readouterr().out.rstrip("\n") == expected.rstrip("\n")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/kraken@champion", suppress_warnings=True)
+    [answer] = model.predict([prompt], params={"max_tokens": 8, "temperature": 0.0})
+    assert answer and expected.startswith(answer), "this one ends at the end of a text"
+
+
+def test_perplexity_on_the_champions_data_is_the_one_that_evaluation_measured(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, tmp_path: Path
+) -> None:
+    """As the gate measures it where the data differ, and through another tokenizer over the very same text."""
+    from kraken.data.shards import TokenShards
+    from kraken.tokenizer import Tokenizer
+
+    lineage = Registry(config.storage).versions("kraken")[0].lineage
+    data = storage / "prepare" / lineage.prepare[:16]
+    question = champion.Question(
+        exchange=lineage.location,
+        champion_exchange=lineage.location,
+        champion_data=str(data),
+        scored_tokens=int(lineage.scored_tokens),
+        engine=config.engine,
+        wants_perplexity=True,
+        wants_latency=False,
+    )
+    measured = champion.measure(question)["perplexity"]
+    assert measured == pytest.approx(finished["evaluate"].manifest.value("validation_perplexity"), rel=1e-6)
+
+    own, num_tokens = Tokenizer.load(data), int(lineage.scored_tokens) + 1
+    other = Tokenizer.train([(TESTS / name).read_text() for name in ("tiny.py", "conftest.py")], 280)
+    source, _ = champion.validation_tokens(data, other, num_tokens - 1)
+    ids = TokenShards(data, "validation", own.num_ids).read(0, num_tokens).tolist()
+    assert other.fingerprint != own.fingerprint
+    assert other.decode(source.read(0, source.num_tokens).tolist()) == own.decode(ids)
+    with pytest.raises(ArtefactError, match="validation tokens, fewer than the 1000000000 scored"):
+        champion.validation_tokens(data, own, 10**9)
+
+
+def test_nothing_of_a_recorded_pipeline_is_cleaned(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    referred = clean.references(config.storage, Registry(config.storage))
+    made = {f"{kind}/{result.manifest.fingerprint[:16]}" for kind, result in finished.items()}
+    assert made <= referred
+    assert not clean.survey(Storage(config.storage), referred).items
+    assert clean._served(Storage(config.storage)) == {f"convert/{finished['convert'].manifest.fingerprint[:16]}"}
+
+
 def test_training_metrics_are_logged_once_per_step(
     finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
 ) -> None:
@@ -191,6 +285,7 @@ def test_a_second_run_reuses_everything(
     runs = mlflow_runs(storage)
     assert len(runs) == 6 and {run.info.status for run in runs} == {"FINISHED"}
     assert {len(run.inputs.dataset_inputs) for run in runs} == {0, 2}, "a data set is recorded once"
+    assert len(Registry(config.storage).versions("kraken")) == len(Registry(config.storage).history("kraken")) == 1
 
 
 def test_changing_a_setting_reruns_only_what_depends_on_it(
@@ -273,6 +368,8 @@ def test_failed_parity_refuses_deployment_and_loses_nothing(
     assert "| deploy | failed |" in Path(client.download_artifacts(failed.info.run_id, "report.md")).read_text()
     of_reused, *others = (points_of(client, run.info.run_id, "validation_loss") for run in (failed, *pipelines))
     assert of_reused and all(points == of_reused for points in others), "reused training shows its curve, too"
+    [version] = Registry(config.storage).versions("kraken")
+    assert (version.tags["kraken.gates"], version.aliases) == ("failed parity", ("candidate", "champion"))
     assert deploy.is_serving(config, finished["deploy"].manifest)
 
 
@@ -513,6 +610,40 @@ class TestStorage:
         manifest = reader.find("prepare", "tiny")
         assert manifest is not None
         manifest.verify(reader.folder("prepare", "tiny"))
+
+    def test_an_upload_that_ends_anywhere_leaves_no_artefact(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Neither a new one nor one in the place of an earlier copy, after however many files."""
+        uri = (tmp_path / "remote").as_uri()
+        writer = Storage(uri, cache=tmp_path / "writer")
+        folder = writer.folder("prepare", "tiny")
+        tiny.prepared(folder)
+        num_files = sum(path.is_file() for path in folder.rglob("*"))
+        publish_as, left = Storage.publish_as, 0
+
+        def killed(self: Storage, path: Path, target: Path) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            publish_as(self, path, target)
+
+        def find() -> Manifest | None:
+            reader = Storage(uri, cache=tmp_path / f"reader_{len([*tmp_path.iterdir()])}")
+            reader.folder("prepare", "other")
+            return reader.find("prepare", "tiny")
+
+        monkeypatch.setattr(Storage, "publish_as", killed)
+        for _ in range(2):
+            for num_uploaded in range(num_files):
+                left = num_uploaded
+                with pytest.raises(KeyboardInterrupt):
+                    Storage(uri, cache=tmp_path / "writer").publish(folder)
+                assert find() is None, num_uploaded
+            left = num_files
+            Storage(uri, cache=tmp_path / "writer").publish(folder)
+            assert find() is not None
 
     def test_an_artefact_is_opened_by_its_location(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

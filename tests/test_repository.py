@@ -17,8 +17,14 @@ LAYERS = {
 }
 """Folder -> the folders it may import from."""
 ONLY_HOME = {
-    # One reaches the server, the other records runs there: both need MLflow's client and its errors.
-    "mlflow": ("pipelines/tracking.py", "pipelines/tracking_server.py"),
+    # The first reaches the server, the others record runs and models there: all need MLflow's client and its errors.
+    # `pyfunc_model.py` is code that MLflow itself loads, as a subclass of its model.
+    "mlflow": (
+        "pipelines/tracking.py",
+        "pipelines/tracking_server.py",
+        "pipelines/registry.py",
+        "pipelines/pyfunc_model.py",
+    ),
     "tensorrt_llm": ("kraken/trtllm/",),
     "transformers": ("kraken/huggingface/",),
 }

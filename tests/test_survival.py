@@ -2,21 +2,18 @@
 
 import contextlib
 import io
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
-from survival import ROOT, STEPS, Driver, checkpoints, command, curve, runs, states, wait_until, workers
+from survival import ROOT, STEPS, Driver, Server, checkpoints, command, curve, runs, states, wait_until, workers
 
 from jobs import local
-from pipelines import local_cluster, local_head
+from pipelines import local_cluster
 from pipelines.curves import CURVES
 from pipelines.local_jobs import Job
 
@@ -130,28 +127,6 @@ def test_the_same_training_twice_at_once_is_refused(ray_cluster: str, storage: P
     assert "this very training runs already" in second.output
     assert first.wait() == 0, first.output
     assert [step for step, _ in curve(storage)] == list(range(1, 301))
-
-
-class Server:
-    """A real tracking server, which can be stopped and started again."""
-
-    def __init__(self, folder: Path, port: int):
-        self.folder, self.port, self.uri = folder, port, f"http://127.0.0.1:{port}"
-        self.start()
-
-    def start(self) -> None:
-        stores = f"--backend-store-uri=sqlite:///{self.folder}/ml.db --artifacts-destination={self.folder}/files"
-        address = f"--host=127.0.0.1 --port={self.port} --workers=1"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *stores.split(), *address.split()],
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        wait_until(lambda: local.answers(f"{self.uri}/health"))
-
-    def stop(self) -> None:
-        local_head.end_tree(self.process.pid)
 
 
 def test_training_goes_on_without_its_tracking_server(

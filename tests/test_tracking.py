@@ -21,6 +21,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from jobs import local
 from kraken.config import ConfigError
 from pipelines import outbox, summary, tracking, tracking_server
 from pipelines.tracking import RunRef, StageRun, Tracker, end_status
@@ -342,7 +343,9 @@ def test_a_data_set_is_recorded_once_and_can_be_found_again(
     assert mlflow.data.get_source(found.dataset).uri == str(tmp_path)
 
 
-def test_the_link_to_the_runs_opens_a_list_that_the_experiment_holds(tracker: Tracker, client: "MlflowClient") -> None:
+def test_the_link_to_the_runs_opens_a_list_that_the_experiment_holds(
+    tracker: Tracker, client: "MlflowClient", capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the UI only this is known here: where it looks for the view, and the names of columns."""
     page = tracking_server.runs_page("http://ada:secret@host:5000/", tracker.experiment_id)
     key = page.partition("viewStateShareKey=")[2].partition("&")[0]
@@ -358,6 +361,9 @@ def test_the_link_to_the_runs_opens_a_list_that_the_experiment_holds(tracker: Tr
     assert server.experiment_id("kraken") == tracker.experiment_id
     assert json.loads(client.get_experiment(tracker.experiment_id).tags[tracking_server.VIEW_TAG]) == view
     assert ("kraken", tracker.experiment_id) in server.experiments()
+    local.say_runs(tracker._server._storage, "http://127.0.0.1:5001")
+    link = tracking_server.runs_page("http://127.0.0.1:5001", tracker.experiment_id)
+    assert f"local: runs of experiment kraken: {link}\n" in capsys.readouterr().out
 
 
 def test_a_finished_run_has_no_error(tracker: Tracker, client: "MlflowClient") -> None:

@@ -243,7 +243,7 @@ asyncio.run(run())
 """
     command = [sys.executable, "-c", code]
     result = subprocess.run(
-        command, env=environment(FAKE_TRTLLM="canned,litter"), capture_output=True, text=True, timeout=60, check=False
+        command, env=environment(FAKE_TRTLLM="canned,litter"), capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 9, result.stderr
     mark = result.stdout.strip()

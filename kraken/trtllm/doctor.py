@@ -371,9 +371,9 @@ class Bench:
     def _tolerance(self) -> float:
         return (1e-3 if self._patient.dtype == "float32" else TOLERANCE) * self._largest_logit
 
-    def _prompt(self, start: int, num_tokens: int | None = None) -> tuple[int, ...]:
-        """Prompts of different starts share no prefix, so that none is found in the cache."""
-        return tuple((start + 3 * i) % 256 for i in range(num_tokens or self._patient.num_prompt_tokens))
+    def _prompt(self, start: int, num_tokens: int | None = None, stride: int = 3) -> tuple[int, ...]:
+        """Prompts of different starts or strides share no block, so that none is found in the cache."""
+        return tuple((start + stride * i) % 256 for i in range(num_tokens or self._patient.num_prompt_tokens))
 
     async def _same_logits(self, name: str, engine: Any, exchange: str) -> Check:
         """Of prompts and generated tokens, against our model in float32."""
@@ -412,12 +412,12 @@ class Bench:
         if not engine.capabilities.seeds:
             return judge("seeds", False, "at the start equal seeds gave other tokens")
         sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=10.0, seed=1)
-        alone = await _tokens(engine, "seed-alone", self._prompt(6, 64), sampling)
+        alone = await _tokens(engine, "seed-alone", self._prompt(6), sampling)
         others = [
-            _tokens(engine, f"beside-{number}", self._prompt(number, 64), SamplingParams(max_tokens=NUM_TOKENS))
+            _tokens(engine, f"beside-{number}", self._prompt(number), SamplingParams(max_tokens=NUM_TOKENS))
             for number in range(7)
         ]
-        again, *_ = await asyncio.gather(_tokens(engine, "seed-again", self._prompt(6, 64), sampling), *others)
+        again, *_ = await asyncio.gather(_tokens(engine, "seed-again", self._prompt(6), sampling), *others)
         return judge("seeds", alone == again, "equal tokens" if alone == again else f"{alone} alone, {again} beside 7")
 
     async def _load(self, engine: Any) -> Check:
@@ -447,7 +447,8 @@ class Bench:
         times_ms = []
         for number in range(self._patient.num_timed + 3):
             sampling = SamplingParams(max_tokens=1, temperature=0.0)
-            request = Request(id=f"timed-{number}", prompt_ids=self._prompt(number), sampling=sampling)
+            prompt_ids = self._prompt(number, stride=5 + 2 * (number // 256))
+            request = Request(id=f"timed-{number}", prompt_ids=prompt_ids, sampling=sampling)
             started_at = time.perf_counter()
             async for _output in engine.generate(request):
                 times_ms.append((time.perf_counter() - started_at) * 1e3)

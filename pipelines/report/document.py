@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-from markupsafe import Markup
-
 TEMPLATE = "report.html.jinja"
 
 
@@ -78,6 +75,9 @@ class Document:
 
 def to_html(document: Document) -> str:
     """The document as one file that needs no network, in light and dark."""
+    import jinja2  # only the process that writes a report needs it
+    from markupsafe import Markup
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
