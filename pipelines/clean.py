@@ -20,6 +20,7 @@ from kraken.storage_id import find_storage_id
 from pipelines.identity import SECTIONS
 from pipelines.outbox import without_password
 from pipelines.registry import Registry
+from serve.api_key import API_KEY_VARIABLE, api_key
 
 HTTP_TIMEOUT_S = 3.0
 PROBES = ".preflight"
@@ -85,15 +86,29 @@ def _served(storage: Storage) -> set[str]:
 
 
 def _model_behind(endpoint: str) -> str | None:
-    """Fingerprint of the model that an endpoint serves; None where none of this project answers."""
+    """Fingerprint of the model that an endpoint serves; None where none of this project answers.
+
+    Raises:
+        ConfigError: the endpoint asks for another key than KRAKEN_API_KEY, and tells no stranger what it serves.
+    """
     if not endpoint.startswith(("http://", "https://")):
         return None
+    url, key = f"{endpoint.removesuffix('/v1')}/health", api_key()
+    headers = {} if key is None else {"Authorization": f"Bearer {key.value}"}
     try:
-        with urllib.request.urlopen(f"{endpoint.removesuffix('/v1')}/health", timeout=HTTP_TIMEOUT_S) as response:
-            found = json.load(response)["exchange_fingerprint"]
-            return found if isinstance(found, str) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=HTTP_TIMEOUT_S) as response:
+            answer = json.load(response)
+    except (OSError, ValueError):
         return None
+    if not isinstance(answer, dict) or "status" not in answer:
+        return None
+    if "exchange_fingerprint" not in answer:
+        raise ConfigError(
+            f"{endpoint} does not say which model it serves, since {API_KEY_VARIABLE} is not its key; set its key, so "
+            "that its model is not taken for an unused one"
+        )
+    found = answer["exchange_fingerprint"]
+    return found if isinstance(found, str) else None
 
 
 def survey(storage: Storage, referred: Iterable[str], now: float | None = None) -> Survey:

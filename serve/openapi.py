@@ -126,7 +126,10 @@ def _describe(operation: Operation, references: Mapping[Any, Any], model_name: s
         content = {"application/json": {"schema": references[operation.response, "serialization"]}}
     description = "The response"
     if operation.body and "stream" in operation.body.model_fields:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        data = {"type": "string", "description": "JSON of a part of the response, an error object, or [DONE]"}
+        content["text/event-stream"] = {
+            "schema": {"type": "object", "required": ["data"], "properties": {"data": data}}
+        }
         description += "; with stream=true server-sent events, each with a part of it, and [DONE] as the last"
     error = {"application/json": {"schema": references[ErrorBody, "serialization"]}}
     responses: dict[str, Any] = {"200": {"description": f"{description}.", "content": content}}

@@ -5,8 +5,10 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,8 @@ import httpx
 import openai
 import pytest
 import tiny
+import uvicorn
+from conftest import find_free_port
 from prometheus_client.parser import text_string_to_metric_families
 
 import kraken
@@ -86,6 +90,22 @@ def use(model: ServedModel, work: Callable[[httpx.AsyncClient], Awaitable[T]], *
             return await work(client)
 
     return asyncio.run(main())
+
+
+@contextmanager
+def listening(model: ServedModel, **options: Any) -> Iterator[str]:
+    """The application behind a real port; gives its URL."""
+    port = find_free_port()
+    server = uvicorn.Server(uvicorn.Config(Api(model, **options).app(), "127.0.0.1", port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 async def complete(client: httpx.AsyncClient, prompt: Any, **fields: Any) -> httpx.Response:

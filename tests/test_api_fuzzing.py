@@ -1,41 +1,19 @@
 """Requests made from the endpoint's own description, right ones and wrong ones, against a real engine: the description
 holds, nothing hangs, no server error, and no block of the KV cache stays behind."""
 
-import contextlib
 import os
-import threading
 import time
-from collections.abc import Iterator
 
 import pytest
-import uvicorn
-from conftest import find_free_port
-from test_api import torch_model
+from test_api import listening, torch_model
 
 from kraken.tokenizer import Tokenizer
-from serve.api import Api
-from serve.completions import ServedModel
 
 pytestmark = pytest.mark.slow
 
 NUM_REQUESTS = int(os.environ.get("KRAKEN_FUZZ_REQUESTS", "1000"))
 """In all, about; 10,000 take some ten minutes on two cores."""
 TIMEOUT_S = 20.0
-
-
-@contextlib.contextmanager
-def served(model: ServedModel) -> Iterator[str]:
-    port = find_free_port()
-    server = uvicorn.Server(uvicorn.Config(Api(model).app(), "127.0.0.1", port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_the_description_holds_for_right_and_wrong_requests() -> None:
@@ -58,7 +36,7 @@ def test_the_description_holds_for_right_and_wrong_requests() -> None:
     ]
     model = torch_model(Tokenizer.train(["the cat sat on the mat and so forth, quickly " * 20], 280))
     num_sent, statuses = 0, dict[int, int]()
-    with served(model) as url:
+    with listening(model) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         operations = [found.ok() for found in schema.get_all_operations()]
         with_body = [operation for operation in operations if operation.body]

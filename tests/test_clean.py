@@ -6,10 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from test_api import echo_model, listening
 
+from kraken.config import ConfigError
 from kraken.manifest import MANIFEST_NAME, ArtefactError, finish_artefact
 from kraken.storage import Storage
+from kraken.tokenizer import Tokenizer
 from pipelines import clean
+from serve.api_key import API_KEY_VARIABLE, ApiKey, ApiKeyDigest, KeyRing
 
 HOUR_S = 3600.0
 
@@ -142,3 +146,17 @@ def test_without_a_run_nothing_is_said_to_be_unused(root: Path) -> None:
     (root / "storage_id").write_text(json.dumps({"id": "a" * 32, "path": str(root)}))
     with pytest.raises(ConfigError, match=r"MLflow at http://\*\*\*@elsewhere:5000 knows no finished run"):
         clean.references(str(root), Empty())  # type: ignore[arg-type]
+
+
+def test_an_endpoint_that_asks_for_another_key_is_not_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.train(["the cat sat on the mat " * 20], 260)
+    with listening(echo_model(tokenizer), keys=KeyRing(ApiKeyDigest.of(ApiKey("right")))) as url:
+        for key in (None, "wrong"):
+            monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+            if key is not None:
+                monkeypatch.setenv(API_KEY_VARIABLE, key)
+            with pytest.raises(ConfigError, match="does not say which model it serves.*set its key"):
+                clean._model_behind(f"{url}/v1")
+        monkeypatch.setenv(API_KEY_VARIABLE, "right")
+        assert clean._model_behind(f"{url}/v1") == "f"
+    assert clean._model_behind(f"{url}/v1") is None
