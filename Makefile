@@ -3,6 +3,7 @@
 PRESET  ?= quickstart
 STORAGE ?= $(CURDIR)/storage
 ARGS    ?=
+WORKERS ?= 2
 PYTHON  ?=
 
 .DEFAULT_GOAL := help
@@ -19,7 +20,7 @@ CANDIDATES = $(or $(PYTHON),python3.11 python3.12 python3)
 USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 
 help: ## show this list
-	@echo "make TARGET [PRESET=$(PRESET)] [STORAGE=DIR] [ARGS='--train.steps 50 ...'] [PYTHON=python3.12]"
+	@echo "make TARGET [PRESET=$(PRESET)] [STORAGE=DIR] [ARGS='--train.steps 50 ...'] [PYTHON=python3.12] [WORKERS=$(WORKERS)]"
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 run: setup ## run the pipeline: prepare, pretrain, convert, evaluate, deploy; the endpoint stays up
@@ -31,8 +32,8 @@ stop: ## end what `make run` started in this storage, and nothing else
 ui: setup ## open the MLflow server of this storage on loopback, until Ctrl-C
 	@.venv/bin/python -m jobs.local ui --storage "$(STORAGE)"
 
-test: setup ## run the tests
-	@.venv/bin/python -m pytest $(ARGS)
+test: setup ## run the tests, in WORKERS processes
+	@.venv/bin/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: setup ## ruff (lint and format) and mypy
 	@.venv/bin/ruff check .

@@ -5,14 +5,17 @@
 
 The namespaces are joined by a pair of virtual Ethernet devices whose rate `tc tbf` limits at both ends, so that an
 all-reduce takes the time that it would take on such a link, and nothing in the engine is simulated. One model is a
-standard Transformer under tensor parallelism, the other a 2-way Kraken of as many layers and equal parameters; weights
-are random. The rates are chosen so that the standard model's all-reduces take given shares of its time to first token
-(TTFT), of one prompt. At every rate all contestants take turns. `docs/latency.md` says more.
+standard Transformer under tensor parallelism, the others a 2-way Kraken of as many layers and equal parameters, and the
+same with ways that read each other a layer later (`kraken_delayed`); weights are random. The rates are chosen so that
+the standard model's all-reduces take given shares of its time to first token (TTFT), of one prompt. At every rate all
+contestants take turns. `docs/latency.md` says more.
 
 The last line is JSON:
 
     exposed_communication_max   (overlapped - none) / (blocking - none) of Kraken's TTFTs, the largest over the rates at
                                 which Kraken's attention phase is at least as long as one of its all-reduces
+    delayed_exposed_max         the same of `kraken_delayed` over all rates
+    delayed_ttft_ratio_min      TTFT of Kraken over that of `kraken_delayed`, the smallest over the rates
     speedup_at_35_percent       TTFT of the standard model over that of Kraken, where all-reduces take 35 % of the
                                 former; interpolated between the measured shares
     speedup_min, speedup_geomean    over all rates
@@ -53,7 +56,8 @@ QUEUE_BYTES = 64 * 1024 * 1024
 """Nothing is dropped."""
 MTU_BYTES = 65000
 """As network cards that segment by themselves are seen by the kernel."""
-CONTESTANTS = ("standard", "standard none", "kraken", "kraken blocking", "kraken none")
+MODES = ("", " blocking", " none")
+CONTESTANTS = ("standard", "standard none", *(name + mode for name in plan.WAY_ARCHITECTURES for mode in MODES))
 
 
 def call(command: Sequence[str]) -> None:
@@ -119,7 +123,9 @@ def shapes(args: argparse.Namespace) -> dict[str, ModelConfig]:
         vocab_size=args.vocabulary,
         architecture="standard",
     )
-    return {"standard": standard, "kraken": plan.matched(standard, "kraken", 2)}
+    kraken = plan.matched(standard, "kraken", 2)
+    delayed = dataclasses.replace(kraken, architecture="kraken_delayed")
+    return {"standard": standard, "kraken": kraken, "kraken_delayed": delayed}
 
 
 def open_contestant(name: str, shape: ModelConfig, args: argparse.Namespace, link: Link, core: int) -> Contestant:
@@ -187,10 +193,10 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
     models = shapes(args)
     contestants = [open_contestant(name, models[name.split(" ")[0]], args, link, core) for name in CONTESTANTS]
     attention_s = time_attention(contestants[CONTESTANTS.index("kraken none")])
-    say(f"{'model':10} {'parameters':>12} layers width heads  bytes sent per prompt")
+    say(f"{'model':14} {'parameters':>12} layers width heads  bytes sent per prompt")
     for name, shape in models.items():
         say(
-            f"{name:10} {plan.num_parameters(shape):12,} {shape.num_layers:6} {shape.width:5} {shape.num_heads:5} "
+            f"{name:14} {plan.num_parameters(shape):12,} {shape.num_layers:6} {shape.width:5} {shape.num_heads:5} "
             f"{sent_bytes(shape, args.prompt_tokens):,}"
         )
     try:
@@ -198,7 +204,7 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
         say(f"standard without all-reduces: {none_s * 1e3:.0f} ms; below, TTFTs in ms, medians of {args.rounds}")
         say(
             f"{'link MB/s':>10} {'share':>6} {'standard':>9} {'Kraken':>9} {'blocking':>9} {'none':>9} {'speed-up':>9} "
-            f"{'exposed':>8} {'attention':>10} {'one sum':>8}"
+            f"{'exposed':>8} {'attention':>10} {'one sum':>8} {'delayed':>9} {'none':>9} {'exposed':>8}"
         )
         points = [measure_point(share, none_s, contestants, attention_s, models, args, link) for share in args.shares]
     finally:
@@ -213,6 +219,8 @@ def measure(args: argparse.Namespace, link: Link, core: int) -> dict[str, Any]:
         "prompt_tokens": args.prompt_tokens,
         "points": points,
         "exposed_communication_max": max(covered, default=None),
+        "delayed_exposed_max": max(point["delayed_exposed_communication"] for point in points),
+        "delayed_ttft_ratio_min": min(point["delayed_ttft_ratio"] for point in points),
         "speedup_at_35_percent": interpolate([(p["share"], p["speedup"]) for p in points], PAPER_SHARE),
         "speedup_min": min(speedups),
         "speedup_geomean": round(math.exp(statistics.fmean(math.log(value) for value in speedups)), 4),
@@ -236,12 +244,13 @@ def measure_point(
     rounds_s = ttfts(contestants, args.prompt_tokens, args.rounds)
     ttft_s = {name: statistics.median(values) for name, values in rounds_s.items()}
     waited_s = median_difference(rounds_s["kraken blocking"], rounds_s["kraken none"])
-    exposed_s = median_difference(rounds_s["kraken"], rounds_s["kraken none"])
     point: dict[str, Any] = {
         "link_mb_per_s": round(bytes_per_s / 1e6, 3),
         "share": round(1 - ttft_s["standard none"] / ttft_s["standard"], 4),
         "speedup": round(ttft_s["standard"] / ttft_s["kraken"], 4),
-        "exposed_communication": round(exposed_s / waited_s, 4),
+        "exposed_communication": exposed(rounds_s, "kraken"),
+        "delayed_exposed_communication": exposed(rounds_s, "kraken_delayed"),
+        "delayed_ttft_ratio": round(ttft_s["kraken"] / ttft_s["kraken_delayed"], 4),
         "attention_ms": round(statistics.median(attention_s) * 1e3, 3),
         "sum_ms": round(waited_s / max(1, all_reduces_of(models["kraken"], args.prompt_tokens)[0]) * 1e3, 3),
         "ttft_ms": {name: round(value * 1e3, 2) for name, value in ttft_s.items()},
@@ -250,9 +259,16 @@ def measure_point(
     say(
         f"{point['link_mb_per_s']:10.2f} {point['share']:6.1%} {ms['standard']:9.1f} {ms['kraken']:9.1f} "
         f"{ms['kraken blocking']:9.1f} {ms['kraken none']:9.1f} {point['speedup']:9.3f} "
-        f"{point['exposed_communication']:8.3f} {point['attention_ms']:10.2f} {point['sum_ms']:8.2f}"
+        f"{point['exposed_communication']:8.3f} {point['attention_ms']:10.2f} {point['sum_ms']:8.2f} "
+        f"{ms['kraken_delayed']:9.1f} {ms['kraken_delayed none']:9.1f} {point['delayed_exposed_communication']:8.3f}"
     )
     return point
+
+
+def exposed(rounds_s: dict[str, list[float]], name: str) -> float:
+    """Share of what waiting costs that is left when the all-reduces are overlapped."""
+    waited_s = median_difference(rounds_s[f"{name} blocking"], rounds_s[f"{name} none"])
+    return round(median_difference(rounds_s[name], rounds_s[f"{name} none"]) / waited_s, 4)
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:

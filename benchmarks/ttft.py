@@ -74,6 +74,7 @@ MODES = {
     "standard": ("blocking", "none"),
     "parallel": ("blocking", "none"),
     "kraken": ("overlapped", "blocking", "none"),
+    "kraken_delayed": ("overlapped", "blocking", "none"),
 }
 BEST, PLAIN = "auto", "nccl"
 Name = tuple[str, str, str]
@@ -169,14 +170,19 @@ def shapes(size: str, num_devices: int, context: int, vocabulary: int) -> dict[s
     aligned = plan.aligned_widths(ways, budget)[0][-1]
     is_near = abs(plan.num_parameters(aligned) / budget - 1) < 0.02
     kraken = aligned if is_near else plan.matched(standard, "kraken", num_devices)
-    return {"standard": standard, "parallel": dataclasses.replace(standard, architecture="parallel"), "kraken": kraken}
+    return {
+        "standard": standard,
+        "parallel": dataclasses.replace(standard, architecture="parallel"),
+        "kraken": kraken,
+        "kraken_delayed": dataclasses.replace(kraken, architecture="kraken_delayed"),
+    }
 
 
 def all_reduces_of(shape: ModelConfig, prompt_tokens: int) -> tuple[int, tuple[int, int, int]]:
     """Number and shape of a prefill's all-reduces over all tokens; those of the last layer have one token."""
     layers = shape.num_layers - 1
-    count = {"kraken": layers - 1, "standard": 2 * layers, "parallel": layers}[shape.architecture]
-    return count, (1, prompt_tokens, shape.width)
+    counts = {"kraken": layers - 1, "kraken_delayed": layers - 1, "standard": 2 * layers, "parallel": layers}
+    return counts[shape.architecture], (1, prompt_tokens, shape.width)
 
 
 def time_alone(rank: int, port: int, args: argparse.Namespace, cases: list[Any], answers: Any) -> None:
@@ -260,15 +266,18 @@ def quantised_matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def names_of(args: argparse.Namespace) -> list[Name]:
     """All contestants of a size. Without all-reduces their backend does not matter."""
-    every = {"standard": (PLAIN, BEST), "kraken": (PLAIN, BEST)} if args.device == "cuda" else {}
+    every = dict.fromkeys(("standard", *plan.WAY_ARCHITECTURES), (PLAIN, BEST)) if args.device == "cuda" else {}
     return [
         (architecture, all_reduce, mode)
         for architecture in args.architectures
         for all_reduce in every.get(architecture, (BEST,))
         for mode in MODES[architecture]
         if mode != "none" or all_reduce == BEST
-        # in brief, Kraken waits for NCCL only, and overlaps the best backend only
-        if not args.brief or architecture != "kraken" or mode == "none" or (mode == "blocking") == (all_reduce == PLAIN)
+        # in brief, the Krakens wait for NCCL only, and overlap the best backend only
+        if not args.brief
+        or architecture not in plan.WAY_ARCHITECTURES
+        or mode == "none"
+        or (mode == "blocking") == (all_reduce == PLAIN)
     ]
 
 
@@ -348,8 +357,9 @@ def measure(args: argparse.Namespace, size: str) -> list[dict[str, Any]]:
             roofline_ms = roofline_seconds(models[architecture], prompt_tokens, args.devices, rates) * 1e3
             of_prompt.append(row | {"tpot_ms": tpot_ms, "roofline_ratio": round(best(ttft_ms) / roofline_ms, 4)})
         bases = {row["all_reduce"]: best(row["ttft_ms"]) for row in of_prompt if row["architecture"] == "standard"}
-        waits = {row["all_reduce"]: row["ttft_ms"]["blocking"] for row in of_prompt if row["architecture"] == "kraken"}
         for row in of_prompt:
+            own = [other for other in of_prompt if other["architecture"] == row["architecture"]]
+            waits = {other["all_reduce"]: other["ttft_ms"]["blocking"] for other in own}
             row["speedup"] = ratio(bases.get(PLAIN, bases.get(BEST)), row)
             row["speedup_vs_best"] = ratio(bases.get(BEST), row)
             row["exposed_vs_nccl"] = exposed(row["ttft_ms"], waits.get(PLAIN))
@@ -401,7 +411,7 @@ def say(row: dict[str, Any]) -> None:
         for mode, value in row["ttft_ms"].items()
     )
     print(
-        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:9} {row['all_reduce']:5} "
+        f"{row['size']:5} {row['prompt_tokens']:5} {row['architecture']:14} {row['all_reduce']:5} "
         f"{row['parameters']:15,}  "
         f"all-reduces alone {row['all_reduces_alone_ms']:8.1f}  share {row['share_of_communication']:.2f}  "
         f"exposed {row['exposed_communication']} ({row['exposed_vs_nccl']} of NCCL's)  speed-up {row['speedup']} "
@@ -417,7 +427,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     best_rows = [row for row in rows if row["all_reduce"] == BEST]
     speedups = {
         name: {(row["size"], row["prompt_tokens"]): row["speedup"] for row in best_rows if row["architecture"] == name}
-        for name in ("parallel", "kraken")
+        for name in ("parallel", "kraken", "kraken_delayed")
     }
     speedups = {name: found for name, found in speedups.items() if found}
     labels = list(dict.fromkeys((row["size"], row["prompt_tokens"]) for row in rows))
@@ -428,8 +438,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         values = [found.get(label, math.nan) for label in labels]
         if common:
             values.append(geomean([found[label] for label in common]))
-        places = [place + (index - (len(speedups) - 1) / 2) * 0.4 for place in range(len(values))]
-        axes.bar(places, values, width=0.38, label=name)
+        width = 0.8 / len(speedups)
+        places = [place + (index - (len(speedups) - 1) / 2) * width for place in range(len(values))]
+        axes.bar(places, values, width=0.95 * width, label=name)
     axes.axhline(1.0, color="black", linewidth=0.8)
     mean = f"mean of\n{len(common)}" if len(common) < len(labels) else "geometric\nmean"
     ticks = [*(f"{size}\n{prompt}" for size, prompt in labels), *([mean] if common else [])]

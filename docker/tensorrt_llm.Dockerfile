@@ -4,6 +4,7 @@
 #     docker run --rm --gpus all --ipc host --ulimit memlock=-1 --ulimit stack=67108864 kraken-tensorrt-llm \
 #         python -m jobs.doctor tensorrt_llm
 #
+# The doctor's report stays in the container; `-v "$PWD:/report"` and `--report /report/report.json` bring it out.
 # The image brings Python 3.12, torch, CUDA and TensorRT-LLM, which fit one another and nothing else: none of them is
 # touched here. RAY_VERSION must be the cluster's; the default is the pin of constraints.txt.
 ARG TENSORRT_LLM_VERSION=1.2.1

@@ -17,7 +17,7 @@ from kraken.presets import PRESETS
 from pipelines import compare
 from pipelines.compare import CompareConfig
 
-MODELS = ("kraken_10m_2way", "kraken_10m_4way", "standard_10m", "parallel_10m")
+MODELS = ("kraken_10m_2way", "kraken_10m_4way", "kraken_delayed_10m_4way", "standard_10m", "parallel_10m")
 PROG = "python -m jobs.compare"
 DESCRIPTION = "Train models at equal parameters and tokens, and report their validation losses."
 

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ SAMPLING_OPTIONS = {
     "top_p": (float, 1.0, "draw from the smallest set of tokens whose probability reaches this (1)"),
     "min_p": (float, 0.0, "draw from tokens at least this share as likely as the most likely one (0)"),
     "repetition_penalty": (float, 1.0, "above 1, tokens that came before become less likely (1)"),
+    "presence_penalty": (float, 0.0, "above 0, tokens of the completion become less likely (0)"),
+    "frequency_penalty": (float, 0.0, "the same for each time that the completion has the token (0)"),
     "seed": (int, None, "equal seeds give equal texts (a fresh one)"),
 }
 """Field of `SamplingParams` -> type, default, help."""
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
         asyncio.run(_generate(options))
     except RequestError as error:
         raise ConfigError(str(error)) from error
-    except KeyboardInterrupt:  # nothing is left unfinished, so there is nothing to say
+    except (KeyboardInterrupt, asyncio.CancelledError):  # nothing is left unfinished, so there is nothing to say
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -118,6 +121,12 @@ async def _generate(options: argparse.Namespace) -> None:
         max_batch_size=1,
     )
     engine = TorchEngine.from_exchange(exchange, config)
+    with contextlib.suppress(NotImplementedError):  # an event loop of Windows
+        # asyncio's own handler does not wake a loop that is about to wait: Ctrl-C at that moment would have no effect
+        # before the next line
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     try:
         session = Session(engine, Tokenizer.load(exchange), options)
         if options.interactive:

@@ -31,7 +31,7 @@ from pipelines.local_head import Head
 from pipelines.local_jobs import Job
 from pipelines.outbox import without_password
 from pipelines.tracking import Tracker
-from pipelines.tracking_server import tracking_uri, ui_command
+from pipelines.tracking_server import TrackingServer, runs_page, tracking_uri, ui_command
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CODE = ("kraken", "pipelines", "jobs", "serve", "benchmarks")
@@ -215,6 +215,8 @@ def ui(storage: str) -> int:
     uri = tracking_uri(storage)
     if uri.startswith("http"):
         say(f"MLflow runs at {without_password(uri)}")
+        if answers(f"{uri.rstrip('/')}/health"):
+            say_runs(storage, uri)
         return 0
     port = next((port for port in range(5000, 5100) if is_free(port)), None) or local_cluster.free_port()
     url = f"http://127.0.0.1:{port}"
@@ -227,10 +229,17 @@ def ui(storage: str) -> int:
                 time.sleep(0.3)
             if server.poll() is None:
                 say(f"open {url}   (Ctrl-C ends it)")
+                say_runs(storage, url)
             return 1 if server.wait() else 0
         except KeyboardInterrupt:
             local_head.end_tree(server.pid)
             return 0
+
+
+def say_runs(storage: str, url: str) -> None:
+    """Say where the UI of a server lists the runs of pipelines, a line for each experiment."""
+    for name, experiment_id in TrackingServer(storage).experiments():
+        say(f"runs of experiment {name}: {runs_page(url, experiment_id)}")
 
 
 def is_free(port: int) -> bool:

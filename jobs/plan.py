@@ -140,7 +140,7 @@ def _shape_and_budget(options: dict[str, Any]) -> tuple[ModelConfig, int]:
     missing = [_flag(option) for option in ("budget", "layers", "heads") if options[option] is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing; give them, or --preset NAME, one of: {', '.join(PRESETS)}")
-    is_kraken = given.get("architecture", "kraken") == "kraken"
+    is_kraken = given.get("architecture", "kraken") in plan.WAY_ARCHITECTURES
     defaults = {"num_ways": 1, "ffn_multiple": 2 if is_kraken else 4, "vocab_size": 50_304, "context_length": 1024}
     return _shape(defaults | given), options["budget"]
 
@@ -151,7 +151,7 @@ def _shape(fields: dict[str, Any]) -> ModelConfig:
 
 
 def _predictions(config: ModelConfig, options: dict[str, Any]) -> list[Prediction]:
-    """The three architectures on the devices of the command line; none without devices."""
+    """All architectures on the devices of the command line; none without devices."""
     given = _given(options, DEVICE_OPTIONS)
     workload = {name: options[name] for name in WORKLOAD_OPTIONS if options[name] is not None}
     if not given and not workload:

@@ -172,9 +172,11 @@ class DataConfig:
 class ModelConfig:
     """The shape of a model. Letters in brackets are the shape letters of `kraken/model/architecture.py`."""
 
-    architecture: Literal["kraken", "standard", "parallel"] = "kraken"
-    """`kraken`: W ways, one sum a layer. `standard`: pre-LayerNorm Transformer, as GPT-2. `parallel`: attention and FFN
-    side by side after one LayerNorm, as GPT-J and PaLM. The last two are the baselines and have one way."""
+    architecture: Literal["kraken", "kraken_delayed", "standard", "parallel"] = "kraken"
+    """`kraken`: W ways, one sum a layer, as in the paper. `kraken_delayed`: W ways whose attention and FFN, side by
+    side after one LayerNorm, read the other ways a layer later. `standard`: pre-LayerNorm Transformer, as GPT-2.
+    `parallel`: attention and FFN side by side after one LayerNorm, as GPT-J and PaLM. The last two are the baselines
+    and have one way."""
     num_layers: int
     """Layers; each holds `num_ways` independent sub-layers."""
     width: int
@@ -209,7 +211,7 @@ class ModelConfig:
             self.rope_base > 1.0, f"model.rope_base={self.rope_base} is not above 1; 10000 is what most models use"
         )
         _require(
-            self.architecture == "kraken" or self.num_ways == 1,
+            self.is_kraken or self.num_ways == 1,
             f"model.num_ways={self.num_ways}, but model.architecture={self.architecture} has one way; choose "
             "model.num_ways=1, or model.architecture=kraken",
         )
@@ -236,6 +238,16 @@ class ModelConfig:
             f"model.vocab_size={self.vocab_size} is not a multiple of {VOCAB_MULTIPLE}; "
             f"choose {pad_vocab(self.vocab_size)}",
         )
+
+    @property
+    def is_kraken(self) -> bool:
+        """Whether layers consist of independent ways, which the conjunction joins after the last layer."""
+        return self.architecture in ("kraken", "kraken_delayed")
+
+    @property
+    def has_one_norm(self) -> bool:
+        """Whether attention and FFN read one LayerNorm, side by side."""
+        return self.architecture in ("kraken_delayed", "parallel")
 
     @property
     def heads_per_way(self) -> int:
@@ -462,7 +474,7 @@ class EngineConfig:
             ),
             "max_step_tokens": (
                 self.max_step_tokens != DEFAULT_MAX_STEP_TOKENS,
-                "it has no effect, since a step of TensorRT-LLM has room for a whole context",
+                "it has no effect, since a step of TensorRT-LLM has room for every prompt",
             ),
             "tokens_per_block": (
                 self.tokens_per_block not in TENSORRT_LLM_BLOCKS,
@@ -575,6 +587,12 @@ class ServeConfig:
     """Name that clients put into `model`."""
     registered_name: str | None = None
     """Name in MLflow's model registry, which has one champion: the model that was deployed last. None takes `name`."""
+    api_keys_file: str = ""
+    """A file with digests of further API keys, each with a name and a rate limit, beside the key in KRAKEN_API_KEY. The
+    driver and every node with a replica read it, and again when it changes. `serve/api_key.py` says how to write it."""
+    stream_interval_ms: float = 0.0
+    """A stream writes at most so often: tokens that come within this time of a write share the next one. The first and
+    the last token never wait."""
     num_replicas: int = 1
     """Engine replicas behind the endpoint."""
     cpus_per_replica: float = 0.0
@@ -596,6 +614,10 @@ class ServeConfig:
         _require(0 < self.port < 65536, f"serve.port={self.port} is outside 1..65535; 8000 is the default")
         _require(bool(self.model_name.strip()), "serve.model_name is empty; give the name clients will use")
         _require_positive("serve", self, "num_replicas")
+        _require(
+            0 <= self.stream_interval_ms <= 1000,
+            f"serve.stream_interval_ms={self.stream_interval_ms} is outside 0..1000; 0 writes every token at once",
+        )
         for name in ("cpus_per_replica", "gpus_per_replica"):
             value = getattr(self, name)
             _require(value >= 0, f"serve.{name}={value} is negative; 0 reserves none")

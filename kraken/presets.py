@@ -83,6 +83,11 @@ def parallel_10m() -> RunConfig:
     return _vary(standard_10m(), "parallel_10m", architecture="parallel")
 
 
+def kraken_delayed_10m_4way() -> RunConfig:
+    """10.77 M parameters, the shape of kraken_10m_4way: its ways read each other a layer later."""
+    return _vary(kraken_10m_4way(), "kraken_delayed_10m_4way", architecture="kraken_delayed")
+
+
 def _published(
     name: str, *, layers: int, width: int, heads: int, ways: int, learning_rate: float, sequences: int
 ) -> RunConfig:
@@ -178,6 +183,16 @@ def kraken_760m_4way_aligned() -> RunConfig:
     return _vary(kraken_760m_4way(), "kraken_760m_4way_aligned", num_heads=60)
 
 
+def kraken_delayed_125m_2way() -> RunConfig:
+    """124.37 M parameters, the shape of kraken_125m_2way_aligned: its ways read each other a layer later."""
+    return _vary(kraken_125m_2way_aligned(), "kraken_delayed_125m_2way", architecture="kraken_delayed")
+
+
+def kraken_delayed_125m_4way() -> RunConfig:
+    """124.13 M parameters, the shape of kraken_125m_4way_aligned: its ways read each other a layer later."""
+    return _vary(kraken_125m_4way_aligned(), "kraken_delayed_125m_4way", architecture="kraken_delayed")
+
+
 def gpt2_124m() -> RunConfig:
     """GPT-2's shape, 124.37 M parameters: 0.999 of kraken_125m_4way, whose training it shares."""
     return _vary(kraken_125m_4way(), "gpt2_124m", width=768, num_heads=12, **STANDARD)
@@ -216,6 +231,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         kraken_10m_4way,
         standard_10m,
         parallel_10m,
+        kraken_delayed_10m_4way,
         kraken_125m_2way,
         kraken_125m_4way,
         kraken_125m_6way,
@@ -228,6 +244,8 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
         kraken_350m_2way_aligned,
         kraken_350m_4way_aligned,
         kraken_760m_4way_aligned,
+        kraken_delayed_125m_2way,
+        kraken_delayed_125m_4way,
         gpt2_124m,
         gpt2_355m,
         gpt2_774m,

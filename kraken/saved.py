@@ -28,6 +28,9 @@ from kraken.model.residual_norm import LAYER_NORM_EPSILON
 from kraken.published import load_tokenizer
 from kraken.tokenizer import RANKS_NAME, Tokenizer
 
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+"""The tokenizer's chat template, which the endpoint needs for conversations."""
+
 
 def from_saved(source: Path, folder: Path, tokenizer: str | None = None) -> Manifest:
     """Make an exchange folder, manifest included; each weight keeps the type it has.
@@ -58,14 +61,18 @@ def from_saved(source: Path, folder: Path, tokenizer: str | None = None) -> Mani
     shutil.rmtree(partial, ignore_errors=True)
     try:
         files = sorted(set(weight_files(source).values()))
+        template = source / CHAT_TEMPLATE_NAME
+        carried = [template] if template.is_file() else []
         section = {
             "source": "huggingface",
-            "sha256": {path.name: sha256_of_file(path) for path in (source / CONFIG_NAME, *files)},
+            "sha256": {path.name: sha256_of_file(path) for path in (source / CONFIG_NAME, *files, *carried)},
             "tokenizer_fingerprint": encoding.fingerprint,
         }
         tensors = dict(read_tensors(source, config))
         partial.mkdir(parents=True)
         write_folder(partial, config, tensors, encoding)
+        for path in carried:
+            shutil.copyfile(path, partial / path.name)
         manifest = finish_artefact(
             partial,
             started_at=started_at,

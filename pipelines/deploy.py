@@ -51,10 +51,12 @@ def endpoint_url(serve: ServeConfig) -> str:
     return f"http://{host}:{serve.port}{serve.route_prefix.rstrip('/')}"
 
 
-def health(serve: ServeConfig) -> dict[str, Any] | None:
-    """The endpoint's description of itself; None if no endpoint of this project answers."""
+def health(serve: ServeConfig, key: ApiKey | None = None) -> dict[str, Any] | None:
+    """The endpoint's description of itself, which is short without its key; None if no endpoint of this project
+    answers."""
+    request = urllib.request.Request(f"{endpoint_url(serve)}/health", headers=authorization(key))
     try:
-        with urllib.request.urlopen(f"{endpoint_url(serve)}/health", timeout=HTTP_TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as response:
             answer = json.load(response)
             return answer if isinstance(answer, dict) else None
     except (OSError, ValueError):
@@ -80,7 +82,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for folder in SERVED_CODE:
         for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".c"):
+            if path.suffix in (".py", ".c", ".html"):
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
                 digest.update(content)
@@ -95,7 +97,7 @@ def is_serving(config: RunConfig, manifest: Manifest) -> bool:
 
 def difference(serve: ServeConfig, digest: str, key: ApiKey | None) -> str | None:
     """The difference between the endpoint and a deployment with its clients' key, in words; None if there is none."""
-    answer = health(serve)
+    answer = health(serve, key)
     if answer is None:
         return "it does not answer"
     if answer.get("status") != "ok":
@@ -244,7 +246,7 @@ def wait_until_served(serve: ServeConfig, digest: str) -> dict[str, Any]:
     deadline = time.monotonic() + SWITCH_LIMIT_S
     while (wrong := difference(serve, digest, api_key())) and time.monotonic() < deadline:
         time.sleep(0.2)
-    answer = health(serve)
+    answer = health(serve, api_key())
     if wrong or answer is None:
         raise ArtefactError(
             f"the endpoint at {endpoint_url(serve)} is not what was deployed: {wrong}; see the Serve logs of the "

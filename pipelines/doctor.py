@@ -11,20 +11,19 @@ from statistics import median
 from typing import Any
 
 from kraken.config import ConfigError, EngineConfig, ServeConfig
+from kraken.engine.placement import Machine
 from kraken.manifest import ArtefactError
 from kraken.presets import quickstart
-from kraken.trtllm.doctor import TEXT, Check, Patient
+from kraken.trtllm.doctor import NUM_TOKENS, SERVED, TEXT, Check, Patient, judge, not_possible, why_impossible
 from pipelines.errors import ClusterError
 from pipelines.local_cluster import free_port
 
-SERVE_CHECKS = ("Ray Serve: start", "Ray Serve: same tokens", "Ray Serve: TTFT", "Ray Serve: clean-up")
 APPLICATION = "kraken-doctor"
 RELEASE_TIMEOUT_S = 60.0
 HTTP_TIMEOUT_S = 120.0
-NUM_TOKENS = 16
 
 
-def examine_serving(exchange: Path, patient: Patient) -> Iterator[Check]:
+def examine_serving(machine: Machine, exchange: Path, patient: Patient) -> Iterator[Check]:
     """Serve an exchange folder that has been converted for TensorRT-LLM, ask it, and stop it.
 
     Args:
@@ -32,12 +31,16 @@ def examine_serving(exchange: Path, patient: Patient) -> Iterator[Check]:
     """
     from pipelines.cluster import connect
 
+    if reason := why_impossible(machine):
+        yield from (not_possible(name, reason) for name in SERVED)
+        return
+
     config = dataclasses.replace(quickstart(), storage=str(exchange.parent))
     try:
         with connect(config):
             yield from _examine(exchange, patient)
     except (ClusterError, ConfigError) as error:
-        yield Check(SERVE_CHECKS[0], "fail", str(error))
+        yield judge("Ray Serve: start", False, str(error))
 
 
 def _examine(exchange: Path, patient: Patient) -> Iterator[Check]:
@@ -56,19 +59,19 @@ def _examine(exchange: Path, patient: Patient) -> Iterator[Check]:
     try:
         args = ServeArgs(exchange=exchange, engine_config=engine_config, serve_config=serve_config)
         ray_serve.run(build(args), name=APPLICATION, route_prefix="/")
-        yield Check(SERVE_CHECKS[0], "pass", f"ready after {time.monotonic() - started_at:.0f} s")
+        yield judge("Ray Serve: start", True, f"ready after {time.monotonic() - started_at:.0f} s")
         yield _compare(port, exchange)
         yield _time(port, patient)
     except (RuntimeError, ConfigError, ArtefactError, OSError, KeyError, ValueError) as error:
-        yield Check(SERVE_CHECKS[0], "fail", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}")
+        found = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        yield judge("Ray Serve: start", False, found)
     finally:
         ray_serve.shutdown()
     deadline = time.monotonic() + RELEASE_TIMEOUT_S
     while num_free_gpus() < gpus_before and time.monotonic() < deadline:
         time.sleep(0.5)
     is_free = num_free_gpus() >= gpus_before
-    detail = f"{num_free_gpus():g} of {gpus_before:g} GPUs are free again"
-    yield Check(SERVE_CHECKS[3], "pass" if is_free else "fail", detail)
+    yield judge("Ray Serve: clean-up", is_free, f"{num_free_gpus():g} of {gpus_before:g} GPUs")
 
 
 def _compare(port: int, exchange: Path) -> Check:
@@ -88,7 +91,7 @@ def _compare(port: int, exchange: Path) -> Check:
             ids.append(int(logits_V.argmax()))
     ours = tokenizer.decode(ids[32:])
     is_same = ours == choice["text"]
-    return Check(SERVE_CHECKS[1], "pass" if is_same else "fail", f"{len(found)} greedy tokens over HTTP")
+    return judge("Ray Serve: same tokens", is_same, f"{choice['text']!r}, ours {ours!r}")
 
 
 def _time(port: int, patient: Patient) -> Check:
@@ -100,8 +103,8 @@ def _time(port: int, patient: Patient) -> Check:
         times_ms.append((time.perf_counter() - started_at) * 1e3)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=HTTP_TIMEOUT_S) as response:
         stats = json.load(response)["stats"]
-    detail = f"{median(times_ms[3:]):.2f} ms median over HTTP, {stats['ttft_ms']:.2f} ms in the engine"
-    return Check(SERVE_CHECKS[2], "pass", detail)
+    told = f"{median(times_ms[3:]):.2f} ms median over HTTP, {stats['ttft_ms']:.2f} ms in the engine, of one token"
+    return judge("Ray Serve: TTFT", True, told)
 
 
 def _complete(port: int, **fields: Any) -> dict[str, Any]:

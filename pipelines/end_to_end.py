@@ -17,9 +17,11 @@ from kraken.storage import Storage
 from pipelines import convert, deploy, evaluate, lineage, prepare, pretrain
 from pipelines.errors import ClusterError
 from pipelines.lease import Lease, submission
+from pipelines.recorder import Recorder
 from pipelines.stage import Stage, fingerprints
 from pipelines.stop import StopSwitch
 from pipelines.tracking import PipelineRun, RunRef, Tracker
+from pipelines.variation import run_name
 from serve.api_key import API_KEY_VARIABLE, ApiKey, api_key
 
 STAGES: tuple[Stage, ...] = (prepare.STAGE, pretrain.STAGE, convert.STAGE, evaluate.STAGE, deploy.STAGE)
@@ -27,13 +29,6 @@ KINDS = tuple(stage.kind for stage in STAGES)
 
 STOP_LIMIT_S = 300.0
 """Longest wait for the checkpoint that training writes when it is asked to stop; a second signal ends the wait."""
-
-HEADLINES = {
-    "prepare": ("unigram_entropy",),
-    "pretrain": ("parameters", "train_tokens", "mean_tokens_per_second"),
-    "evaluate": ("validation_loss", "validation_perplexity", "bits_per_byte", "parity_max_abs_diff"),
-}
-"""Stage -> the metrics that the pipeline's own MLflow run shows, so that pipelines can be compared in its list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +158,7 @@ def _run(
     with cluster.connect(config):
         tracker = Tracker(config.storage, config.experiment, submission())
         key = tracker.key("pipeline", config.name, found)
-        with sole_pipeline(tracker, key, config.name, to_dict(config)) as pipeline_run:
+        with sole_pipeline(tracker, key, run_name(config), to_dict(config)) as pipeline_run:
             results: dict[str, StageResult] = {}
             references: dict[str, ray.ObjectRef[Manifest]] = {}
             planned = plan(config, until, found)
@@ -173,6 +168,8 @@ def _run(
                 preflight.check(config)
             announce(planned)
             stop = StopSwitch.make()
+            stages = [(p.stage.kind, p.fingerprint, p.stage.parents) for p in planned]
+            recorder = Recorder(config, stages, found, pipeline_run)
             try:
                 for p in planned:
                     if p.manifest is not None:
@@ -180,6 +177,7 @@ def _run(
                         p.stage.record_reuse(config, p.manifest, pipeline_run.ref)
                         references[p.stage.kind] = ray.put(p.manifest)
                         results[p.stage.kind] = StageResult(p.manifest, time.monotonic() - started_at, reused=True)
+                        recorder.finished(p.manifest, results[p.stage.kind].seconds, reused=True)
                         print(f"{p.stage.kind}: reused, made {p.manifest.created_at}", flush=True)
                         continue
                     # Ray's types of a remote function know no keyword arguments.
@@ -201,6 +199,7 @@ def _run(
                         started_at = time.monotonic()
                         manifest = cluster.result_of(references[p.stage.kind])
                         results[p.stage.kind] = StageResult(manifest, time.monotonic() - started_at, reused=False)
+                        recorder.finished(manifest, results[p.stage.kind].seconds, reused=False)
                         print(f"{p.stage.kind}: done in {manifest.seconds:.1f} s", flush=True)
             except BaseException as error:
                 try:
@@ -208,13 +207,10 @@ def _run(
                         end_training(stop, references)
                 finally:
                     cluster.cancel_unfinished(references.values())
+                if isinstance(error, Exception):  # little time may be left after a cancellation
+                    recorder.failed(error)
                 raise
-            headlines = {
-                name: float(result.manifest.value(name))
-                for kind, result in results.items()
-                for name in HEADLINES.get(kind, ())
-            }
-            pipeline_run.log_metrics(headlines, step=0)
+            recorder.report()
     return {p.stage.kind: results[p.stage.kind] for p in planned}
 
 

@@ -114,6 +114,8 @@ DETERMINING: dict[str, frozenset[str]] = {
             "serve.port",
             "serve.model_name",
             "serve.registered_name",
+            "serve.stream_interval_ms",
+            "serve.api_keys_file",
             "serve.num_replicas",
             "serve.cpus_per_replica",
             "serve.gpus_per_replica",

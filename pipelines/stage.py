@@ -15,6 +15,8 @@ from typing import Any
 from kraken.config import RunConfig, to_dict
 from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest, Metric, finish_artefact, make_fingerprint
 from kraken.storage import Storage
+from pipelines.datasets import datasets_of
+from pipelines.description import of_stage
 from pipelines.identity import determining
 from pipelines.stop import StopSwitch
 from pipelines.tracking import RunRef, StageRun
@@ -34,6 +36,8 @@ class Work:
     """The stage's MLflow run."""
     stop: StopSwitch | None = None
     """Asks for an early end, where the stage can end early and be continued."""
+    pipeline: RunRef | None = None
+    """The pipeline's MLflow run, which shows the curves of training, too."""
 
     def parent_folder(self, kind: str) -> Path:
         """Local folder of a parent's artefact."""
@@ -89,8 +93,9 @@ class Stage:
         (folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on until the end it is unfinished
         section = self.section(config)
         with self._recorded(pipeline, section) as run:
+            run.describe(of_stage(self.kind, config))
             try:
-                metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run, stop))
+                metrics, details = self.work(Work(config, fingerprint, storage, folder, parents, run, stop, pipeline))
                 manifest = finish_artefact(
                     folder,
                     started_at=started_at,
@@ -110,12 +115,14 @@ class Stage:
                     "again: what is finished stays"
                 ) from error
             record(run, storage, manifest, reused=False)
+            run.describe(of_stage(self.kind, config, manifest))
         return manifest
 
     def record_reuse(self, config: RunConfig, manifest: Manifest, pipeline: RunRef) -> None:
         """Show a reused artefact in the pipeline's MLflow run, so that runs can be compared whole."""
         with self._recorded(pipeline, manifest.config) as run:
             record(run, Storage(config.storage), manifest, reused=True)
+            run.describe(of_stage(self.kind, config, manifest))
 
     def _recorded(self, pipeline: RunRef, section: dict[str, Any]) -> AbstractContextManager[StageRun]:
         return pipeline.stage(self.kind, self.kind, section)
@@ -142,6 +149,7 @@ def record(run: StageRun, storage: Storage, manifest: Manifest, *, reused: bool)
     """Put a manifest and its metrics into an MLflow run; metrics of training count from its last step."""
     path = storage.folder(manifest.kind, manifest.fingerprint) / MANIFEST_NAME
     run.log_manifest(path, artefact=storage.location(manifest.kind, manifest.fingerprint), reused=reused)
+    run.log_datasets(datasets_of(storage, manifest))
     step = int(manifest.value("steps")) if "steps" in manifest.metrics else 0
     run.log_metrics({name: float(metric.value) for name, metric in manifest.metrics.items()}, step)
 

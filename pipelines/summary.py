@@ -6,13 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from kraken.config import RunConfig
+from kraken.config import ConfigError, RunConfig
 from kraken.manifest import ArtefactError, Metric, write_atomically
 from kraken.storage import is_remote
 from pipelines import cluster, deploy
 from pipelines.end_to_end import StageResult
 from pipelines.outbox import without_password
-from pipelines.tracking_server import tracking_uri, ui_command
+from pipelines.report.write import report_location, report_name
+from pipelines.tracking_server import UI_PORT, TrackingServer, runs_page, tracking_uri, ui_command
 from serve.api_key import API_KEY_VARIABLE, api_key
 
 SUMMARY_NAME = "summary.json"
@@ -43,6 +44,13 @@ def summarise(config: RunConfig, results: dict[str, StageResult]) -> dict[str, A
         "tokens_per_second": metric("pretrain", "mean_tokens_per_second"),
         "endpoint": endpoint,
         "completion": completion,
+        "runs": where_runs_are(config.storage, experiment_id(config)),
+        "report": without_password(
+            report_location(
+                config.storage,
+                report_name(config.name, {kind: result.manifest.fingerprint for kind, result in results.items()}),
+            )
+        ),
     }
 
 
@@ -105,16 +113,30 @@ def render(config: RunConfig, summary: dict[str, Any]) -> str:
             f"  completion      {json.dumps(PROMPT)} -> {json.dumps(summary['completion'])}",
             f"  endpoint        {summary['endpoint']}",
             f"    {curl}",
-            f"  runs            {where_runs_are(config.storage)}",
+            f"  report          {summary['report']}",
+            f"  runs            {summary['runs']}",
             "",
         ]
     )
 
 
-def where_runs_are(storage: str) -> str:
-    """The page of the MLflow server, or for a database the command that starts one; passwords are hidden.
+def experiment_id(config: RunConfig) -> str | None:
+    """MLflow's id of the run's experiment; None where the server is away by now."""
+    try:
+        return TrackingServer(config.storage).experiment_id(config.experiment)
+    except ConfigError:
+        return None
+
+
+def where_runs_are(storage: str, experiment_id: str | None) -> str:
+    """The list of runs on the MLflow server, or for a database the command that starts one; passwords are hidden.
 
     A job on a cluster prints this where another machine reads it, so the server's page comes without a command.
     """
     uri = tracking_uri(storage)
-    return without_password(uri if uri.startswith("http") else f"make ui, or: {shlex.join(ui_command(storage))}")
+    is_server = uri.startswith("http")
+    pages = uri if is_server else f"http://127.0.0.1:{UI_PORT}"
+    page = without_password(pages) if experiment_id is None else runs_page(pages, experiment_id)
+    if is_server:
+        return page
+    return f"make ui, or: {without_password(shlex.join(ui_command(storage)))}; then {page}"

@@ -35,7 +35,15 @@ from urllib.parse import quote, urlsplit
 from kraken.manifest import git_revision, make_fingerprint
 from kraken.storage_id import storage_id
 from pipelines.outbox import MAX_METRICS_PER_BATCH, Metrics, Outbox, one_line, without_password
-from pipelines.tracking_server import CONNECT_LIMIT_S, UI_PORT, TrackingServer, connect, is_passing, locked
+from pipelines.tracking_server import (
+    CONNECT_LIMIT_S,
+    TRAINING_QUERY,
+    UI_PORT,
+    TrackingServer,
+    connect,
+    is_passing,
+    locked,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,8 +79,13 @@ COMPARISON_TAG = "kraken.comparison"
 """On a pipeline's run: the ids of the comparisons' runs that it is part of, a space between."""
 COMPARED_TAG = "kraken.compared"
 """On a comparison's run, with the pipeline's name behind it: the id of the pipeline's run."""
+NAME_TAG = "kraken.name"
+"""On the run of a pipeline: the name in its config. The run's own name also says what differs from the preset."""
 NOTE_TAG = "mlflow.note.content"
 """Markdown that the UI shows at the top of a run's page."""
+NOTE_DIGEST_TAG = "kraken.note_digest"
+"""Hash of the description that was written last; one that a person has edited since has another, and stays."""
+DATASET_CONTEXT_TAG = "mlflow.data.context"
 GIT_TAG = "mlflow.source.git.commit"
 USER_TAG = "mlflow.user"
 SOURCE_NAME_TAG = "mlflow.source.name"
@@ -175,6 +188,20 @@ def end_status(error: BaseException) -> EndStatus:
 # Runs
 
 
+@dataclass(frozen=True, slots=True)
+class DatasetRecord:
+    """A data set that a run made or read, for the column and the drawer of data sets in the UI."""
+
+    name: str
+    digest: str
+    """At most 36 characters."""
+    location: str
+    """Path or URI of its folder."""
+    context: Literal["training", "validation"]
+    profile: Mapping[str, int]
+    """Sizes; the UI shows `num_rows` and `num_elements` by themselves."""
+
+
 class StageRun:
     """An MLflow run, open. Nothing here waits for the server or is raised because of it.
 
@@ -220,6 +247,15 @@ class StageRun:
         """Set tags; booleans become `true` and `false`."""
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in tags.items()}
         self._outbox.put(lambda: self._set_tags(texts))
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows on the run's page, unless a person has edited it there."""
+        self._outbox.put(lambda: self._describe(markdown[:MAX_TAG_LENGTH]))
+
+    def log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
+        """Record data sets that the run made or read; one that is recorded already is not recorded twice."""
+        if datasets:
+            self._outbox.put(lambda: self._log_datasets(datasets))
 
     def log_manifest(self, path: Path, *, artefact: str | None = None, reused: bool = False) -> None:
         """Record the manifest of the stage's artefact.
@@ -308,6 +344,28 @@ class StageRun:
 
         self._client.log_batch(self.run_id, tags=[RunTag(name, text[:MAX_TAG_LENGTH]) for name, text in tags.items()])
 
+    def _describe(self, markdown: str) -> None:
+        tags = self._client.get_run(self.run_id).data.tags
+        if NOTE_TAG in tags and tags.get(NOTE_DIGEST_TAG) != _digest(tags[NOTE_TAG]):
+            return
+        self._set_tags({NOTE_TAG: markdown, NOTE_DIGEST_TAG: _digest(markdown)})
+
+    def _log_datasets(self, datasets: Sequence[DatasetRecord]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for dataset in datasets:
+            scheme = urlsplit(dataset.location).scheme
+            entity = Dataset(
+                name=dataset.name,
+                digest=dataset.digest,
+                source_type=scheme or "local",
+                source=json.dumps({"uri": without_password(dataset.location)}),
+                profile=json.dumps(dict(dataset.profile)),
+            )
+            inputs.append(DatasetInput(entity, [InputTag(DATASET_CONTEXT_TAG, dataset.context)]))
+        self._client.log_inputs(self.run_id, inputs)
+
     def _end(self, status: EndStatus, error: str | None) -> None:
         if self._is_current():
             self._end_current(status, error)
@@ -341,12 +399,17 @@ class PipelineRun(StageRun):
     def page(self) -> str:
         """URL of this run in the UI: of the server, or for a database of the server that `ui_command` starts."""
         server = self._uri if self._uri.startswith("http") else f"http://127.0.0.1:{UI_PORT}"
-        return f"{without_password(server).rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+        path = f"#/experiments/{self._experiment_id}/runs/{self.run_id}?{TRAINING_QUERY}"
+        return f"{without_password(server).rstrip('/')}/{path}"
+
+    def artifact_link(self, path: str) -> str:
+        """URL of an artifact's page in the UI, relative to the UI's pages."""
+        return f"#/experiments/{self._experiment_id}/runs/{self.run_id}/artifacts/{quote(path)}?{TRAINING_QUERY}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
         """URL of the UI's comparison of other runs of this experiment, relative to the UI's pages."""
         runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [self._experiment_id]))
-        return f"#/compare-runs?runs={runs}&experiments={experiments}"
+        return f"#/compare-runs?runs={runs}&experiments={experiments}&{TRAINING_QUERY}"
 
     def link(self, pipeline: str, kind: str, fingerprint: str) -> None:
         """Tie this run, a comparison, to a pipeline's run that it compares: each gets a tag that names the other.
@@ -361,7 +424,7 @@ class PipelineRun(StageRun):
         stages = _search(self._client, self._experiment_id, condition)
         for run_id in sorted({run.data.tags[PARENT_TAG] for run in stages if PARENT_TAG in run.data.tags}):
             run = self._client.get_run(run_id)
-            if run.info.run_name != pipeline or not _is_ours(run.data.tags, self._tags):
+            if run.data.tags.get(NAME_TAG, run.info.run_name) != pipeline or not _is_ours(run.data.tags, self._tags):
                 continue
             comparisons = run.data.tags.get(COMPARISON_TAG, "").split()
             if self.run_id not in comparisons:
@@ -382,6 +445,11 @@ class RunRef:
     run_id: str
     tags: dict[str, str]
     """Set for every stage, too."""
+
+    @property
+    def metrics_ref(self) -> "MetricsRef":
+        """The pipeline's run, for a process that logs metrics into it while it is open."""
+        return MetricsRef(self.tracking_uri, self.run_id, "of the pipeline")
 
     @contextmanager
     def stage(self, key: str, name: str, params: Mapping[str, Any] | None = None) -> Iterator[StageRun]:
@@ -440,6 +508,10 @@ def _recorded(run: AnyRun) -> Iterator[AnyRun]:
         run.end(end_status(error), one_line(error))
         raise
     run.end("FINISHED")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -6,6 +6,7 @@ that it is imported where it is needed.
 """
 
 import fcntl
+import json
 import os
 import re
 import sqlite3
@@ -27,6 +28,23 @@ T = TypeVar("T")
 
 UI_PORT = 5000
 """Where the UI of a database listens unless told otherwise."""
+KIND_TAG = "kraken.kind"
+"""On the run of a pipeline: `pipeline`. The list of the UI's link shows the runs that have it."""
+TRAINING_QUERY = "workflowType=machine_learning"
+"""Part of an address that has the UI show its pages for model training. A browser that has not been there before shows
+every experiment as GenAI, without its runs, whatever the experiment's tags say."""
+VIEW_NAME = "kraken"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_NAME}"
+"""On the experiment: the list of runs as the UI's link shows it. The UI's own button for sharing a view writes such
+tags, too."""
+VIEW_COLUMNS = (
+    *("metrics.`perplexity`", "metrics.`bits_per_byte`", "metrics.`loss`", "metrics.`validation_loss`"),
+    *("metrics.`tokens_per_second`", "metrics.`mfu`", "metrics.`parameters`", "metrics.`train_tokens`"),
+    *("params.`train.steps`", "params.`train.learning_rate`", "attributes.`Dataset`", "attributes.`Source`"),
+    *("attributes.`Version`", "attributes.`User`"),
+)
+"""Columns of that list behind name and date, in this order."""
+NAME_COLUMN, NAME_WIDTH = "attributes.`Run Name`", 340
 CONNECT_LIMIT_S = 30.0
 """A pipeline does not begin without its tracking server; one that is just starting gets this long."""
 
@@ -81,6 +99,28 @@ def ui_command(storage: str, port: int = UI_PORT) -> list[str]:
     return [*environment, *server, *stores]
 
 
+def view_state() -> str:
+    """The list of pipelines' runs with the columns that they are compared by, as the UI reads it."""
+    return json.dumps(
+        {
+            "searchFilter": f"tags.`{KIND_TAG}` = 'pipeline'",
+            "selectedColumns": VIEW_COLUMNS,
+            "columnOrder": (NAME_COLUMN, *VIEW_COLUMNS),
+            "columnWidths": {NAME_COLUMN: NAME_WIDTH},
+        }
+    )
+
+
+def runs_page(server: str, experiment_id: str) -> str:
+    """URL of the list of pipelines' runs in the UI.
+
+    Args:
+        server: URL of the server whose UI it is.
+    """
+    query = f"viewStateShareKey={VIEW_NAME}&{TRAINING_QUERY}"
+    return f"{without_password(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+
+
 class TrackingServer:
     """The tracking server or database of a storage, connected; a database is made if it is not there.
 
@@ -122,14 +162,25 @@ class TrackingServer:
             return self.client.create_experiment(
                 name,
                 artifact_location=None if has_server else f"{self._storage}/mlartifacts",
-                tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens with runs, not with traces
+                tags={"mlflow.experimentKind": "custom_model_development", VIEW_TAG: view_state()},
             )
         if experiment.lifecycle_stage != "active":
             raise ConfigError(
                 f"experiment={name} is deleted in MLflow; choose another experiment, "
                 f"or restore it with `mlflow experiments restore --experiment-id {experiment.experiment_id}`"
             )
+        if experiment.tags.get(VIEW_TAG) != view_state():  # of an earlier version
+            self.client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view_state())
         return str(experiment.experiment_id)
+
+    def experiments(self) -> list[tuple[str, str]]:
+        """(name, id) of the experiments that pipelines are recorded in, the one that was used last first."""
+        from mlflow.entities import ViewType
+
+        every = self.retry(lambda: self.client.search_experiments(ViewType.ACTIVE_ONLY))
+        found = [experiment for experiment in every if VIEW_TAG in experiment.tags]
+        found.sort(key=lambda experiment: experiment.last_update_time or 0, reverse=True)
+        return [(experiment.name, str(experiment.experiment_id)) for experiment in found]
 
     def retry(self, call: Callable[[], T]) -> T:
         """Call until the server answers; one that is still starting gets `CONNECT_LIMIT_S`."""

@@ -37,7 +37,8 @@ from kraken.manifest import MANIFEST_NAME
 from kraken.storage import is_remote, local_artefact
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from serve.api_key import API_KEY_VARIABLE as API_KEY_VARIABLE
-from serve.api_key import ApiKeyDigest, api_key
+from serve.api_key import ApiKeyDigest, KeyRing, api_key
+from serve.chat_template import ChatTemplate
 from serve.completions import ServedModel
 from serve.deployment import Endpoint
 
@@ -151,9 +152,11 @@ def bind(
         deployment: digest that `/health` shows.
 
     Raises:
-        ConfigError: KRAKEN_API_KEY is set but empty.
+        ConfigError: KRAKEN_API_KEY is set but empty, or the file of keys is wrong.
     """
     key = api_key()
+    digest = None if key is None else ApiKeyDigest.of(key)
+    KeyRing(digest, config.api_keys_file)  # refuses a wrong file here already
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     }
@@ -173,7 +176,8 @@ def bind(
     )
     return endpoint.bind(
         load,
-        None if key is None else ApiKeyDigest.of(key),
+        digest,
+        config.api_keys_file,
         loopback_only=config.host in LOOPBACK,
         deployment=deployment,
     )
@@ -199,6 +203,8 @@ def load_model(args: ServeArgs, choice: Choice | None = None) -> ServedModel:
         exchange_fingerprint=_exchange_fingerprint(exchange),
         max_choices=args.engine_config.max_queued_requests,
         created=int(time.time()),
+        chat_template=ChatTemplate.load(exchange),
+        stream_interval_s=args.serve_config.stream_interval_ms / 1e3,
     )
 
 

@@ -1,24 +1,31 @@
 """What /v1/completions means: from a checked request to engine requests, and from engine outputs back to choices.
 
-One call asks for n choices of each of its prompts. All of them run in the engine at the same time, under one roof: when
-one fails or the client leaves, every one of them is aborted.
+One call asks for n choices of each of its prompts. All of them run in the engine at the same time and put their outputs
+into one inbox, which the call reads: when one fails or the client leaves, every one of them is aborted.
 """
 
 import asyncio
 import logging
+import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self, cast
 
-from kraken.engine.detokenizer import Detokenizer, generate_text
-from kraken.engine.prompt import encode_for_completion
+from pydantic import BaseModel
+
+from kraken.engine.detokenizer import CompletionText, Detokenizer
+from kraken.engine.inbox import Inbox, is_end_of_task
+from kraken.engine.prompt import encode_for_completion, encode_prompt
 from kraken.engine.protocol import (
+    Admission,
     Engine,
     EngineOverloaded,
     FinishReason,
+    Item,
     PromptOutput,
     Request,
     RequestError,
@@ -26,11 +33,25 @@ from kraken.engine.protocol import (
     check_request,
 )
 from kraken.tokenizer import Tokenizer
-from serve.protocol import ApiError, Choice, Completion, CompletionRequest, Logprobs, Prompt, StreamOptions, Usage
+from serve.chat_template import ChatTemplate
+from serve.observer import CallObserver
+from serve.protocol import (
+    ApiError,
+    Choice,
+    Completion,
+    CompletionRequest,
+    Logprobs,
+    Prompt,
+    PromptTokensDetails,
+    StreamOptions,
+    Usage,
+)
 
 logger = logging.getLogger("ray.serve")
 
 STREAM_END = "data: [DONE]\n\n"
+STOP_CHECK_INTERVAL_S = 0.05
+"""How often a call that is not streamed looks for its stop strings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +66,10 @@ class ServedModel:
     """Most choices of one call; they arrive together, so more than the engine queues could never be accepted."""
     created: int
     """Unix time at which it was loaded."""
+    chat_template: ChatTemplate | None = None
+    """None for a base model, which knows no conversation."""
+    stream_interval_s: float = 0.0
+    """Tokens of a stream that come within so much time of a write share the next one."""
 
     def require_name(self, name: str) -> None:
         if name != self.name:
@@ -74,30 +99,56 @@ class Part:
             prompt_logprobs=self.prompt_logprobs,
         )
 
+    @classmethod
+    def join(cls, parts: "Sequence[Part]") -> "Part":
+        """Successive parts of a choice as one."""
+        if len(parts) == 1:
+            return parts[0]
+        logprobs = [part.logprobs for part in parts if part.logprobs]
+        return replace(
+            parts[-1],
+            text="".join(part.text for part in parts),
+            logprobs=Logprobs.join(logprobs) if logprobs else None,
+            prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), None),
+        )
+
 
 class CompletionCall:
     """One call of /v1/completions. Pull `parts`, then either collect them or send them as frames."""
 
-    def __init__(self, body: CompletionRequest, model: ServedModel, prompts: Sequence[tuple[int, ...]]):
+    id_prefix = "cmpl"
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        model: ServedModel,
+        prompts: Sequence[tuple[int, ...]],
+        observer: CallObserver,
+    ):
         self._body = body
+        self._observer = observer
         self._model = model
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._prompt_tokens = sum(map(len, prompts))
-        self._requests = [
-            self._engine_request(prompt_ids, index=prompt_index * body.n + k, k=k)
+        self._choices = [
+            _Choice(index, self._engine_request(prompt_ids, index, k), body, model.tokenizer)
             for prompt_index, prompt_ids in enumerate(prompts)
-            for k in range(body.n)
+            for k, index in enumerate(range(prompt_index * body.n, (prompt_index + 1) * body.n))
         ]
 
     @classmethod
-    async def prepare(cls, body: CompletionRequest, model: ServedModel) -> "CompletionCall":
+    async def prepare(cls, body: CompletionRequest, model: ServedModel, observer: CallObserver | None = None) -> Self:
         """Check a request against the model.
+
+        Args:
+            observer: is told what happens; None tells nobody.
 
         Raises:
             ApiError, RequestError: the request can never be served.
         """
+        observer = observer or CallObserver()
         model.require_name(body.model)
+        observer.record.model = model.name
         prompts = _prompts_of(body.prompt)
         num_choices = len(prompts) * body.n
         if num_choices > model.max_choices:
@@ -109,109 +160,210 @@ class CompletionCall:
                 code="invalid_value",
             )
 
-        def encode() -> list[tuple[int, ...]]:
-            length = model.engine.info.context_length
-            return [
-                tuple(
-                    encode_for_completion(model.tokenizer, prompt, body.max_tokens, length)
-                    if isinstance(prompt, str)
-                    else prompt
-                )
-                for prompt in prompts
-            ]
-
         # Off the event loop: other streams go on while a long prompt is encoded.
-        return cls(body, model, await asyncio.to_thread(encode))
+        return cls(body, model, await asyncio.to_thread(_encode, body, prompts, model), observer)
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """The parts of all choices as they come; closing it aborts what still runs."""
-        choices = [self._choice_parts(index, request) for index, request in enumerate(self._requests)]
-        async with aclosing(merge(choices)) as parts:
-            async for part in parts:
-                yield part
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
+        """The parts of all choices, those together that are ready together, at most one part of each choice; closing it
+        aborts what still runs.
 
-    async def collect(self, parts: AsyncGenerator[Part, None]) -> Completion:
+        Raises:
+            RequestError, EngineOverloaded, EngineError: a choice failed, which ends the others.
+        """
+        engine, interval_s = self._model.engine, self._model.stream_interval_s
+        loop, not_before = asyncio.get_running_loop(), 0.0
+        if not self._body.stream:
+            interval_s = STOP_CHECK_INTERVAL_S if self._body.stop else math.inf
+            not_before = loop.time() + interval_s
+        inbox, running = Inbox(), dict(enumerate(self._choices))
+        failure: BaseException | None = None
+
+        def receive(index: int, item: Item) -> None:
+            self._observer.came(index, item)
+            inbox.put(index, item)
+
+        try:
+            for choice in self._choices:
+                choice.cancel = engine.submit(choice.request, partial(receive, choice.index))
+            while running:
+                ready: dict[int, list[Part]] = {}
+                for index, item in await inbox.take(not_before):
+                    if index not in running:  # ended by a stop string
+                        continue
+                    try:
+                        part = self._take_in(running[index], item)
+                    except BaseException as error:
+                        failure = error
+                        break
+                    if part is not None:
+                        ready.setdefault(index, []).append(part)
+                        if part.finish_reason:
+                            running.pop(index).cancel()
+                            self._observer.choice_ended(part.finish_reason)
+                if ready:
+                    yield [Part.join(parts) for parts in ready.values()]
+                if failure is not None:
+                    raise failure
+                not_before = loop.time() + interval_s
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            for choice in running.values():
+                choice.cancel()
+                self._observer.choice_ended("abort" if failure is None or is_end_of_task(failure) else "error")
+
+    def _take_in(self, choice: "_Choice", item: Item) -> Part | None:
+        is_first, num_before = not choice.has_begun, choice.text.num_tokens
+        part = choice.take_in(item)
+        if is_first:
+            num_prompt_tokens = 0 if choice.index % self._body.n else len(choice.request.prompt_ids)
+            self._observer.admitted(choice.admission, num_prompt_tokens)
+        self._observer.tokens(choice.text.num_tokens - num_before)
+        return part
+
+    async def collect(self, parts: AsyncGenerator[list[Part], None]) -> BaseModel:
         """The whole response, once everything is generated."""
-        with_logprobs = self._body.logprobs is not None
-        texts: list[list[str]] = [[] for _ in self._requests]
-        logprobs = [Logprobs() if with_logprobs else None for _ in self._requests]
-        prompt_logprobs: dict[int, Logprobs] = {}
-        last: dict[int, Part] = {}
+        found: list[list[Part]] = [[] for _ in self._choices]
         async with aclosing(parts):
-            async for part in parts:
-                texts[part.index].append(part.text)
-                if part.logprobs and (total := logprobs[part.index]):
-                    total.extend(part.logprobs)
-                if part.prompt_logprobs:
-                    prompt_logprobs[part.index] = part.prompt_logprobs
-                last[part.index] = part
-        choices = [
-            Choice(
-                index=i,
-                text="".join(text),
-                logprobs=logprobs[i],
-                finish_reason=last[i].finish_reason,
-                prompt_logprobs=prompt_logprobs.get(i),
-            )
-            for i, text in enumerate(texts)
-        ]
-        return self._completion(choices, self._usage(part.num_tokens for part in last.values()))
+            async for ready in parts:
+                for part in ready:
+                    found[part.index].append(part)
+        whole = [Part.join(own) for own in found]
+        return self.response(whole, self._usage(part.num_tokens for part in whole))
 
-    async def frames(self, first: Part, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[str, None]:
-        """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error."""
-        num_tokens = dict.fromkeys(range(len(self._requests)), 0)
+    async def frames(self, first: list[Part], parts: AsyncGenerator[list[Part], None]) -> AsyncGenerator[str, None]:
+        """Server-sent events: a frame per part, the usage if asked for, the end mark; or, after a failure, an error.
+        Frames that are ready together are one string."""
+        num_tokens = dict.fromkeys(range(len(self._choices)), 0)
         options = self._body.stream_options or StreamOptions()
         has_usage_field = options.include_usage or options.continuous_usage_stats
         try:
-            part: Part | None = first
-            while part is not None:
-                num_tokens[part.index] = part.num_tokens
-                usage = self._usage_of(part) if options.continuous_usage_stats else None
-                yield self._frame([part.choice()], usage, has_usage_field)
-                part = await anext(parts, None)
+            ready: list[Part] | None = first
+            while ready is not None:
+                frames = []
+                for part in ready:
+                    num_tokens[part.index] = part.num_tokens
+                    usage = self._usage_of(part) if options.continuous_usage_stats else None
+                    frames.append(self._frame([part], usage, has_usage_field))
+                yield "".join(frames)
+                ready = await anext(parts, None)
             if options.include_usage:
                 yield self._frame([], self._usage(num_tokens.values()), has_usage_field)
             yield STREAM_END
         except BaseException as error:  # the status line is long gone, so this frame is all that can still tell
             if is_end_of_task(error):
                 raise
-            log_failure(error)
-            yield f"data: {ApiError.of(error).json()}\n\n"
+            log_failure(error, self._observer.record.id)
+            told = ApiError.of(error)
+            self._observer.record.fail(told.body["error"])
+            yield event(told.json())
 
     def _engine_request(self, prompt_ids: tuple[int, ...], index: int, k: int) -> Request:
         body, info = self._body, self._model.engine.info
+        max_tokens = self.limit(body, info.context_length - len(prompt_ids))
         echoes_logprobs = body.echo and body.logprobs is not None
         asked = [count for count in (body.logprobs, body.prompt_logprobs) if count is not None]
         request = Request(
-            id=f"{self._id}-{index}",
+            id=f"{self._observer.record.id}/{self._id}-{index}",
             prompt_ids=prompt_ids,
-            sampling=body.sampling_params(info.eot_id, choice=k),
+            sampling=body.sampling_params(max_tokens, info.eot_id, choice=k),
             num_logprobs=max(asked, default=None),
             prompt_logprobs=echoes_logprobs or body.prompt_logprobs is not None,
         )
         check_request(request, info)
         return request
 
-    async def _choice_parts(self, index: int, request: Request) -> AsyncGenerator[Part, None]:
-        """One choice. An echoed prompt goes out with the first output, when the engine has accepted the request."""
-        engine, tokenizer = self._model.engine, self._model.tokenizer
-        body = self._body
-        prompt, starts = "", tuple[int, ...]()
+    def _usage_of(self, part: Part) -> Usage:
+        """Token counts of the choice that a frame belongs to, so far."""
+        return _usage([self._choices[part.index]], part.num_tokens)
+
+    def _usage(self, num_tokens: Iterable[int]) -> Usage:
+        """Token counts of the call. A prompt counts once, however many choices it has."""
+        return _usage(self._choices[:: self._body.n], sum(num_tokens))
+
+    @classmethod
+    def limit(cls, body: CompletionRequest, room: int) -> int:
+        """Most tokens of a choice.
+
+        Args:
+            room: tokens that the prompt leaves of the context.
+        """
+        return body.limit(room)
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What every response and every frame of the call has."""
+        return {
+            "id": self._id,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.exchange_fingerprint,
+        }
+
+    def response(self, parts: Sequence[Part], usage: Usage) -> BaseModel:
+        """The whole response, from one part for each choice."""
+        return Completion(**self.head, choices=[part.choice() for part in parts], usage=usage)
+
+    def chunk(self, parts: Sequence[Part], usage: Usage | None) -> BaseModel:
+        """What one frame of a stream holds."""
+        return Completion(**self.head, choices=[part.choice() for part in parts], usage=usage)
+
+    def _frame(self, parts: Sequence[Part], usage: Usage | None, has_usage_field: bool) -> str:
+        content = self.chunk(parts, usage)
+        return event(content.model_dump_json(exclude=None if has_usage_field else {"usage"}))
+
+
+class _Choice:
+    """One choice of a call: from the engine's outputs to parts.
+
+    An echoed prompt goes out with the first part, when the engine has accepted the request.
+    """
+
+    def __init__(self, index: int, request: Request, body: CompletionRequest, tokenizer: Tokenizer):
+        self.index = index
+        self.request = request
+        skipped_ids = frozenset({tokenizer.eot_id} if body.skip_special_tokens else ())
+        self.text = CompletionText(tokenizer, request, body.stop, skipped_ids)
+        self.admission: Admission | None = None
+        """Known from the first output on, if the engine measures it."""
+        self.cancel: Callable[[], None] = lambda: None
+        self.has_begun = False
+        """Whether the engine has yielded something."""
+        self._body = body
+        self._tokenizer = tokenizer
+        self._starts = tuple[int, ...]()
+        self._unsent = ""
         if body.echo or body.prompt_logprobs is not None:
-            prompt, starts = _decode_prompt(tokenizer, request.prompt_ids)
-        unsent = prompt if body.echo else ""
-        offset = len(unsent)
-        async with aclosing(generate_text(engine, tokenizer, request, self._body.stop)) as outputs:
-            async for output in outputs:
-                if isinstance(output, PromptOutput):
-                    prompt_slots = list(zip(request.prompt_ids, starts, output.logprobs, strict=True))
-                    echoed = self._logprobs(prompt_slots, body.logprobs if body.echo else None)
-                    yield Part(index, unsent, echoed, None, 0, self._logprobs(prompt_slots, body.prompt_logprobs))
-                else:
-                    slots = [(token.token_id, offset + token.start, token.logprobs) for token in output.tokens]
-                    logprobs = self._logprobs(slots, body.logprobs)
-                    yield Part(index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
-                unsent = ""
+            prompt, self._starts = _decode_prompt(tokenizer, request.prompt_ids)
+            self._unsent = prompt if body.echo else ""
+        self._offset = len(self._unsent)
+
+    def take_in(self, item: Item) -> Part | None:
+        """The part that an output makes final, if any.
+
+        Raises:
+            BaseException: the item is an exception, or the end of a request that is not complete.
+        """
+        if isinstance(item, BaseException):
+            raise item
+        self.has_begun = True
+        body, unsent = self._body, self._unsent
+        if item is not None and item.admission is not None:
+            self.admission = item.admission
+        if isinstance(item, PromptOutput):
+            prompt = list(zip(self.request.prompt_ids, self._starts, item.logprobs, strict=True))
+            echoed = self._logprobs(prompt, body.logprobs if body.echo else None)
+            part = Part(self.index, unsent, echoed, None, 0, self._logprobs(prompt, body.prompt_logprobs))
+        else:
+            output = self.text.end() if item is None else self.text.push(item)
+            if output is None:
+                return None
+            slots = [(token.token_id, self._offset + token.start, token.logprobs) for token in output.tokens]
+            logprobs = self._logprobs(slots, body.logprobs)
+            part = Part(self.index, unsent + output.text, logprobs, output.finish_reason, output.num_tokens)
+        self._unsent = ""
+        return part
 
     def _logprobs(self, slots: Iterable[tuple[int, int, TokenLogprobs | None]], num_top: int | None) -> Logprobs | None:
         """OpenAI's parallel lists from (token id, text offset, log-probabilities); None where nobody asked."""
@@ -219,7 +371,7 @@ class CompletionCall:
             return None
         result = Logprobs()
         for token_id, text_offset, logprobs in slots:
-            result.tokens.append(token_label(self._model.tokenizer, token_id))
+            result.tokens.append(token_label(self._tokenizer, token_id))
             result.text_offset.append(text_offset)
             result.token_logprobs.append(logprobs.logprob if logprobs else None)
             result.top_logprobs.append(self._top_logprobs(logprobs, num_top) if logprobs else None)
@@ -228,70 +380,12 @@ class CompletionCall:
     def _top_logprobs(self, logprobs: TokenLogprobs, num_top: int) -> dict[str, float]:
         """The most likely tokens and, where it is not among them, the actual one."""
         pairs = (*logprobs.top[:num_top], (logprobs.token_id, logprobs.logprob))
-        return {token_label(self._model.tokenizer, token_id): logprob for token_id, logprob in pairs}
-
-    def _usage_of(self, part: Part) -> Usage:
-        """Token counts of the choice that a frame belongs to, so far."""
-        num_prompt_tokens = len(self._requests[part.index].prompt_ids)
-        return Usage(
-            prompt_tokens=num_prompt_tokens,
-            completion_tokens=part.num_tokens,
-            total_tokens=num_prompt_tokens + part.num_tokens,
-        )
-
-    def _usage(self, num_tokens: Iterable[int]) -> Usage:
-        completion_tokens = sum(num_tokens)
-        return Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self._prompt_tokens + completion_tokens,
-        )
-
-    def _completion(self, choices: list[Choice], usage: Usage | None) -> Completion:
-        return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model.name,
-            choices=choices,
-            usage=usage,
-            system_fingerprint=self._model.exchange_fingerprint,
-        )
-
-    def _frame(self, choices: list[Choice], usage: Usage | None, has_usage_field: bool) -> str:
-        completion = self._completion(choices, usage)
-        return f"data: {completion.model_dump_json(exclude=None if has_usage_field else {'usage'})}\n\n"
+        return {token_label(self._tokenizer, token_id): logprob for token_id, logprob in pairs}
 
 
-async def merge(sources: Sequence[AsyncGenerator[Part, None]]) -> AsyncGenerator[Part, None]:
-    """Run every source at once and yield what comes, as it comes. The first failure ends them all, as does closing."""
-    arrived: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()  # None: one source has ended
-
-    async def pump(source: AsyncGenerator[Part, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for part in source:
-                    arrived.put_nowait(part)
-            arrived.put_nowait(None)
-        except BaseException as error:
-            if is_end_of_task(error):
-                raise
-            arrived.put_nowait(error)  # else the loop below would wait for this source for ever
-
-    tasks = [asyncio.create_task(pump(source)) for source in sources]
-    try:
-        num_open = len(tasks)
-        while num_open:
-            item = await arrived.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                num_open -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+def event(content: str) -> str:
+    """A server-sent event. JSON leaves U+2028 and U+2029 as they are, and some clients take them for ends of lines."""
+    return f"data: {content}\n\n".replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def token_label(tokenizer: Tokenizer, token_id: int) -> str:
@@ -306,16 +400,49 @@ def token_label(tokenizer: Tokenizer, token_id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def is_end_of_task(error: BaseException) -> bool:
-    """Whether an exception ends this task or process by intention, as a cancellation does. Any other is a failure, also
-    one outside `Exception`: libraries in Rust raise `pyo3_runtime.PanicException`, which is a BaseException."""
-    return isinstance(error, asyncio.CancelledError | GeneratorExit | KeyboardInterrupt | SystemExit)
-
-
-def log_failure(error: BaseException) -> None:
+def log_failure(error: BaseException, request_id: str) -> None:
     """Record what is the server's fault; what the client did wrong, the client is told."""
     if not isinstance(error, ApiError | RequestError | EngineOverloaded):
-        logger.error("A completion failed.", exc_info=error)
+        logger.error("Request %s failed.", request_id, exc_info=error)
+
+
+def _encode(body: CompletionRequest, prompts: list[str | list[int]], model: ServedModel) -> list[tuple[int, ...]]:
+    """Ids of every prompt, cut to `truncate_prompt_tokens`.
+
+    Raises:
+        RequestError: a prompt cannot be encoded, or is longer than the context.
+        ApiError: `truncate_prompt_tokens` is larger than the context.
+    """
+    tokenizer, length, num_last = model.tokenizer, model.engine.info.context_length, body.truncate_prompt_tokens
+    if num_last is None:
+        return [
+            tuple(encode_for_completion(tokenizer, p, body.limit(), length) if isinstance(p, str) else p)
+            for p in prompts
+        ]
+    if num_last > length:
+        message = f"truncate_prompt_tokens={num_last} is larger than the context of {length} tokens; lower it"
+        raise ApiError(400, message, param="truncate_prompt_tokens", code="invalid_value")
+    num_last = max(1, length - body.limit()) if num_last == -1 else num_last
+    return [
+        tuple(((encode_prompt(tokenizer, p) or [tokenizer.eot_id]) if isinstance(p, str) else p)[-num_last:])
+        for p in prompts
+    ]
+
+
+def _usage(prompts: "Sequence[_Choice]", completion_tokens: int) -> Usage:
+    """
+    Args:
+        prompts: one choice of each prompt.
+    """
+    prompt_tokens = sum(len(choice.request.prompt_ids) for choice in prompts)
+    admissions = [choice.admission for choice in prompts if choice.admission]
+    known = [admission.num_cached_tokens for admission in admissions if admission.num_cached_tokens is not None]
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(known)) if known else None,
+    )
 
 
 def _prompts_of(prompt: Prompt) -> list[str | list[int]]:

@@ -11,17 +11,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.completions import is_end_of_task, log_failure
+from kraken.engine.inbox import is_end_of_task
+from serve.completions import log_failure
 from serve.protocol import ApiError
+from serve.record import RequestRecord
 
-BASE_MODEL = "the model completes text and knows no conversation"
+BASE_MODEL = "base model without a chat template; use /v1/completions"
+CHAT = "/v1/chat/completions"
 MISSING_ENDPOINTS = {
-    "/v1/chat/completions": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
-    "/v1/responses": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
-    "/v1/messages": f"{BASE_MODEL}; send the text as `prompt` to POST /v1/completions",
+    CHAT: BASE_MODEL,
+    "/v1/responses": "use /v1/completions",
+    "/v1/messages": "use /v1/completions",
     "/v1/embeddings": "the model generates text and computes no embeddings",
 }
-"""URLs that clients expect of an OpenAI-compatible server -> why this one does not have them."""
+"""URLs that clients expect of an OpenAI-compatible server -> why this one does not have them. Chat is there if the
+model has a template."""
 
 
 class ErrorResponses:
@@ -49,28 +53,31 @@ class ErrorResponses:
                 raise
             if has_started:  # no other status can follow; the server cuts the connection
                 raise RuntimeError("the response failed after its first bytes") from error
-            log_failure(error)
-            await ApiError.of(error).response()(scope, receive, send)
+            record: RequestRecord = scope["state"]["record"]
+            log_failure(error, record.id)
+            told = ApiError.of(error)
+            record.fail(told.body["error"])
+            await told.response()(scope, receive, send)
 
 
-async def missing_endpoint_response(request: Request) -> Response:
+async def refuse_missing_endpoint(request: Request) -> Response:
     """A URL of `MISSING_ENDPOINTS`. 400, since clients read a 404 as "no such model", and repeat a 5xx."""
     reason = MISSING_ENDPOINTS[request.scope["route"].path]
     message = f"{request.url.path} is not supported: {reason}. {_what_exists(request)}"
-    return ApiError(400, message, code="unsupported_endpoint").response()
+    raise ApiError(400, message, code="unsupported_endpoint")
 
 
-async def routing_error_response(request: Request, error: Exception) -> Response:
+async def refuse_route(request: Request, error: Exception) -> Response:
     """No such URL, or not with this method."""
     assert isinstance(error, HTTPException)
     tried = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         message = f"Unknown request URL: {tried}. {_what_exists(request)}"
-        return ApiError(404, message, code="unknown_url", headers=error.headers).response()
+        raise ApiError(404, message, code="unknown_url", headers=error.headers)
     if error.status_code == 405:
         message = f"Method not allowed: {tried}. {_what_exists(request)}"
-        return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
-    return ApiError(error.status_code, f"{error.detail}: {tried}", headers=error.headers).response()
+        raise ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    raise ApiError(error.status_code, f"{error.detail}: {tried}", headers=error.headers)
 
 
 def _what_exists(request: Request) -> str:
@@ -78,7 +85,7 @@ def _what_exists(request: Request) -> str:
     known = [
         f"{method} {route.path.replace('{name:path}', '{model}')}"
         for route in routes
-        if isinstance(route, APIRoute) and route.path not in MISSING_ENDPOINTS
+        if isinstance(route, APIRoute) and route.endpoint is not refuse_missing_endpoint
         for method in sorted(route.methods or ())
     ]
     return f"This endpoint has {', '.join(known)}; the base URL of OpenAI clients ends in /v1."

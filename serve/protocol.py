@@ -8,7 +8,7 @@ Ranges of numbers are those of `SamplingParams`, so that the endpoint, the comma
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,17 +17,25 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
+from pydantic.json_schema import JsonSchemaValue
 from pydantic.types import FailFast
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 from starlette.responses import Response
 
 from kraken.engine.protocol import (
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY,
+    MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
     ContextLengthExceeded,
     EngineError,
     EngineOverloaded,
@@ -41,6 +49,8 @@ from kraken.tokenizer import END_OF_TEXT
 MAX_CHOICES_PER_PROMPT = 128
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 5
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
 RETRY_AFTER_S = 1
 
 
@@ -94,6 +104,21 @@ class ApiError(Exception):
                 return _server_error("the server failed", code=None)
 
 
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
 API_NAME = {"stop_ids": "stop_token_ids", "num_logprobs": "logprobs"}
 """Field of `SamplingParams` or `Request` -> field of the HTTP request, where the two differ."""
 
@@ -135,10 +160,28 @@ def bad_request(error: ValidationError) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     """A request: JSON types as they are (no "16" for 16), nothing unknown, null as if left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Write into the schema that null is possible wherever a field may be left out."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, field in schema.get("properties", {}).items():
+            options = field.get("anyOf", ())
+            if name not in schema.get("required", ()) and {"type": "null"} not in options:
+                outside = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outside}
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -164,16 +207,38 @@ def _check_prompt(value: Any) -> Any:
     )
 
 
-Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_check_prompt)]
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    PlainValidator(_check_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                IDS_SCHEMA,
+                {"type": "array", "items": IDS_SCHEMA, "minItems": 1},
+            ]
+        }
+    ),
+]
 Ids = Annotated[list[int], FailFast()]
 Stop = Annotated[
     list[str],
     FailFast(),
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP_STRINGS},
+            ]
+        }
+    ),
 ]
 
 
-def _only(expected: bool | int) -> AfterValidator:
+def _only(expected: bool | int) -> Any:
     """Accept one value of a field that other servers have: the one that says what happens here anyway."""
 
     def check(value: bool | int) -> bool | int:
@@ -185,10 +250,45 @@ def _only(expected: bool | int) -> AfterValidator:
     return AfterValidator(check)
 
 
-Off = Annotated[bool, _only(False)]
+Off = Annotated[bool, _only(False), Field(json_schema_extra={"enum": [False]})]
 
 
-class StreamOptions(_Body):
+def _range(minimum: float, maximum: float | None = None) -> Any:
+    """The range in the schema. `SamplingParams` checks it, so that the message is that of every engine."""
+    bounds: JsonDict = {"minimum": minimum} if maximum is None else {"minimum": minimum, "maximum": maximum}
+    return Field(json_schema_extra=bounds)
+
+
+def _bias_by_id(value: dict[str, float]) -> dict[str, float]:
+    if not all(name.isascii() and name.isdigit() for name in value):
+        raise PydanticCustomError("invalid_value", "logit_bias must map token ids, written as strings, to numbers")
+    return value
+
+
+LogitBias = Annotated[
+    dict[str, float],
+    AfterValidator(_bias_by_id),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {
+                "^[0-9]+$": {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS}
+            },
+            "additionalProperties": False,
+        }
+    ),
+]
+
+
+def _truncation(value: int) -> int:
+    if value < -1 or value == 0:
+        raise PydanticCustomError(
+            "invalid_value", "truncate_prompt_tokens must be at least 1, or -1 for what the context has room for"
+        )
+    return value
+
+
+class StreamOptions(RequestBody):
     include_usage: bool = False
     """End the stream with a frame of token counts."""
     continuous_usage_stats: bool = False
@@ -197,62 +297,62 @@ class StreamOptions(_Body):
     """Padding against traffic analysis, which OpenAI adds; not here."""
 
 
-class CompletionRequest(_Body):
-    """POST /v1/completions."""
+class GenerationRequest(RequestBody):
+    """What requests for completions and for chat have in common."""
 
     model: str
-    prompt: Prompt = END_OF_TEXT
-    """Left out: the beginning of a new document."""
-    max_tokens: int = 16
-    """0 needs `echo`: the prompt comes back, scored."""
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int, _range(0)] | None = None
+    """Left out: 16 for completions, and in a chat what the prompt leaves of the context; never more than that. 0 needs
+    `echo` or `prompt_logprobs`: the prompt comes back, scored."""
+    max_completion_tokens: Annotated[int, _range(0)] | None = None
     """`max_tokens` by the name that chat completions have for it."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: Annotated[float, _range(0, 100)] = 1.0
+    top_p: Annotated[float, _range(0, 1)] = 1.0
+    top_k: Annotated[int, _range(-1)] = 0
     """Not OpenAI's: sample from this many most likely tokens; 0 or -1 from all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, _range(0, 1)] = 0.0
     """Not OpenAI's: sample from tokens at least this share as likely as the most likely one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, _range(MIN_REPETITION_PENALTY, 100)] = 1.0
     """Not OpenAI's: above 1, tokens of prompt and completion become less likely."""
-    min_tokens: int = 0
+    presence_penalty: Annotated[float, _range(-MAX_PENALTY, MAX_PENALTY)] = 0.0
+    """Above 0, ids that the completion has already become less likely; -2 to 2."""
+    frequency_penalty: Annotated[float, _range(-MAX_PENALTY, MAX_PENALTY)] = 0.0
+    """The same for each time that the completion has the id."""
+    logit_bias: LogitBias = {}
+    """Token id -> what is added to its logit, -100 to 100."""
+    truncate_prompt_tokens: Annotated[int, AfterValidator(_truncation)] | None = None
+    """vLLM's: only so many last tokens of each prompt are read; -1 reads as many as the context has room for beside
+    `max_tokens`."""
+    skip_special_tokens: bool = True
+    """vLLM's: an end of text that does not end the completion (see `ignore_eos`) has no text. False: its text is
+    `<|endoftext|>`."""
+    min_tokens: Annotated[int, _range(0)] = 0
     """Not OpenAI's: tokens before the end of text, a stop id or a stop string may end the completion."""
     ignore_eos: bool = False
     """Not OpenAI's: the end of text is a token like any other."""
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] = []
     """Not OpenAI's: ids that end the completion; they are no part of its text."""
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    """Not OpenAI's: the prompt's log-probabilities, in a field of their own, with this many most likely tokens."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES_PER_PROMPT)] | None = None
     """Choice k of a prompt draws with seed + k."""
     stop: Stop = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    echo: bool = False
     user: str | None = None
     """The client's own label of its end user, which has no effect; OpenAI defines it so."""
-    best_of: int | None = None
-    suffix: str = ""
-    logit_bias: dict[str, float] = {}
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
 
     # What other servers offer and their clients send. Only the values that say what happens here anyway are accepted.
     add_special_tokens: bool = True
     """Makes no difference, as with GPT-2: there is no special token that belongs around every text."""
-    skip_special_tokens: Off = False
-    """A special token that does not end the completion (see `ignore_eos`) is part of its text."""
     spaces_between_special_tokens: Off = False
     include_stop_str_in_output: Off = False
     return_tokens_as_token_ids: Off = False
     return_token_ids: Off = False
     use_beam_search: Off = False
-    num_beams: Annotated[int, _only(1)] = 1
+    num_beams: Annotated[int, _only(1), Field(json_schema_extra={"enum": [1]})] = 1
     """Hugging Face's; lm-eval passes it on from some tasks."""
-    detokenize: Annotated[bool, _only(True)] = True
-    priority: Annotated[int, _only(0)] = 0
+    detokenize: Annotated[bool, _only(True), Field(json_schema_extra={"enum": [True]})] = True
+    priority: Annotated[int, _only(0), Field(json_schema_extra={"enum": [0]})] = 0
     bad_words: Annotated[list[str], Field(max_length=0)] = []
     store: Off = False
     """Nothing is stored."""
@@ -266,34 +366,34 @@ class CompletionRequest(_Body):
         other = values.get("max_tokens")
         if other is not None and (type(other), other) != (type(limit), limit):
             message = "max_tokens and max_completion_tokens are the same limit and differ; give one"
-            raise _refusal("invalid_value", "max_completion_tokens", message)
+            raise refusal("invalid_value", "max_completion_tokens", message)
         return values | {"max_tokens": limit}
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_there(self) -> "CompletionRequest":
-        for param in ("suffix", "logit_bias", "presence_penalty", "frequency_penalty"):
-            if getattr(self, param):
-                raise _refusal("unsupported_parameter", param, f"{param} is not supported; leave it out")
-        if self.best_of not in (None, self.n):
-            raise _refusal(
-                "unsupported_parameter", "best_of", "best_of is not supported; leave it out or make it equal n"
-            )
+    def _refuse_what_is_not_there(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise _refusal("invalid_value", "stream_options", "stream_options needs stream=true")
-        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
-            raise _refusal("invalid_value", "max_tokens", message)
+            raise refusal("invalid_value", "stream_options", "stream_options needs stream=true")
         try:
-            self.sampling_params(eot_id=0)
+            self.sampling_params(self.limit(), eot_id=0)
             check_stop_strings(self.stop)
         except RequestError as error:
-            raise _refusal("invalid_value", str(error.field), str(error)) from None
+            raise refusal("invalid_value", str(error.field), str(error)) from None
         return self
 
-    def sampling_params(self, eot_id: int, choice: int = 0) -> SamplingParams:
+    def limit(self, room: int = DEFAULT_MAX_TOKENS) -> int:
+        """Most tokens of a completion.
+
+        Args:
+            room: tokens that the prompt leaves of the context. A limit that the client has not given is at most this,
+                and at least 1.
+        """
+        return max(1, min(DEFAULT_MAX_TOKENS, room)) if self.max_tokens is None else self.max_tokens
+
+    def sampling_params(self, max_tokens: int, eot_id: int, choice: int = 0) -> SamplingParams:
         """How the tokens of one choice of a prompt are sampled.
 
         Args:
+            max_tokens: see `limit`.
             eot_id: the model's end-of-text id, which ends the completion unless `ignore_eos`.
             choice: counts the choices of one prompt from 0.
 
@@ -301,23 +401,52 @@ class CompletionRequest(_Body):
             RequestError: a value is out of range.
         """
         return SamplingParams(
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
             min_tokens=self.min_tokens,
             seed=None if self.seed is None else self.seed + choice,
             stop_ids=(*(() if self.ignore_eos else (eot_id,)), *self.stop_token_ids),
         )
 
 
-def _refusal(code: Literal["unsupported_parameter", "invalid_value"], param: str, message: str) -> PydanticCustomError:
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt = END_OF_TEXT
+    """Left out: the beginning of a new document."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Not OpenAI's: the prompt's log-probabilities, in a field of their own, with this many most likely tokens."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: int | None = None
+    suffix: Annotated[str, Field(json_schema_extra={"maxLength": 0})] = ""
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> "CompletionRequest":
+        if self.suffix:
+            raise refusal("unsupported_parameter", "suffix", "suffix is not supported; leave it out")
+        if self.best_of not in (None, self.n):
+            raise refusal(
+                "unsupported_parameter", "best_of", "best_of is not supported; leave it out or make it equal n"
+            )
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "max_tokens=0 needs echo=true or prompt_logprobs, or nothing would come back"
+            raise refusal("invalid_value", "max_tokens", message)
+        return self
+
+
+def refusal(code: Literal["unsupported_parameter", "invalid_value"], param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError(code, "{message}", {"param": param, "message": message})
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(RequestBody):
     """POST /tokenize, as vLLM offers it and lm-eval reads it."""
 
     prompt: str
@@ -326,7 +455,7 @@ class TokenizeRequest(_Body):
     """Makes no difference, as with GPT-2: there is no special token that belongs around every text."""
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     tokens: Ids
@@ -342,17 +471,31 @@ class Logprobs(BaseModel):
     text_offset: list[int] = []
     """Where the token begins in the choice's text, in characters."""
 
-    def extend(self, more: "Logprobs") -> None:
-        self.tokens += more.tokens
-        self.token_logprobs += more.token_logprobs
-        self.top_logprobs += more.top_logprobs
-        self.text_offset += more.text_offset
+    @classmethod
+    def join(cls, parts: "Sequence[Logprobs]") -> "Logprobs":
+        """The lists one after the other."""
+        lists = {name: [value for part in parts for value in getattr(part, name)] for name in cls.model_fields}
+        return cls(**lists)
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+    """Tokens of the prompt that the engine had computed for an earlier request."""
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
+    """Only there if the engine measures it."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_not_measured(self, to_dict: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = to_dict(self)
+        if self.prompt_tokens_details is None:
+            del values["prompt_tokens_details"]
+        return values
 
 
 class Choice(BaseModel):
@@ -391,13 +534,23 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["kraken"] = "kraken"
+    root: str
+    """vLLM's: the name of the model itself, which has no other here."""
+    max_model_len: int
+    """vLLM's: prompt and completion together, in tokens."""
     context_length: int
-    """Not OpenAI's: prompt and completion together, in tokens."""
+    """The same by another name."""
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+class Version(BaseModel):
+    """GET /version."""
+
+    version: str
 
 
 class TokenizerInfo(BaseModel):
@@ -409,7 +562,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str = END_OF_TEXT
     eos_token: str = END_OF_TEXT
     pad_token: str = END_OF_TEXT
-    chat_template: None = None
+    chat_template: str | None = None
 
 
 class TokenizeResponse(BaseModel):
@@ -440,14 +593,21 @@ class EngineStatus(BaseModel):
     """The same, and the time in the queue, by TensorRT-LLM's own clock."""
 
 
-class Health(BaseModel):
-    """GET /health."""
+class HealthStatus(BaseModel):
+    """GET /health without the key."""
 
     status: Literal["ok", "unhealthy"]
-    model: str
-    engine: str
-    tokenizer_fingerprint: str
-    exchange_fingerprint: str | None
-    deployment: str | None
+
+
+class Health(HealthStatus):
+    """GET /health. Without the key only `status` is there."""
+
+    reason: str | None = None
+    """Why the model cannot be used; null if it can."""
+    model: str = ""
+    engine: str = ""
+    tokenizer_fingerprint: str = ""
+    exchange_fingerprint: str | None = None
+    deployment: str | None = None
     """Digest of the model and of every setting and file of code that decides how it is served."""
-    stats: EngineStatus
+    stats: EngineStatus | None = None

@@ -1,5 +1,6 @@
 """What several test modules share: one small Ray cluster on loopback, the tokens of a tiny corpus, one thread."""
 
+import functools
 import os
 import shutil
 import socket
@@ -9,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: what it is made of is made for its interpreter, or not, at that moment.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).parent
+_CLUSTER = "ray_cluster"
+"""The fixture that starts Ray."""
 
 RAY_ENVIRONMENT = {
     # Serve kills a proxy that is not ready after five seconds, which a busy machine needs for its imports alone.
@@ -30,6 +34,40 @@ def find_free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Keeps tests on one of several workers that share fixtures: those of a file, and those of all files that use the
+    Ray cluster, which is then started once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = nodeid.partition("::")[0]
+        return _CLUSTER if _uses_cluster(TESTS.parent / name) else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> _Scheduling:
+    return _Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of the Ray cluster, which take longest, where others can run beside them."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not _uses_cluster(item.path))
+
+
+@functools.cache
+def _uses_cluster(path: Path) -> bool:
+    return _CLUSTER in path.read_text()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cores_are_shared() -> None:
+    """Workers beside each other use one thread each, or they would fight for the cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

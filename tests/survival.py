@@ -14,6 +14,7 @@ import psutil
 
 from jobs import local
 from pipelines import local_head
+from pipelines.tracking import NAME_TAG
 
 ROOT = Path(__file__).parent.parent
 STEPS = 120
@@ -102,8 +103,9 @@ def runs(storage: Path, uri: str | None = None) -> dict[str, Any]:
 
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("kraken").experiment_id])
-    assert len({run.info.run_name for run in found}) == len(found), "a run was opened twice"
-    return {run.info.run_name: run for run in found}
+    named = {run.data.tags.get(NAME_TAG, run.info.run_name): run for run in found}
+    assert len(named) == len(found), "a run was opened twice"
+    return named
 
 
 def states(storage: Path, uri: str | None = None) -> dict[str, str]:
@@ -111,12 +113,18 @@ def states(storage: Path, uri: str | None = None) -> dict[str, str]:
     return {name: run.info.status for name, run in runs(storage, uri).items()}
 
 
-def curve(storage: Path, metric: str = "loss", uri: str | None = None) -> list[tuple[int, float]]:
-    """All points of a metric of training, in the order of their steps; twice what was logged twice."""
+def curve(
+    storage: Path, metric: str = "loss", uri: str | None = None, name: str = "pretrain"
+) -> list[tuple[int, float]]:
+    """All points of a metric of training, in the order of their steps; twice what was logged twice.
+
+    Args:
+        name: of the MLflow run; `quickstart` for the pipeline's own.
+    """
     from mlflow import MlflowClient
 
     client = MlflowClient(uri or f"sqlite:///{storage}/mlflow.db")
-    points = client.get_metric_history(runs(storage, uri)["pretrain"].info.run_id, metric)
+    points = client.get_metric_history(runs(storage, uri)[name].info.run_id, metric)
     return sorted((point.step, point.value) for point in points)
 
 

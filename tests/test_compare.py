@@ -287,7 +287,7 @@ def check_mlflow(config: CompareConfig, result: compare.CompareResult) -> None:
     runs = client.search_runs([experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
     [run] = [run for run in runs if run.info.run_name == "comparison"]
-    assert result.page.endswith(f"/runs/{run.info.run_id}")
+    assert f"/runs/{run.info.run_id}?" in result.page
     assert json.loads(run.data.params["models"]) == ["kraken", "standard"]
     kraken = result.comparison.models[0]
     assert run.data.metrics["final_validation_loss.kraken"] == kraken.mean_loss

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias": KRAKEN | {"bias": True},
     "rope": KRAKEN | {"positions": "rope"},
     "swiglu": KRAKEN | {"activation": "swiglu", "bias": True},
+    "delayed": KRAKEN | {"architecture": "kraken_delayed", "num_layers": 4},
     "standard": BASELINE | {"architecture": "standard"},
     "standard_modern": BASELINE
     | {"architecture": "standard", "positions": "rope", "activation": "swiglu", "bias": True},

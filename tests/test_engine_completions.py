@@ -61,9 +61,12 @@ def complete(model: ServedModel, **fields: Any) -> tuple[Completion, list[Reques
 
 def test_every_parameter_reaches_the_engine(model: ServedModel) -> None:
     eot = model.engine.info.eot_id
-    fields = {"min_p": 0.25, "repetition_penalty": 1.5, "min_tokens": 3, "stop_token_ids": [7]}
+    fields = {"min_p": 0.25, "repetition_penalty": 1.5, "min_tokens": 3, "stop_token_ids": [7], "presence_penalty": -1}
+    fields |= {"frequency_penalty": 0.5, "logit_bias": {"7": -100, "8": 2.5}}
     _, (request,) = complete(model, prompt="a", **fields)
     sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1, 0.5)
+    assert sampling.logit_bias == ((7, -100), (8, 2.5))
     assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens) == (0.25, 1.5, 3)
     assert sampling.stop_ids == (eot, 7)
     _, (request,) = complete(model, prompt="a", ignore_eos=True)
@@ -105,6 +108,14 @@ def test_the_field_is_only_there_when_asked_for(model: ServedModel) -> None:
 def frames_of(model: ServedModel, **fields: Any) -> list[Any]:
     """The frames of a stream, without its end mark."""
 
+    *frames, end, nothing = "".join(writes_of(model, **fields)).split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+def writes_of(model: ServedModel, **fields: Any) -> list[str]:
+    """What a stream writes, each time with one or more frames."""
+
     async def main() -> list[str]:
         body = CompletionRequest(model="kraken", stream=True, **fields)
         call = await CompletionCall.prepare(body, model)
@@ -112,9 +123,27 @@ def frames_of(model: ServedModel, **fields: Any) -> list[Any]:
         first = await anext(parts)
         return [frame async for frame in call.frames(first, parts)]
 
-    *frames, end = asyncio.run(main())
-    assert end == "data: [DONE]\n\n"
-    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"logprobs": 2, "echo": True}, {"stop": ["t o"]}], ids=str)
+def test_tokens_that_come_within_the_interval_share_a_write(model: ServedModel, fields: dict[str, Any]) -> None:
+    fields |= {"prompt": "the cat sat on the mat", "max_tokens": 40, "ignore_eos": True}
+    whole, _ = complete(model, **fields)
+    for interval_s in (0.0, 60.0):
+        slow = dataclasses.replace(model, stream_interval_s=interval_s)
+        frames = frames_of(slow, **fields, stream_options={"continuous_usage_stats": True})
+        for choice in whole.choices:
+            parts = [frame["choices"][0] for frame in frames if frame["choices"][0]["index"] == choice.index]
+            assert "".join(part["text"] for part in parts) == choice.text
+            assert parts[-1]["finish_reason"] == choice.finish_reason
+            if choice.logprobs:
+                for name, values in choice.logprobs.model_dump().items():
+                    assert [value for part in parts for value in part["logprobs"][name]] == values
+            # with the long interval: the first token, then nothing before the last one
+            assert len(parts) == 2 if interval_s else len(parts) > 2
+        num_tokens = {frame["choices"][0]["index"]: frame["usage"]["completion_tokens"] for frame in frames}
+        assert whole.usage and sum(num_tokens.values()) == whole.usage.completion_tokens
 
 
 def test_continuous_usage_counts_in_every_frame(model: ServedModel) -> None:
@@ -192,11 +221,19 @@ def test_a_prompt_far_beyond_the_context_is_refused_before_it_is_encoded(
         ({"max_completion_tokens": 3, "max_tokens": 4}, "max_completion_tokens"),
         ({"max_completion_tokens": True, "max_tokens": 1}, "max_completion_tokens"),
         ({"max_completion_tokens": -1}, "max_tokens"),
-        ({"skip_special_tokens": True}, "skip_special_tokens"),
         ({"skip_special_tokens": 0}, "skip_special_tokens"),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"return_token_ids": True}, "return_token_ids"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias"),
+        ({"logit_bias": {str(token_id): 1 for token_id in range(1025)}}, "logit_bias"),
         ({"num_beams": 2}, "num_beams"),
         ({"num_beams": True}, "num_beams"),
         ({"bad_words": ["a"]}, "bad_words"),
@@ -220,8 +257,54 @@ def test_what_is_wrong_is_refused(fields: dict[str, Any], param: str) -> None:
     assert (error.status, error.body["error"]["param"]) == (400, param)
 
 
-def test_an_id_that_is_none_is_refused(model: ServedModel) -> None:
+@pytest.mark.parametrize("fields", [{"stop_token_ids": [10**6]}, {"logit_bias": {"1000000": 1}}], ids=str)
+def test_an_id_that_is_none_is_refused(model: ServedModel, fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
-        complete(model, prompt="a", stop_token_ids=[10**6])
+        complete(model, prompt="a", **fields)
     error = ApiError.of(caught.value)
-    assert (error.status, error.body["error"]["param"]) == (400, "stop_token_ids")
+    assert (error.status, error.body["error"]["param"]) == (400, *fields)
+
+
+def test_a_limit_that_is_not_given_never_exceeds_the_context(model: ServedModel) -> None:
+    for num_prompt_tokens, expected in ((5, 16), (48, 16), (49, 15), (63, 1)):
+        completion, _ = complete(model, prompt=[5] * num_prompt_tokens)
+        assert completion.usage and completion.usage.completion_tokens == expected
+    for fields in ({"prompt": [5] * 64}, {"prompt": [5] * 49, "max_tokens": 16}):
+        with pytest.raises(ContextLengthExceeded):
+            complete(model, **fields)
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(model: ServedModel) -> None:
+    text, ids = "the cat sat on the mat " * 30, model.tokenizer.encode("the cat sat on the mat " * 30)
+    for limit, fields, kept in (
+        (3, {"max_tokens": 5}, 3),
+        (64, {"max_tokens": 0, "echo": True}, 64),
+        (-1, {"max_tokens": 5}, 59),
+        (-1, {}, 48),
+        (1, {"max_tokens": 5}, 1),
+    ):
+        for prompt in (text, ids):
+            _, (request,) = complete(model, prompt=prompt, truncate_prompt_tokens=limit, **fields)
+            assert list(request.prompt_ids) == ids[-kept:]
+    _, (request,) = complete(model, prompt=[5, 6], truncate_prompt_tokens=9)
+    assert request.prompt_ids == (5, 6)
+    with pytest.raises(ApiError, match="larger than the context of 64") as caught:
+        complete(model, prompt="a", truncate_prompt_tokens=65)
+    assert caught.value.body["error"]["param"] == "truncate_prompt_tokens"
+
+
+@pytest.mark.parametrize(("fields", "text"), [({}, "ab"), ({"skip_special_tokens": False}, "a<|endoftext|>b")])
+def test_special_tokens_have_no_text_unless_asked_for(model: ServedModel, fields: dict[str, Any], text: str) -> None:
+    ids = [*model.tokenizer.encode("a"), model.engine.info.eot_id, *model.tokenizer.encode("b")]
+    found, _ = complete(model, prompt=ids, max_tokens=3, ignore_eos=True, logprobs=0, **fields)
+    logprobs = found.choices[0].logprobs
+    assert found.choices[0].text == text and logprobs
+    assert logprobs.tokens == ["a", "<|endoftext|>", "b"] and logprobs.text_offset == [0, 1, len(text) - 1]
+
+
+def test_frames_escape_what_some_clients_take_for_an_end_of_line(model: ServedModel) -> None:
+    ids = [model.tokenizer.ranks[bytes([byte])] for byte in "\u2028\u2029é".encode()]
+    for write in writes_of(model, prompt=ids, max_tokens=8):
+        assert len(write.splitlines()) == 2 * write.count("data: ")
+    frames = frames_of(model, prompt=ids, max_tokens=8)
+    assert "".join(frame["choices"][0]["text"] for frame in frames) == "\u2028\u2029é"

@@ -36,6 +36,7 @@ DIVISIBLE: dict[str, dict[str, Any]] = {
     "kraken_2way": {"num_heads": 4, "num_ways": 2},
     "kraken_4way": FOUR,
     "kraken_modern": FOUR | {"positions": "rope", "activation": "swiglu", "bias": True},
+    "delayed_4way": FOUR | {"architecture": "kraken_delayed", "num_layers": 4, "bias": True},
     "standard": {"num_heads": 4, "num_ways": 1, "ffn_multiple": 4, "architecture": "standard"},
     "standard_modern": {"num_heads": 4, "num_ways": 1, "ffn_multiple": 4, "architecture": "standard"}
     | {"positions": "rope", "activation": "swiglu", "bias": True, "width": 32},

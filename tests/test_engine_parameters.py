@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -37,9 +38,12 @@ EXTREMES: dict[str, Sequence[float]] = {
     "top_k": (-1, 0, 1, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 10**30),
     "min_p": (0.0, SMALLEST_FLOAT64, 1e-46, 1e-38, 0.5, 1.0 - 1e-9, 1.0),
     "repetition_penalty": (0.01, 1.0 + 1e-12, 100.0),
+    "presence_penalty": (-2.0, SMALLEST_FLOAT64, 2.0),
+    "frequency_penalty": (-2.0, SMALLEST_FLOAT64, 2.0),
     "seed": (-(2**63), -1, 0, 2**63 - 1),
 }
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+NEUTRAL |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def extreme_params() -> list[dict[str, Any]]:
@@ -67,13 +71,16 @@ def test_extreme_parameters_sample_what_they_mean(kernels: TorchKernels) -> None
     cases = extreme_params()
     logits_V = torch.randn(NUM_IDS, generator=torch.Generator().manual_seed(1)) * 8.0
     inputs = [
-        SamplingInput(SamplingParams(**fields), seed=fields["seed"], token_index=3, seen_ids=(5, 9, 200))
+        SamplingInput(
+            SamplingParams(**fields), seed=fields["seed"], token_index=3, seen_ids=(5, 9, 200), counts={5: 2, 9: 1}
+        )
         for fields in cases
     ]
     chosen = Sampler(kernels).sample(ForwardOutput(logits_V.repeat(len(cases), 1)), inputs)
     for fields, token_id in zip(cases, chosen, strict=True):
         assert token_id is not None and 0 <= token_id < NUM_IDS, fields
-        if means_greedy(fields) and fields["repetition_penalty"] == 1.0:
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        if means_greedy(fields) and all(fields[name] == NEUTRAL[name] for name in penalties):
             assert token_id == int(logits_V.argmax()), fields
 
 
@@ -110,6 +117,60 @@ def test_the_engine_serves_extreme_parameters() -> None:
             assert ids == greedy, fields
 
 
+def test_penalties_act_on_what_each_request_has_generated() -> None:
+    """Greedy requests of one batch against argmax over the engine's own logits, with the definition written out."""
+    model_config = tiny.config().model
+    info = EngineInfo(
+        name="torch",
+        context_length=model_config.context_length,
+        num_ids=NUM_IDS,
+        eot_id=NUM_IDS - 1,
+        tokenizer_fingerprint="none",
+    )
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": -2.0},
+        {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+        {"logit_bias": ((7, 100.0), (9, -100.0))},
+        {"logit_bias": ((7, 3.0),), "frequency_penalty": 2.0, "repetition_penalty": 1.3},
+    ]
+
+    async def complete(engine: TorchEngine, index: int, fields: dict[str, Any]) -> list[TokenOutput]:
+        sampling = SamplingParams(max_tokens=12, temperature=0.0, **fields)
+        request = Request(id=f"{index}", prompt_ids=(5, 6, 5), sampling=sampling, return_logits=True, num_logprobs=0)
+        return [output async for output in engine.generate(request) if isinstance(output, TokenOutput)]
+
+    async def main() -> list[list[TokenOutput]]:
+        model = Kraken(model_config)
+        model.init_weights(seed=0)
+        engine = TorchEngine.from_model(model, info, EngineConfig(device="cpu", dtype="float32"))
+        try:
+            return list(await asyncio.gather(*(complete(engine, index, kind) for index, kind in enumerate(kinds))))
+        finally:
+            await engine.close()
+
+    found = asyncio.run(main())
+    for fields, outputs in zip(kinds, found, strict=True):
+        generated: list[int] = []
+        for output in outputs:
+            assert output.logits_V is not None and output.logprobs
+            values = output.logits_V.astype("float64")
+            raw_logprob = values[output.token_id] - np.log(np.exp(values).sum())
+            for token_id, bias in fields.get("logit_bias", ()):
+                values[token_id] += bias
+            for token_id in {5, 6, *generated}:
+                penalty = fields.get("repetition_penalty", 1.0)
+                values[token_id] = values[token_id] / penalty if values[token_id] > 0 else values[token_id] * penalty
+            for token_id in set(generated):
+                values[token_id] -= fields.get("presence_penalty", 0.0)
+                values[token_id] -= fields.get("frequency_penalty", 0.0) * generated.count(token_id)
+            assert output.token_id == values.argmax(), fields
+            assert output.logprobs.logprob == pytest.approx(raw_logprob, abs=1e-4)
+            generated.append(output.token_id)
+    assert len({tuple(output.token_id for output in outputs) for outputs in found}) >= 4
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [
@@ -119,6 +180,8 @@ def test_the_engine_serves_extreme_parameters() -> None:
         ("top_p", (-1e-46, 1.0001, float("inf"), float("nan"))),
         ("top_k", (-2, -(2**63))),
         ("min_p", (-1e-46, 1.0001, float("nan"))),
+        ("presence_penalty", (-2.0001, 2.0001, float("nan"))),
+        ("frequency_penalty", (-2.0001, 2.0001, float("inf"))),
         ("repetition_penalty", (0.0, 1e-300, 1e-38, 0.0099, 100.0001, float("inf"), float("nan"))),
         ("seed", (2**63, -(2**63) - 1)),
     ],
@@ -141,6 +204,8 @@ def test_requests_that_the_model_cannot_serve_are_refused_by_name() -> None:
         ({"num_logprobs": 2**40}, "num_logprobs"),
         ({"num_logprobs": -1}, "num_logprobs"),
         ({"sampling": SamplingParams(stop_ids=(2**63,))}, "stop_ids"),
+        ({"sampling": SamplingParams(logit_bias=((NUM_IDS, 1.0),))}, "logit_bias"),
+        ({"sampling": SamplingParams(logit_bias=((-1, 1.0),))}, "logit_bias"),
     ):
         with pytest.raises(RequestError) as caught:
             check_request(dataclasses.replace(good, **changes), info)

@@ -122,7 +122,7 @@ def test_tensorrt_llm_is_told_of_every_field_that_it_honours(exchange: Path) -> 
         "import dataclasses, json, sys; from kraken.trtllm.session import Launch, llm_arguments\n"
         f"launches = json.loads({json.dumps({n: dataclasses.asdict(x) for n, x in launches.items()})!r})\n"
         "plain = lambda x: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else repr(x)\n"
-        "print(json.dumps({name: llm_arguments(Launch(**x)) for name, x in launches.items()}, default=plain))"
+        "print(json.dumps({name: llm_arguments(Launch.from_json(x)) for name, x in launches.items()}, default=plain))"
     )
     arguments = {name: flat(values) for name, values in json.loads(run_with_fake(code)).items()}
     default = arguments.pop("default")

@@ -76,7 +76,8 @@ def test_a_prompt_means_what_it_means_over_http(exchange: Path, capsys: pytest.C
         main([*arguments, "--prompt", prompt])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
-    body = CompletionRequest(model="kraken", prompt=END_OF_TEXT, max_tokens=12, temperature=1, seed=5, ignore_eos=True)
+    fields = {"max_tokens": 12, "temperature": 1, "seed": 5, "ignore_eos": True, "skip_special_tokens": False}
+    body = CompletionRequest(model="kraken", prompt=END_OF_TEXT, **fields)
     args = ServeArgs(
         exchange=exchange, engine="torch", engine_config=EngineConfig(kind="torch", device="cpu", num_threads=1)
     )

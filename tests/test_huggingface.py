@@ -127,7 +127,7 @@ for name in names:
             found["bfloat16"] = model.bfloat16()(ids).logits.float()
 config = AutoConfig.from_pretrained(f"{root}/tensorrt_llm", trust_remote_code=True)
 assert config.dtype == torch.bfloat16 and config.architectures == ["KrakenForCausalLM"]
-names_of_sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "kraken_width", "kraken_head_dim")
+names_of_sizes = ("num_attention_heads", "num_key_value_heads", "head_dim", "num_ways")
 sizes = {name: getattr(config, name) for name in names_of_sizes}
 tokenizer = AutoTokenizer.from_pretrained(f"{root}/{names[0]}", trust_remote_code=True)
 text = open(f"{root}/text", newline="").read()
@@ -238,7 +238,9 @@ def test_what_transformers_saved_comes_back(found: dict[str, torch.Tensor], root
     assert not (saved / RANKS_NAME).exists()
     with pytest.raises(ArtefactError, match="jobs.convert --from-huggingface"):
         TorchEngine.from_exchange(saved, EngineConfig(device="cpu"))
+    (saved / "chat_template.jinja").write_text("{{ messages }}")
     convert_main(["--from-huggingface", str(saved), "--out", str(tmp_path / "back")])
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
     for name in (RANKS_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_CONFIG_NAME, WEIGHTS_NAME):
         assert (tmp_path / "back" / name).read_bytes() == (root / "everything" / name).read_bytes(), name
     info = TorchEngine.from_exchange(tmp_path / "back", EngineConfig(device="cpu", dtype="float32")).info
@@ -339,8 +341,7 @@ def test_transformers_reads_what_tensorrt_llm_asks_it_for(found: dict[str, torch
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "head_dim": 32,
-        "kraken_width": SHAPES["bias"].num_ways,
-        "kraken_head_dim": SHAPES["bias"].head_size,
+        "num_ways": SHAPES["bias"].num_ways,
     }
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import openai
 import pytest
 import tiny
 import torch
+from served import served
 from torch import Tensor
 
 from kraken.checkpoint.reader import load_model
@@ -37,7 +38,7 @@ from kraken.model.loss import chunk_gradient, chunked_cross_entropy
 from kraken.model.ways import WayGroup
 from kraken.tokenizer import Tokenizer
 from kraken.training.train import train
-from serve.app import ServeArgs, build
+from serve.app import ServeArgs
 
 TOLERANCE = 1e-4
 """Nats per token, in float32."""
@@ -165,29 +166,17 @@ def test_the_hugging_face_code(trained: Trained, tmp_path: Path) -> None:
     assert said["loss"] == pytest.approx(-expected.mean().item(), abs=TOLERANCE)
 
 
-@pytest.fixture
-def endpoint(trained: Trained, ray_cluster: str, free_port: Callable[[], int]) -> Iterator[str]:
-    from ray import serve as ray_serve
-
-    port = free_port()
-    ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
+def test_the_endpoint(trained: Trained) -> None:
     args = ServeArgs(
         exchange=str(trained.exchange),
         engine="torch",
         engine_config=EngineConfig(device="cpu", dtype="float32", num_threads=1),
         serve_config=ServeConfig(model_name=MODEL),
     )
-    ray_serve.run(build(args), name=MODEL)
-    yield f"http://127.0.0.1:{port}/v1"
-    ray_serve.shutdown()
-
-
-@pytest.mark.ray
-def test_the_endpoint(trained: Trained, endpoint: str) -> None:
-    client = openai.OpenAI(base_url=endpoint, api_key="none", max_retries=0)
-    completion = client.completions.create(
-        model=MODEL, prompt=trained.windows, max_tokens=0, echo=True, logprobs=1, temperature=0.0
-    )
+    with served(args) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        completion = client.completions.create(
+            model=MODEL, prompt=trained.windows, max_tokens=0, echo=True, logprobs=1, temperature=0.0
+        )
     rows = [choice.logprobs.token_logprobs[1:] for choice in completion.choices if choice.logprobs]
     found = torch.tensor(rows, dtype=torch.float64)
     torch.testing.assert_close(found, trained.logprobs, rtol=0, atol=TOLERANCE)

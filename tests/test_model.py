@@ -83,9 +83,15 @@ def naive_logits(parameters: dict[str, torch.Tensor], config: ModelConfig, ids: 
     if config.positions == "learned":
         x = x + parameters["wpe.weight"][: ids.shape[1]]
     ways = [x] * config.num_ways
+    earlier = None  # the inputs of the layer before
     for layer in range(config.num_layers):
         outputs = []
         for way, x in enumerate(ways):
+            if config.architecture == "kraken_delayed":
+                others = [] if earlier is None else [y for other, y in enumerate(earlier) if other != way]
+                normed = norm(sum(others, start=x), f"h.{layer}.ln_1", way)
+                outputs.append(x + attention(normed, layer, way) + mlp(normed, layer, way))
+                continue
             normed = norm(x, f"h.{layer}.ln_1", way)
             a = x + attention(normed, layer, way)
             if config.architecture == "parallel":
@@ -97,8 +103,8 @@ def naive_logits(parameters: dict[str, torch.Tensor], config: ModelConfig, ids: 
                     if other != way:
                         seen = seen + y
             outputs.append(a + mlp(norm(seen, f"h.{layer}.ln_2", way), layer, way))
-        ways = outputs
-    y = linear(torch.cat(ways, dim=-1), "conjunction") if config.architecture == "kraken" else ways[0]
+        earlier, ways = ways, outputs
+    y = linear(torch.cat(ways, dim=-1), "conjunction") if "conjunction.weight" in parameters else ways[0]
     return norm(y, "ln_f") @ parameters["wte.weight"].T
 
 
@@ -107,6 +113,10 @@ VARIANTS = {
     "kraken_2way": small(2),
     "kraken_4way": small(4),
     "kraken_6way": small(6, width=14, num_heads=12),
+    "kraken_delayed": small(4, architecture="kraken_delayed"),
+    "everything_delayed": small(
+        2, architecture="kraken_delayed", positions="rope", activation="swiglu", bias=True, num_layers=2
+    ),
     "standard": small(1, architecture="standard"),
     "parallel": small(1, architecture="parallel"),
     "bias": small(2, bias=True),
@@ -169,7 +179,7 @@ def test_loss_in_chunks_and_padding_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["compiled", "everything", "everything_parallel"])
+@pytest.mark.parametrize("variant", ["compiled", "everything", "everything_parallel", "everything_delayed"])
 def test_compiled_parts_compute_the_same(variant: str) -> None:
     model, plain = float64_model(VARIANTS[variant]), float64_model(VARIANTS[variant])
     inputs, targets = batch()

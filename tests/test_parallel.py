@@ -135,6 +135,20 @@ def test_modern_options_and_biases_on_the_way_axis(data: Path, tmp_path: Path) -
     assert_equal_runs(tmp_path / "alone", tmp_path / "two")
 
 
+DELAYED = {"architecture": "kraken_delayed", "num_layers": 4}
+
+
+@pytest.mark.slow
+def test_delayed_ways_on_every_mesh_with_and_without_recomputing(data: Path, tmp_path: Path) -> None:
+    train(run_config(model=DELAYED), data, tmp_path / "alone")
+    for name, mesh in MESHES.items():
+        run = run_config(**mesh, model=DELAYED)
+        recomputes = name in ("way2", "way2_shard2")
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, recompute_activations=recomputes))
+        train_on(run, data, tmp_path / name)
+        assert_equal_runs(tmp_path / "alone", tmp_path / name)
+
+
 @pytest.mark.slow
 def test_recomputed_activations_change_nothing(data: Path, alone: Path, tmp_path: Path) -> None:
     run = run_config(2, way=2)
@@ -147,6 +161,28 @@ def spans(trace: Path, name: str) -> list[tuple[float, float]]:
     """(start, end) of every span of that name, in order of time."""
     events = json.loads(trace.read_text())["traceEvents"]
     return sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e["name"] == name)
+
+
+@pytest.mark.slow
+def test_a_trace_shows_a_whole_delayed_layer_while_its_sum_is_in_flight(data: Path, tmp_path: Path) -> None:
+    run = run_config(2, way=2, model=DELAYED)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, trace_step=2, steps=2, warmup_steps=1))
+    train_on(run, data, tmp_path)
+    for rank in range(2):
+        trace = tmp_path / f"trace_rank_{rank}.json"
+        for begins, gelu, ends in (
+            ("_StartSum", "aten::gelu", "_WaitSum"),
+            ("_WaitSumBackward", "aten::gelu_backward", "_StartSumBackward"),
+        ):
+            begun, ended = spans(trace, begins), spans(trace, ends)
+            assert len(begun) == len(ended) == 4 * 2 // 2 * 2  # micro-batches, times the layers that start a sum
+            kernels = ("aten::_scaled_dot_product_flash_attention_for_cpu", gelu)
+            if gelu.endswith("backward"):
+                kernels = (f"{kernels[0]}_backward", gelu)
+            for kernel in kernels:
+                computed = spans(trace, kernel)
+                for (_, begin), (end, _) in zip(begun, ended, strict=True):
+                    assert any(begin < start and stop < end for start, stop in computed), kernel
 
 
 @pytest.mark.parametrize("overlap", [True, pytest.param(False, marks=pytest.mark.slow)])

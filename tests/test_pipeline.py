@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import shlex
 import socket
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -20,11 +21,16 @@ from kraken.manifest import MANIFEST_NAME, ArtefactError, Manifest
 from kraken.storage import Storage, join, local_artefact
 from pipelines import champion, clean, deploy, end_to_end, summary
 from pipelines.application import http_address
+from pipelines.curves import CURVES
 from pipelines.errors import ClusterError
 from pipelines.lease import Lease
+from pipelines.recorder import HEADLINES
 from pipelines.registry import Registry
+from pipelines.report.content import number
 from pipelines.stage import Stage, fingerprints
-from pipelines.tracking import Tracker
+from pipelines.tracking import NAME_TAG, NOTE_TAG, Tracker
+from pipelines.tracking_server import KIND_TAG
+from pipelines.variation import arguments
 from serve.api_key import ApiKey
 
 pytestmark = pytest.mark.ray
@@ -50,6 +56,10 @@ def mlflow_runs(storage: Path) -> list[Any]:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("kraken")
     return client.search_runs([experiment.experiment_id])
+
+
+def points_of(client: Any, run_id: str, metric: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, metric)]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +96,58 @@ def test_every_stage_leaves_an_artefact_and_a_run(
     assert set(children) == set(end_to_end.KINDS)
     assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in children.values())
     assert parent.data.params["train.steps"] == "6"
-    assert parent.data.metrics["validation_loss"] == finished["evaluate"].manifest.value("validation_loss")
+    assert parent.data.metrics["perplexity"] == finished["evaluate"].manifest.value("validation_perplexity")
     assert children["pretrain"].data.metrics["parameters"] == parent.data.metrics["parameters"]
     assert float(children["evaluate"].data.metrics["parity_max_abs_diff"]) < 1e-3
+    headlines = {name for names in HEADLINES.values() for name in names.values()}
+    assert set(parent.data.metrics) == headlines | set(CURVES)
+
+
+def test_a_person_can_tell_what_a_run_is(finished: dict[str, end_to_end.StageResult], config: RunConfig) -> None:
+    runs = mlflow_runs(Path(config.storage))
+    [parent] = [run for run in runs if run.data.tags.get(KIND_TAG) == "pipeline"]
+    assert (parent.info.run_name, parent.data.tags[NAME_TAG]) == ("tiny", "tiny")
+    for run in runs:
+        note, job = run.data.tags[NOTE_TAG], run.info.run_name if run is not parent else "end_to_end"
+        line = next(line for line in note.splitlines() if line.startswith("python -m jobs."))
+        assert line == f"python -m jobs.{job} {shlex.join(arguments(config))}"
+        assert all(run.data.tags[f"mlflow.source.{name}"] for name in ("name", "type", "git.commit"))
+    evaluated = finished["evaluate"].manifest
+    assert f"validation_perplexity {number(evaluated.value('validation_perplexity'))}" in parent.data.tags[NOTE_TAG]
+    prepared = finished["prepare"].manifest
+    data = [
+        ("embedded/train", prepared.fingerprint[:16], "training", prepared.value("train_tokens")),
+        ("embedded/validation", prepared.fingerprint[:16], "validation", prepared.value("validation_tokens")),
+    ]
+    for run in runs:
+        inputs = [
+            (i.dataset.name, i.dataset.digest, i.tags[0].value, json.loads(i.dataset.profile)["num_elements"])
+            for i in run.inputs.dataset_inputs
+        ]
+        assert sorted(inputs) == (data if run.info.run_name in ("tiny", "prepare", "pretrain") else [])
+
+
+def test_the_report_shows_what_the_manifests_and_mlflow_have(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    [parent] = [run for run in mlflow_runs(storage) if run.data.tags.get(KIND_TAG) == "pipeline"]
+    report = Path(summary.summarise(config, finished)["report"])
+    page, markdown = report.read_text(), (report.parent / "report.md").read_text()
+    for kind, result in finished.items():
+        assert result.manifest.fingerprint[:16] in page
+        for name, metric in result.manifest.metrics.items():
+            assert f"<td>{kind}</td><td>{name}</td>" in page
+            assert f"| {kind} | {name} | {number(metric.value)} | " in markdown
+    for name in ("bits_per_byte", "perplexity", "parity_max_abs_diff"):
+        assert f'class="number">{number(parent.data.metrics[name])}</td>' in page
+    names = {"report.html", "report.md", "loss.png", "timeline.png", "graph.png"}
+    assert names <= {item.path for item in client.list_artifacts(parent.info.run_id)}
+    stored = client.download_artifacts(parent.info.run_id, "report.html")
+    assert Path(stored).read_text() == page
+    assert parent.data.tags[NOTE_TAG].startswith(f"[Report](#/experiments/{parent.info.experiment_id}/runs/")
 
 
 def test_a_deployed_model_is_the_champion_of_the_registry(
@@ -188,9 +247,12 @@ def test_training_metrics_are_logged_once_per_step(
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    [run] = [run for run in mlflow_runs(storage) if run.info.run_name == "pretrain"]
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2, 3, 4, 6]
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "validation_loss")] == [3, 6]
+    runs = {run.info.run_name: run.info.run_id for run in mlflow_runs(storage)}
+    assert [point.step for point in client.get_metric_history(runs["pretrain"], "loss")] == [2, 3, 4, 6]
+    assert [point.step for point in client.get_metric_history(runs["pretrain"], "validation_loss")] == [3, 6]
+    for name in CURVES:
+        points, of_pipeline = (points_of(client, runs[run], name) for run in ("pretrain", "tiny"))
+        assert points and points == of_pipeline
 
 
 def test_the_summary_holds_what_it_promises(
@@ -223,6 +285,7 @@ def test_a_second_run_reuses_everything(
     runs = mlflow_runs(storage)
     assert len(runs) == 6 and {run.info.status for run in runs} == {"FINISHED"}
     assert len(Registry(config.storage).versions("kraken")) == len(Registry(config.storage).history("kraken")) == 1
+    assert {len(run.inputs.dataset_inputs) for run in runs} == {0, 2}, "a data set is recorded once"
 
 
 def test_changing_a_setting_reruns_only_what_depends_on_it(
@@ -259,6 +322,7 @@ def test_changing_how_a_stage_works_reruns_nothing(
     assert [planned.manifest is None for planned in end_to_end.plan(longer_queue)] == [False] * 4 + [True]
 
 
+@pytest.mark.slow
 def test_more_steps_continue_an_earlier_training(
     finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path
 ) -> None:
@@ -275,7 +339,9 @@ def test_more_steps_continue_an_earlier_training(
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [2, 3, 4, 6, 8]
+    whole = points_of(client, run.info.run_id, "loss")
+    assert [step for step, _ in whole] == [2, 3, 4, 6, 8]
+    assert points_of(client, run.data.tags["mlflow.parentRunId"], "loss") == whole
     assert end_to_end.run(longer, until="pretrain")["pretrain"].reused
 
 
@@ -288,14 +354,26 @@ def test_failed_parity_refuses_deployment_and_loses_nothing(
     with pytest.raises(ArtefactError, match="deployment is refused: parity failed"):
         end_to_end.run(strict)
     assert not cancelled
-    states = {(run.info.run_name, run.info.status) for run in mlflow_runs(storage)}
+    runs = mlflow_runs(storage)
+    states = {(run.info.run_name, run.info.status) for run in runs}
     assert ("deploy", "FAILED") in states and ("evaluate", "FINISHED") in states
     assert not [state for state in states if state[1] == "RUNNING"]
     [version] = Registry(config.storage).versions("kraken")
     assert (version.tags["kraken.gates"], version.aliases) == ("failed parity", ("candidate", "champion"))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    pipelines = [run for run in runs if run.data.tags.get(NAME_TAG) == "tiny"]
+    [failed] = [run for run in pipelines if run.info.status == "FAILED"]
+    assert "deploy failed: ArtefactError: deployment is refused" in failed.data.tags[NOTE_TAG]
+    assert failed.data.metrics["perplexity"] == finished["evaluate"].manifest.value("validation_perplexity")
+    assert "| deploy | failed |" in Path(client.download_artifacts(failed.info.run_id, "report.md")).read_text()
+    of_reused, *others = (points_of(client, run.info.run_id, "validation_loss") for run in (failed, *pipelines))
+    assert of_reused and all(points == of_reused for points in others), "reused training shows its curve, too"
     assert deploy.is_serving(config, finished["deploy"].manifest)
 
 
+@pytest.mark.slow
 def test_two_storages_of_one_server_have_a_run_each(
     finished: dict[str, end_to_end.StageResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,8 +418,15 @@ def status_of(config: RunConfig, key: str | None) -> int | None:
     return deploy.status_of_models(config.serve, None if key is None else ApiKey(key))
 
 
+@pytest.mark.parametrize(
+    "num_changes", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["a_first_key", "then_another_and_other_settings"]
+)
 def test_a_new_key_or_another_deployment_is_never_reused(
-    finished: dict[str, end_to_end.StageResult], config: RunConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+    finished: dict[str, end_to_end.StageResult],
+    config: RunConfig,
+    storage: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_changes: int,
 ) -> None:
     """The cluster's processes do not have the key in their environment: it was set after they started."""
 
@@ -349,21 +434,24 @@ def test_a_new_key_or_another_deployment_is_never_reused(
         return end_to_end.plan(config)[-1].manifest is not None
 
     varied = dataclasses.replace(config, serve=dataclasses.replace(config.serve, cpus_per_replica=0.01))
+    end_to_end.run(config)  # open, whatever was deployed before
     assert is_reused(config)
-    for changed, key, others in ((config, "first-key", (None, "wrong")), (varied, "second-key", (None, "first-key"))):
+    changes = ((varied, "first-key", (None, "wrong")), (config, "second-key", (None, "first-key")))
+    for changed, key, others in changes[:num_changes]:
         monkeypatch.setenv("KRAKEN_API_KEY", key)
         assert not is_reused(config)
         results = end_to_end.run(changed)
         assert not results["deploy"].reused and results["evaluate"].reused
         assert [status_of(config, shown) for shown in (*others, key)] == [401, 401, 200]
         assert is_reused(changed)
-    assert not is_reused(config), "its manifest is there, but the endpoint has the other settings"
-    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(varied, results))
+    other = config if changed is varied else varied
+    assert not is_reused(other), "its manifest is there, but the endpoint has the other settings"
+    assert "Bearer $KRAKEN_API_KEY" in summary.render(config, summary.summarise(changed, results))
     with monkeypatch.context() as patch:
         patch.setattr(deploy, "code_digest", lambda: "of other code")
-        assert not is_reused(varied)
+        assert not is_reused(changed)
     monkeypatch.delenv("KRAKEN_API_KEY")
-    assert not is_reused(varied), "the endpoint asks for a key, and none is configured"
+    assert not is_reused(changed), "the endpoint asks for a key, and none is configured"
 
     secrets = [word.encode() for key in ("first-key", "second-key") for word in (key, sha256(key.encode()).hexdigest())]
     for path in storage.rglob("*"):
@@ -372,29 +460,39 @@ def test_a_new_key_or_another_deployment_is_never_reused(
             assert not any(secret in content for secret in secrets), path
 
 
+def named(config: RunConfig, **fields: Any) -> RunConfig:
+    """The same pipeline under another name, with other settings of `serve`."""
+    return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
+
+
+def deployed(config: RunConfig) -> Any:
+    return deploy.health(config.serve)["deployment"]
+
+
 def test_a_name_belongs_to_the_pipeline_that_deployed_under_it(
     finished: dict[str, end_to_end.StageResult], config: RunConfig
 ) -> None:
-    def named(**fields: Any) -> RunConfig:
-        return dataclasses.replace(config, name="other", serve=dataclasses.replace(config.serve, **fields))
-
-    def deployed() -> Any:
-        return deploy.health(config.serve)["deployment"]
-
-    before = deployed()
+    before = deployed(config)
     refused = f"serve.name=kraken belongs to run {config.name} of experiment kraken in storage {config.storage}"
     with pytest.raises(ConfigError, match=rf"{refused}.*--serve.name other.*--serve.replace"):
-        end_to_end.run(named())
-    assert deployed() == before
+        end_to_end.run(named(config))
+    assert deployed(config) == before
 
-    beside = end_to_end.run(named(name="beside"))["deploy"].manifest
+
+@pytest.mark.slow
+def test_another_name_serves_beside_it_and_replacing_takes_the_name(
+    finished: dict[str, end_to_end.StageResult], config: RunConfig
+) -> None:
+    end_to_end.run(config)
+    before = deployed(config)
+    beside = end_to_end.run(named(config, name="beside"))["deploy"].manifest
     assert beside.details["endpoint"] == f"http://127.0.0.1:{config.serve.port}/beside/v1"
     assert deploy.complete(beside.details["endpoint"], summary.request_body(config))
-    assert deploy.is_serving(named(name="beside"), beside)
-    assert deployed() == before
+    assert deploy.is_serving(named(config, name="beside"), beside)
+    assert deployed(config) == before
 
-    taken_over = end_to_end.run(named(replace=True))["deploy"].manifest
-    assert deploy.is_serving(named(), taken_over)
+    taken_over = end_to_end.run(named(config, replace=True))["deploy"].manifest
+    assert deploy.is_serving(named(config), taken_over)
     assert status_of(config, None) == 200
     with pytest.raises(ConfigError, match="serve.name=kraken belongs to run other"):
         end_to_end.run(config)
@@ -484,11 +582,11 @@ def test_an_endpoint_needs_a_cluster_that_stays(tmp_path: Path, monkeypatch: pyt
 
 def test_a_full_disk_is_a_clear_error_and_leaves_no_artefact(tmp_path: Path) -> None:
     class Pipeline:
-        """Stands for the reference to an MLflow run, of which a stage that fails asks nothing but to be ended."""
+        """Stands for the reference to an MLflow run, of which a stage that fails asks to be described and ended."""
 
         @contextlib.contextmanager
-        def stage(self, *args: object) -> Iterator[None]:
-            yield None
+        def stage(self, *args: object) -> Iterator[SimpleNamespace]:
+            yield SimpleNamespace(describe=lambda markdown: None)
 
     def full(work: object) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")

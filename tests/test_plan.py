@@ -17,7 +17,7 @@ from kraken.config import ConfigError, ModelConfig
 from kraken.model import Kraken
 from kraken.model.architecture import is_vector
 from kraken.plan import cost as plan
-from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, num_parameters
+from kraken.plan.cost import FULL_PADDING, LEAST_PADDING, WAY_ARCHITECTURES, num_parameters
 from kraken.plan.roofline import ARCHITECTURES, Devices, Share, Workload, compare, predict
 from kraken.presets import PRESETS
 
@@ -45,7 +45,7 @@ SMALL = [
     ModelConfig(
         **{"num_layers": 3, "width": 40, "num_heads": 4, "context_length": 32, "vocab_size": 128, "num_ways": 1}
         | {"architecture": architecture}
-        | ({"num_ways": 4} if architecture == "kraken" else {})
+        | ({"num_ways": 4} if architecture in WAY_ARCHITECTURES else {})
         | options
     )
     for architecture in ARCHITECTURES
@@ -186,15 +186,20 @@ def test_one_device_sends_nothing_and_waits_for_nothing() -> None:
         assert got.weight_bytes == 2 * got.parameters
 
 
-def test_only_kraken_hides_its_all_reduce() -> None:
+def test_only_the_krakens_hide_their_all_reduce() -> None:
     workload = Workload(prompt_length=1024)
     got = {each.config.architecture: each for each in compare(preset("kraken_350m_4way"), FOUR_DEVICES, workload)}
     assert list(got) == list(ARCHITECTURES)
-    assert [got[name].num_all_reduces for name in ARCHITECTURES] == [48, 24, 23]
+    assert [got[name].num_all_reduces for name in ARCHITECTURES] == [48, 24, 23, 22]
     assert got["standard"].exposed_us == got["standard"].all_reduce_us
     assert got["kraken"].exposed_us == 0
     assert got["kraken"].ttft_overlapped_ms < got["kraken"].ttft_waited_ms
     assert got["parallel"].ttft_overlapped_ms == got["parallel"].ttft_waited_ms
+    slow_link = dataclasses.replace(FOUR_DEVICES, link_gb_per_s=20)
+    paper, delayed = compare(preset("kraken_350m_4way"), slow_link, workload)[2:]
+    hidden_us = delayed.all_reduce_us - delayed.exposed_us
+    assert hidden_us == pytest.approx(delayed.attention_us + delayed.ffn_us), "the whole layer hides it"
+    assert paper.all_reduce_us - paper.exposed_us == pytest.approx(paper.attention_us)
 
 
 @pytest.mark.parametrize("config", [c for c in SMALL if c.positions == "learned" and not c.bias])

@@ -33,6 +33,9 @@ MILLIONS = {
     "kraken_10m_4way": 10.78,
     "standard_10m": 10.83,
     "parallel_10m": 10.83,
+    "kraken_delayed_10m_4way": 10.77,
+    "kraken_delayed_125m_2way": 124.37,
+    "kraken_delayed_125m_4way": 124.13,
 }
 TEN_M = ("kraken_10m_2way", "kraken_10m_4way", "standard_10m", "parallel_10m")
 MATCHES = {

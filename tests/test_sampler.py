@@ -1,6 +1,7 @@
 """Sampling: each row by its own parameters, and every token from the distribution that they define."""
 
 import math
+import random
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ from kraken.engine.batch import ForwardOutput, SamplingInput, uniform
 from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.kernels.torch.sampling import _truncate as truncated
 from kraken.engine.protocol import SamplingParams
-from kraken.engine.sampler import Sampler
+from kraken.engine.sampler import Sampler, constrain
 
 
 def sample(logits_BV: torch.Tensor, inputs: list[SamplingInput]) -> list[int | None]:
@@ -118,6 +119,41 @@ class TestSampling:
         assert sample(logits, [SamplingInput(penalised, 0, 0, {0})]) == [1]
         assert sample(logits[:, 2:], [SamplingInput(penalised, 0, 0, {0})]) == [1]  # -1 becomes -2
         assert sample(logits, [SamplingInput(penalised, 0, 0)]) == [0]
+
+    def test_biases_and_penalties_are_their_definition_row_by_row(self) -> None:
+        rng = random.Random(3)
+        logits_BV = 4 * torch.randn(40, 50, generator=torch.Generator().manual_seed(2))
+        inputs = []
+        for row in range(40):
+            params = SamplingParams(
+                temperature=0.0,
+                logit_bias=tuple((i, rng.uniform(-100, 100)) for i in rng.sample(range(50), rng.choice((0, 0, 9)))),
+                repetition_penalty=rng.choice((1.0, 1.0, 0.5, 1.7)),
+                presence_penalty=rng.choice((0.0, -2.0, 1.5)),
+                frequency_penalty=rng.choice((0.0, -0.5, 2.0)),
+                min_tokens=rng.choice((0, 9)),
+                stop_ids=(3, 4, 3),
+            )
+            counts = Counter(rng.choices(range(50), k=rng.choice((0, 30))))
+            inputs.append(SamplingInput(params, row, 5, {*counts, 1, 2}, counts))
+        before = logits_BV.clone()
+        found_BV = constrain(logits_BV, inputs)
+        assert torch.equal(logits_BV, before)
+        num_changed = 0
+        for row, own in enumerate(inputs):
+            p, expected = own.params, []
+            for token_id, logit in enumerate(before[row].tolist()):
+                value = logit + dict(p.logit_bias).get(token_id, 0.0)
+                if token_id in own.seen_ids:
+                    value = value / p.repetition_penalty if value > 0 else value * p.repetition_penalty
+                count = own.counts.get(token_id, 0)
+                value -= p.frequency_penalty * count + p.presence_penalty * (count > 0)
+                expected.append(-math.inf if token_id in (3, 4) and p.min_tokens else value)
+            assert found_BV[row].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            num_changed += expected != before[row].tolist()
+        assert num_changed > 20
+        plain = [SamplingInput(SamplingParams(), 0, 0, {1}, {1: 2})]
+        assert constrain(logits_BV[:1], plain).data_ptr() == logits_BV.data_ptr()
 
     def test_stop_ids_wait_for_min_tokens(self) -> None:
         logits = torch.tensor([[3.0, 2.0, 1.0]])

@@ -55,7 +55,7 @@ class TestScheduling:
     def state(self, num_tokens: int, max_tokens: int = 4) -> RequestState:
         ids = tuple(range(num_tokens))
         sampling = SamplingParams(max_tokens=max_tokens)
-        return RequestState(Request(id=str(id(ids)), prompt_ids=ids, sampling=sampling))
+        return RequestState(Request(id=str(id(ids)), prompt_ids=ids, sampling=sampling), lambda item: None)
 
     def steps(self, scheduler: Scheduler) -> list[tuple[RequestState, int, int]]:
         step = scheduler.schedule()

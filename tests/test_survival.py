@@ -14,6 +14,7 @@ from survival import ROOT, STEPS, Driver, Server, checkpoints, command, curve, r
 
 from jobs import local
 from pipelines import local_cluster
+from pipelines.curves import CURVES
 from pipelines.local_jobs import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -40,10 +41,17 @@ def storage(undisturbed: Path, tmp_path: Path) -> Path:
     return tmp_path / "storage"
 
 
+def assert_the_pipeline_has_the_curves(storage: Path, uri: str | None = None) -> None:
+    """No step lacks in the pipeline's own run, and none is there twice."""
+    for metric in CURVES:
+        assert curve(storage, metric, uri, name="quickstart") == curve(storage, metric, uri), metric
+
+
 def assert_as_undisturbed(storage: Path, undisturbed: Path, run_id: str | None = None) -> None:
     """Bit for bit: the same number of workers adds the same numbers in the same order."""
     assert curve(storage) == curve(undisturbed)
     assert curve(storage, "validation_loss") == curve(undisturbed, "validation_loss")
+    assert_the_pipeline_has_the_curves(storage)
     assert states(storage) == FINISHED
     assert run_id is None or runs(storage)["pretrain"].info.run_id == run_id
 
@@ -134,6 +142,7 @@ def test_training_goes_on_without_its_tracking_server(
         server.start()
         assert driver.wait() == 0, driver.output
         assert [step for step, _ in curve(storage, uri=server.uri)] == list(range(1, 201))
+        assert_the_pipeline_has_the_curves(storage, server.uri)
         assert states(storage, server.uri) == FINISHED
     finally:
         server.stop()

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import json
 import logging
 import os
 import pickle
@@ -312,6 +313,53 @@ def test_a_process_that_was_replaced_does_not_end_the_run(tracker: Tracker, clie
     assert client.get_run(second.run_id).info.status == "FINISHED"
 
 
+def test_a_description_that_a_person_has_edited_stays(tracker: Tracker, client: "MlflowClient") -> None:
+    with tracker.pipeline("described", "pipeline") as run:
+        for text, edited, shown in (("a", None, "a"), ("b", None, "b"), ("c", "mine", "mine"), ("d", None, "mine")):
+            if edited:
+                client.set_tag(run.run_id, tracking.NOTE_TAG, edited)
+            run.describe(text)
+            assert run.flush()
+            assert client.get_run(run.run_id).data.tags[tracking.NOTE_TAG] == shown
+
+
+def test_a_data_set_is_recorded_once_and_can_be_found_again(
+    tracker: Tracker, client: "MlflowClient", tmp_path: Path
+) -> None:
+    import mlflow.data
+
+    record = tracking.DatasetRecord("corpus/train", "f" * 16, str(tmp_path), "training", {"num_rows": 3})
+    for _ in range(2):
+        with tracker.pipeline("data", "pipeline") as run:
+            run.log_datasets([record])
+    [found] = client.get_run(run.run_id).inputs.dataset_inputs
+    assert (found.dataset.name, found.dataset.digest, found.dataset.profile) == (
+        record.name,
+        "f" * 16,
+        '{"num_rows": 3}',
+    )
+    assert [(tag.key, tag.value) for tag in found.tags] == [("mlflow.data.context", "training")]
+    assert mlflow.data.get_source(found.dataset).uri == str(tmp_path)
+
+
+def test_the_link_to_the_runs_opens_a_list_that_the_experiment_holds(tracker: Tracker, client: "MlflowClient") -> None:
+    """Of the UI only this is known here: where it looks for the view, and the names of columns."""
+    page = tracking_server.runs_page("http://ada:secret@host:5000/", tracker.experiment_id)
+    key = page.partition("viewStateShareKey=")[2].partition("&")[0]
+    assert page.startswith(f"http://***@host:5000/#/experiments/{tracker.experiment_id}/runs?")
+    state = client.get_experiment(tracker.experiment_id).tags[f"mlflow.sharedViewState.{key}"]
+    view = json.loads(state)
+    assert len(state) < 5000
+    with tracker.pipeline("listed", "listed") as run:
+        run.set_tags({tracking_server.KIND_TAG: "pipeline"})
+    assert [found.info.run_id for found in runs_where(tracker, client, view["searchFilter"])] == [run.run_id]
+    client.set_experiment_tag(tracker.experiment_id, tracking_server.VIEW_TAG, "of an earlier version")
+    server = tracking_server.TrackingServer(tracker._server._storage)
+    assert server.experiment_id("kraken") == tracker.experiment_id
+    assert json.loads(client.get_experiment(tracker.experiment_id).tags[tracking_server.VIEW_TAG]) == view
+    assert ("kraken", tracker.experiment_id) in server.experiments()
+
+
 def test_a_finished_run_has_no_error(tracker: Tracker, client: "MlflowClient") -> None:
     with tracker.pipeline("mended", "pipeline") as run:
         client.set_tag(run.run_id, tracking.ERROR_TAG, "of another process")
@@ -433,10 +481,10 @@ def test_storages_that_cannot_hold_the_database(storage_uri: str, monkeypatch: p
 @pytest.mark.parametrize("uri", ["http://ada:secret@tracking:5000", "postgresql://ada:secret@database/kraken"])
 def test_the_summary_says_where_the_runs_are_without_a_password(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    where = summary.where_runs_are("/shared/kraken")
+    where = summary.where_runs_are("/shared/kraken", "7")
     assert "secret" not in where
     if uri.startswith("http"):  # another machine reads it, which has neither this Python nor this checkout
-        assert where == "http://***@tracking:5000"
+        assert where.startswith("http://***@tracking:5000/#/experiments/7/runs?")
     else:
         assert where.startswith("make ui, or: ") and "postgresql://***@database/kraken" in where
 
@@ -523,6 +571,7 @@ def post(url: str, body: str) -> str:
         return str(answer.read().decode())
 
 
+@pytest.mark.slow
 def test_a_real_server_shows_the_runs_and_may_go_away(
     tracker: Tracker,
     client: "MlflowClient",

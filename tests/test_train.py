@@ -145,6 +145,7 @@ class TestTraining:
         train(run, data, tmp_path / "killed")
         assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
+    @pytest.mark.slow
     def test_two_processes_equal_one(self, data: Path, tmp_path: Path) -> None:
         run = tiny.config()
         alone = train(run, data, tmp_path / "one")

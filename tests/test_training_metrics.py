@@ -24,19 +24,21 @@ def test_what_a_dead_controller_had_not_delivered_comes_from_the_history(
         write_history(folder / f"step_{step:09d}", reports(*range(1, step + 1)))
     tracker = Tracker(str(tmp_path))
     with tracker.pipeline("key", "tiny") as pipeline, pipeline.stage("pretrain", "pretrain") as stage:
-        dead = MetricsToTracker(stage.metrics_ref)
+        dead = MetricsToTracker(stage.metrics_ref, pipeline.ref.metrics_ref)
         for report in reports(1, 2):  # of 3 and 4 nothing arrived
             dead.after_report(None, [report, report], None)
         assert dead.run is not None and dead.run.flush()
-        log_missing(stage, folder)
-        next_one = MetricsToTracker(stage.metrics_ref)
+        assert dead.pipeline is not None and dead.pipeline.flush()
+        log_missing(stage, folder, pipeline.ref.metrics_ref)
+        next_one = MetricsToTracker(stage.metrics_ref, pipeline.ref.metrics_ref)
         for report in reports(3, 4, 5, 6):  # as after a restart from an older checkpoint
             next_one.after_report(None, [report, report], None)
         next_one.after_report(None, [{STOPPED: 6.0}], None)
         write_history(folder, reports(*range(1, 9)))  # a finished run's
-        log_missing(stage, folder)
-    points = MlflowClient(tracker.tracking_uri).get_metric_history(stage.run_id, "loss")
-    assert [(point.step, point.value) for point in points] == [(step, 1 / step) for step in range(1, 9)]
+        log_missing(stage, folder, pipeline.ref.metrics_ref)
+    for run_id in (stage.run_id, pipeline.run_id):
+        points = MlflowClient(tracker.tracking_uri).get_metric_history(run_id, "loss")
+        assert [(point.step, point.value) for point in points] == [(step, 1 / step) for step in range(1, 9)]
     run = MlflowClient(tracker.tracking_uri).get_run(stage.run_id)
     assert "seconds_left" not in run.data.metrics and STOPPED not in run.data.metrics
 

@@ -229,8 +229,6 @@ class TestFolder:
             "torch_dtype": "bfloat16",
             "tie_word_embeddings": True,
             "layer_norm_eps": 1e-5,
-            "kraken_width": 6,
-            "kraken_head_dim": 6,
             "num_ways": 6,
             "bias": True,
         }
@@ -264,6 +262,8 @@ class TestFolder:
     def test_what_cannot_be_converted_is_refused(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"model.positions=rope.*engine.kind=torch"):
             plan_parts(shape(2, positions="rope"))
+        with pytest.raises(ConfigError, match=r"model.architecture=kraken_delayed.*engine.kind=torch"):
+            plan_parts(shape(2, architecture="kraken_delayed"))
         with pytest.raises(ConfigError, match="head size is 300.*no kernel above 256"):
             plan_parts(shape(2, width=900))
         source = exchange(tmp_path / "exchange", float32_model(shape(2)), tokenizer)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,71 +21,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from protocol_checks import CONFIG, GREEDY, PROMPT, ids_of, make_exchange, request
 from trtllm_ranks import ROOT, environment, run_with_fake
 
 from kraken.choose_engine import Choice, choose, choose_for, find_machine, open_engine
-from kraken.config import ConfigError, EngineConfig, ModelConfig, ServeConfig
-from kraken.convert import to_exchange, write_folder
+from kraken.config import ConfigError, EngineConfig, ServeConfig
 from kraken.engine.engine import TorchEngine
 from kraken.engine.placement import Machine
 from kraken.engine.protocol import (
     EngineError,
-    EngineOverloaded,
+    EngineInfo,
     PromptOutput,
-    Request,
     RequestError,
     SamplingParams,
     TokenOutput,
 )
-from kraken.evaluate import collect, parity
-from kraken.manifest import ArtefactError, finish_artefact
-from kraken.model import Kraken
-from kraken.tokenizer import Tokenizer
+from kraken.evaluate import collect
+from kraken.manifest import ArtefactError
 from kraken.trtllm import frames
-from kraken.trtllm.checkpoint import from_exchange
-from kraken.trtllm.engine import TensorRTEngine
+from kraken.trtllm.doctor import CHECKS, check_mpi
+from kraken.trtllm.engine import Capabilities, TensorRTEngine
 from kraken.trtllm.fingerprint import RECORD_NAME, require_same_machine
-from kraken.trtllm.session import make_job
+from kraken.trtllm.session import Job, Step, make_jobs
 from kraken.trtllm.tree import MARK, end_marked, marked
 
-SIGNATURES = json.loads((ROOT / "kraken/trtllm/signatures.json").read_text())
-CONTEXT_LENGTH = 48
-PROMPT = (5, 6, 9, 10, 11, 3)
-TENSORRT = EngineConfig(kind="tensorrt_llm", dtype="float32", max_batch_size=4, max_queued_requests=4)
-GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
-
-
-def make_exchange(folder: Path, num_ways: int = 2) -> Path:
-    """A random model as an exchange folder with its TensorRT-LLM folder inside, in float32."""
-    config = ModelConfig(
-        num_layers=2,
-        width=16,
-        num_heads=2 * num_ways,
-        num_ways=num_ways,
-        context_length=CONTEXT_LENGTH,
-        vocab_size=320,
-        bias=True,
-    )
-    torch.manual_seed(1)
-    model = Kraken(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-    tokenizer = Tokenizer.train(["the cat sat on the mat " * 8], 264)
-    folder.mkdir(exist_ok=True)
-    write_folder(folder, config, to_exchange(model), tokenizer)
-    finish_artefact(
-        folder,
-        started_at=time.monotonic(),
-        kind="convert",
-        fingerprint="tiny-exchange",
-        config={},
-        parents={},
-        metrics={},
-        details={"tokenizer_fingerprint": tokenizer.fingerprint},
-    )
-    from_exchange(folder, folder / "tensorrt_llm", dtype=torch.float32)
-    return folder
+TENSORRT = replace(CONFIG, kind="tensorrt_llm")
 
 
 @pytest.fixture(scope="module")
@@ -109,49 +69,58 @@ async def running(exchange: Path, config: EngineConfig = TENSORRT, **fake: str) 
 
 
 def mark_of(engine: TensorRTEngine) -> str:
-    return engine._backend._mark  # type: ignore[attr-defined]
+    return engine.backend.mark  # type: ignore[attr-defined]
 
 
-def request(name: str, prompt: tuple[int, ...] = PROMPT, **fields: Any) -> Request:
-    sampling = fields.pop("sampling", None) or SamplingParams(
-        **fields.pop("draw", {"max_tokens": 6, "temperature": 0.0})
-    )
-    return Request(id=name, prompt_ids=prompt, sampling=sampling, **fields)
+# ---- one engine on a model that counts
 
 
-def ids_of(outputs: list[Any]) -> list[int]:
-    return [o.token_id for o in outputs if isinstance(o, TokenOutput)]
-
-
-# ---- the same numbers
-
-
-def test_tokens_and_logprobs_equal_our_engine(exchange: Path) -> None:
-    model_requests = [
-        request("greedy"),
-        request("scored", num_logprobs=3, prompt_logprobs=True),
-        request("scored-only", draw={"max_tokens": 0}, num_logprobs=2, prompt_logprobs=True),
-        request("full", prompt=tuple(range(3, 3 + CONTEXT_LENGTH + 1)), draw={"max_tokens": 0}, prompt_logprobs=True),
-        request("one-id", prompt=(4,), draw={"max_tokens": 0}, prompt_logprobs=True),
-        request("logits", return_logits=True),
-        request("nothing", draw={"max_tokens": 0}),
-    ]
-
+def test_streams_full_prompts_and_deaths(exchange: Path) -> None:
     async def run() -> None:
-        ours = TorchEngine.from_exchange(exchange, replace(TENSORRT, kind="torch", device="cpu"))
-        async with running(exchange) as engine:
-            assert engine.info == replace(ours.info, name="tensorrt_llm")
-            found = await asyncio.gather(*(collect(engine, r) for r in model_requests))
-            for one, outputs in zip(model_requests, found, strict=True):
-                require_close(outputs, await collect(ours, one))
-            capabilities = engine.capabilities
-            assert capabilities and capabilities.prompt_logits and capabilities.token_logits and capabilities.seeds
-            report = await parity(engine, _model(exchange), [list(PROMPT), [7, 8]], num_tokens=4, tolerance=1e-4)
-            assert report.passed
+        async with running(exchange, FAKE_TRTLLM="canned,die-on-7,litter", FAKE_TRTLLM_DELAY_S="0.02") as engine:
+            await engine.start()
+            times = []
+            started_at = time.monotonic()
+            async for output in engine.generate(request("stream", draw={"max_tokens": 20})):
+                times.append(time.monotonic() - started_at)
+                assert isinstance(output, TokenOutput) and output.token_id == 4 + len(times) - 1
+            assert len(times) == 20 and times[0] < times[-1] / 3
+
+            long = request("long", draw={"max_tokens": 40})
+            decoding = [asyncio.create_task(collect(engine, replace(long, id=f"long-{i}"))) for i in range(3)]
+            await asyncio.sleep(0.1)
+            await collect(engine, request("full", prompt=tuple(range(8, 55)), draw={"max_tokens": 1}))
+            assert not any(task.done() for task in decoding), "a prompt of full length waits until nobody decodes"
+            await asyncio.gather(*decoding)
+
+            num_sent = 0
+            steps = engine.backend.steps
+
+            async def counting(job: Job) -> AsyncGenerator[Step, None]:
+                nonlocal num_sent
+                async for step in steps(job):
+                    num_sent += step.context_logits_TV is not None
+                    yield step
+
+            engine.backend.steps = counting  # type: ignore[method-assign]
+            scored, *tokens = await collect(engine, request("scored", prompt_logprobs=True))
+            assert isinstance(scored, PromptOutput) and len(tokens) == 6
+            assert num_sent == 1, "the logits of the prompt were sent with every token"
+
+            with pytest.raises(EngineError, match="a rank died"):
+                await collect(engine, request("dies", prompt=(7,)))
+            assert ids_of(await collect(engine, request("after"))) == [4, 5, 6, 7, 8, 9]
+            assert engine.stats().healthy, "a request that failed alone says nothing of the engine"
             stats = engine.stats()
-            assert stats.num_finished == len(model_requests) + 2 and stats.healthy and stats.num_running == 0
             assert stats.ttft_ms and stats.reported_ttft_ms and stats.reported_queue_ms is not None
-        await ours.close()
+
+            waiting = asyncio.create_task(collect(engine, replace(long, id="cut")))
+            await asyncio.sleep(0.1)
+            os.kill(engine.backend._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            with pytest.raises(EngineError, match="process has ended"):
+                await waiting
+            assert not engine.stats().healthy
+            assert marked(mark_of(engine)), "ranks and litter outlive their parent, which is why they are looked for"
 
     asyncio.run(run())
     record = json.loads((exchange / "tensorrt_llm" / RECORD_NAME).read_text())
@@ -159,104 +128,79 @@ def test_tokens_and_logprobs_equal_our_engine(exchange: Path) -> None:
     assert record["exchange_fingerprint"] == "tiny-exchange"
 
 
-def _model(exchange: Path) -> Kraken:
-    from kraken.convert import read_exchange
-
-    return read_exchange(exchange, torch.float32)
-
-
-def require_close(found: list[Any], expected: list[Any]) -> None:
-    assert [type(o) for o in found] == [type(o) for o in expected]
-    for one, other in zip(found, expected, strict=True):
-        pairs = zip(one.logprobs or (), other.logprobs or (), strict=True) if isinstance(one, PromptOutput) else []
-        logits = (one.logits_TV, other.logits_TV) if isinstance(one, PromptOutput) else (one.logits_V, other.logits_V)
-        if isinstance(one, TokenOutput):
-            assert (one.token_id, one.finish_reason) == (other.token_id, other.finish_reason)
-            pairs = [(one.logprobs, other.logprobs)]
-        for a, b in pairs:
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert a.token_id == b.token_id and a.logprob == pytest.approx(b.logprob, abs=1e-4)
-                assert [i for i, _ in a.top] == [i for i, _ in b.top]
-                assert [v for _, v in a.top] == pytest.approx([v for _, v in b.top], abs=1e-4)
-        assert (logits[0] is None) == (logits[1] is None)
-        if logits[0] is not None:
-            np.testing.assert_allclose(logits[0], logits[1], atol=1e-4)
-
-
-# ---- one engine on a model that counts
-
-
-def test_stream_seeds_stop_abort_and_refusals(exchange: Path) -> None:
-    async def run() -> None:
-        async with running(exchange, FAKE_TRTLLM="canned,die-on-7,litter", FAKE_TRTLLM_DELAY_S="0.02") as engine:
-            await engine.start()
-            times = []
-            started_at = time.monotonic()
-            async for output in engine.generate(request("stream", draw={"max_tokens": 20, "temperature": 0.0})):
-                times.append(time.monotonic() - started_at)
-                assert isinstance(output, TokenOutput) and output.token_id == 4 + len(times) - 1
-            assert len(times) == 20 and times[0] < times[-1] / 3
-
-            stopped = await collect(engine, request("stop", draw={"temperature": 0.0, "stop_ids": (6, 9)}))
-            assert ids_of(stopped) == [4, 5, 6] and stopped[-1].finish_reason == "stop"
-
-            draws = [{"max_tokens": 8, "temperature": 30.0, "seed": seed} for seed in (3, 3, 4)]
-            same, again, other = [
-                ids_of(await collect(engine, request(f"draw-{i}", draw=draw))) for i, draw in enumerate(draws)
-            ]
-            assert same == again != other
-            free = {"max_tokens": 8, "temperature": 30.0}
-            unseeded = [ids_of(await collect(engine, request(f"free-{i}", draw=free))) for i in range(2)]
-            assert unseeded[0] != unseeded[1], "without a seed every request would draw the same"
-
-            long = request("left", draw={"max_tokens": 30, "temperature": 0.0})
-            stream = engine.generate(long)
-            await anext(stream)
-            assert engine.stats().num_running == 1
-            await stream.aclose()
-            assert engine.stats().num_running == 0 and engine.stats().num_aborted == 1
-            task = asyncio.create_task(collect(engine, replace(long, id="aborted")))
-            await asyncio.sleep(0.1)
-            engine.abort("aborted")
-            assert len(await task) < 30
-            engine.abort("aborted")
-            engine.abort("nobody")
-
-            many = [asyncio.create_task(collect(engine, replace(long, id=f"many-{i}"))) for i in range(9)]
-            refused = [e for e in await asyncio.gather(*many, return_exceptions=True) if isinstance(e, Exception)]
-            assert len(refused) == 1 and isinstance(refused[0], EngineOverloaded)
-
-            with pytest.raises(RequestError, match="exceed the context"):
-                await collect(engine, request("long", draw={"max_tokens": CONTEXT_LENGTH}))
-            with pytest.raises(EngineError, match="a rank died"):
-                await collect(engine, request("dies", prompt=(7,)))
-            assert ids_of(await collect(engine, request("after", sampling=GREEDY))) == [4, 5, 6, 7, 8, 9]
-            assert engine.stats().healthy, "a request that failed alone says nothing of the engine"
-
-            waiting = asyncio.create_task(collect(engine, replace(long, id="cut")))
-            await asyncio.sleep(0.1)
-            os.kill(engine._backend._process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
-            with pytest.raises(EngineError, match="process has ended"):
-                await waiting
-            assert not engine.stats().healthy
-            assert marked(mark_of(engine)), "ranks and litter outlive their parent, which is why they are looked for"
-
-    asyncio.run(run())
-
-
 def test_what_the_version_lacks_is_refused(exchange: Path) -> None:
+    """Logits that belong to the next token are found out by more than one token alone."""
+
     async def run() -> None:
-        words = "canned,no-context-logits,no-generation-logits,no-seeds"
+        words = "canned,no-context-logits,shared-logits,no-seeds"
         async with running(exchange, FAKE_TRTLLM=words) as engine:
             assert ids_of(await collect(engine, request("plain"))) == [4, 5, 6, 7, 8, 9]
             for match, fields in {
                 "prompt_logprobs": {"prompt_logprobs": True},
                 "num_logprobs=2": {"num_logprobs": 2},
-                "seed=5": {"draw": {"seed": 5}},
+                "seed=5": {"draw": {"seed": 5, "temperature": 1.0}},
+                "min_tokens": {"draw": {"min_tokens": 2}},
             }.items():
                 with pytest.raises(RequestError, match=match):
                     await collect(engine, request("asks", **fields))
+
+    asyncio.run(run())
+
+
+class ScriptedBackend:
+    """Answers a job with given steps, and then no more."""
+
+    alive = True
+
+    def __init__(self, *steps: Step):
+        self._steps = steps
+
+    async def start(self, timeout_s: float) -> None: ...
+
+    async def steps(self, job: Job) -> AsyncGenerator[Step, None]:
+        for step in self._steps:
+            yield step
+        await asyncio.sleep(600)
+
+    async def close(self) -> None: ...
+
+
+def scripted(*steps: Step) -> TensorRTEngine:
+    info = EngineInfo(name="tensorrt_llm", context_length=48, num_ids=4, eot_id=3, tokenizer_fingerprint="none")
+    engine = TensorRTEngine(ScriptedBackend(*steps), info, TENSORRT)
+    engine._capabilities = Capabilities(prompt_logits=True, token_logits=True, seeds=True)
+    return engine
+
+
+def test_logits_of_another_token_are_not_believed() -> None:
+    logits = {1: np.array([[0.0, 9.0, 0.0, 0.0]], np.float32), 2: np.array([[0.0, 0.0, 9.0, 0.0]], np.float32)}
+    right = [Step(token_ids=(i,), logits_TV=logits[i], finish_reason=end) for i, end in ((1, None), (2, "length"))]
+    wrong = [right[0], replace(right[1], logits_TV=logits[1])]
+
+    async def run() -> None:
+        asked = request("asked", prompt=(1,), draw={"max_tokens": 2}, num_logprobs=1)
+        assert ids_of(await collect(scripted(*right), asked)) == [1, 2]
+        with pytest.raises(EngineError, match="logits of other tokens"):
+            await collect(scripted(*wrong), asked)
+        drawn = replace(asked, sampling=SamplingParams(max_tokens=2))
+        assert ids_of(await collect(scripted(*wrong), drawn)) == [1, 2], "a drawn token need not be the most likely"
+
+    asyncio.run(run())
+
+
+def test_only_the_oldest_request_can_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may wait for it, for as long as it takes."""
+    monkeypatch.setattr("kraken.trtllm.engine.ANSWER_LIMIT_S", 0.2)
+
+    async def run() -> None:
+        engine = scripted(Step(token_ids=(1,)))
+        found = [collect(engine, request(name, prompt=(1,))) for name in ("first", "second")]
+        started_at = time.monotonic()
+        errors = await asyncio.gather(*found, return_exceptions=True)
+        assert 0.4 < time.monotonic() - started_at < 5
+        for name, error in zip(("first", "second"), errors, strict=True):
+            assert isinstance(error, EngineError) and f"has not answered request '{name}' for 0.2 s" in str(error)
+        await engine.close()
 
     asyncio.run(run())
 
@@ -293,7 +237,7 @@ async def run():
     config = EngineConfig(kind="tensorrt_llm", dtype="float32")
     engine = open_engine(Choice("tensorrt_llm", ""), Path({str(exchange)!r}), config)
     await engine.start()
-    print(engine._backend._mark, flush=True)
+    print(engine.backend.mark, flush=True)
     os._exit(9)
 asyncio.run(run())
 """
@@ -338,27 +282,48 @@ def test_frames_bring_back_what_was_sent() -> None:
 # ---- what is said to TensorRT-LLM
 
 
-def test_only_known_arguments_are_used() -> None:
-    code = (
-        "import json; from kraken.trtllm.probe import probe; from kraken.trtllm.session import Launch, llm_arguments;"
-        "launch = Launch(folder='f', num_ranks=6, context_length=8, eot_id=0, dtype='bfloat16', max_batch_size=4,"
-        " exchange_fingerprint='e', overlap=False); print(json.dumps([llm_arguments(launch), probe()], default=repr))"
-    )
-    arguments, found = json.loads(run_with_fake(code))
-    assert found == {"version": "1.2.1", "problem": "", "num_gpus": torch.cuda.device_count()}
-    assert arguments.keys() <= set(SIGNATURES["symbols"]["tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields"])
-    assert arguments["max_input_len"] == 8, "1024 unless given"
-    assert arguments["max_num_tokens"] <= 9, "start-up runs that many positions"
-    known = set(SIGNATURES["symbols"]["tensorrt_llm.SamplingParams.__init__"])
-    for sampling in (GREEDY, SamplingParams(seed=-3, stop_ids=(1,)), SamplingParams(max_tokens=0)):
-        job = make_job(request("a", sampling=sampling, prompt_logprobs=True), eot_id=0)
-        assert job.sampling.keys() <= known
-        assert job.sampling["end_id"] is not None and not job.sampling["detokenize"]
-        assert job.cache_salt, "positions taken from the cache have no logits"
-    assert make_job(request("a", sampling=GREEDY), eot_id=0).cache_salt is None
-    greedy, drawn = (make_job(request("a", sampling=s), 0).sampling for s in (GREEDY, SamplingParams(seed=-3)))
-    assert greedy["top_k"] == 1 and not greedy.keys() & {"temperature", "top_p"}
-    assert drawn["top_k"] == 0 and drawn["top_p"] == 1.0 and 0 <= drawn["seed"] < 2**63
+def test_what_tensorrt_llm_is_told() -> None:
+    code = """
+import json
+from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+from kraken.config import EngineConfig
+from kraken.trtllm.probe import probe
+from kraken.trtllm.session import Launch, llm_arguments
+
+def told(num_ranks, context_length=8, **settings):
+    folder = dict(folder="f", num_ranks=num_ranks, context_length=context_length, exchange_fingerprint="e")
+    return llm_arguments(Launch(**folder, config=EngineConfig(**settings)))
+
+found = {"six": told(6, overlap="blocking"), "one": told(1), "long": told(2, 9000, max_batch_size=100)}
+del TorchLlmArgs.model_fields["sampler_type"]
+print(json.dumps([found, told(2), probe()], default=repr))
+"""
+    found, newer, probed = json.loads(run_with_fake(code))
+    assert probed == {"version": "1.2.1", "problem": "", "num_gpus": torch.cuda.device_count()}
+    six = found["six"]
+    assert six["max_input_len"] == 8, "1024 unless given"
+    assert six["max_num_tokens"] == 8192 and found["long"]["max_num_tokens"] == 9100
+    assert six["gather_generation_logits"] and "gather_generation_logits" not in found["one"]
+    assert six["sampler_type"] == "TRTLLMSampler" and "sampler_type" not in newer
+
+
+def test_a_request_becomes_a_job_that_scores_and_one_that_generates() -> None:
+    def jobs(sampling: SamplingParams, **fields: Any) -> tuple[Job | None, Job | None]:
+        return make_jobs(request("a", sampling=sampling, **fields), eot_id=0)
+
+    assert jobs(SamplingParams(max_tokens=0)) == (None, None)
+    scoring, generation = jobs(GREEDY, prompt_logprobs=True)
+    assert scoring and scoring.cache_salt, "positions that are found in the cache have no logits"
+    assert scoring.sampling["max_tokens"] == 1 and scoring.sampling["return_context_logits"]
+    assert generation and generation.cache_salt is None and "return_context_logits" not in generation.sampling
+    for job in (scoring, generation):
+        assert job.sampling["end_id"] is not None and not job.sampling["detokenize"] and job.prompt_ids == PROMPT
+    scoring, generation = jobs(SamplingParams(max_tokens=0), prompt_logprobs=True)
+    assert scoring and scoring.prompt_ids == PROMPT[:-1] and generation is None
+    greedy, drawn = jobs(GREEDY)[1], jobs(SamplingParams(seed=-3))[1]
+    assert greedy and drawn and drawn.cache_salt, "the cache would change the rounding, and so the tokens of a seed"
+    assert greedy.sampling["top_k"] == 1 and not greedy.sampling.keys() & {"temperature", "top_p"}
+    assert drawn.sampling["top_k"] == 0 and drawn.sampling["top_p"] == 1.0 and 0 <= drawn.sampling["seed"] < 2**63
 
 
 # ---- which engine
@@ -416,6 +381,10 @@ def test_a_folder_of_another_model_is_refused(exchange: Path, tmp_path: Path) ->
     path.write_text(path.read_text().replace("tiny-exchange", "another"))
     with pytest.raises(ArtefactError, match="another model"):
         TensorRTEngine.from_exchange(other, TENSORRT)
+    inner = other / "tensorrt_llm" / "manifest.json"
+    inner.write_text(inner.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ArtefactError, match="another version of this project; delete it and convert again"):
+        TensorRTEngine.from_folder(other / "tensorrt_llm", TENSORRT)
 
 
 # ---- in a Serve replica
@@ -540,56 +509,99 @@ def run_doctor(*arguments: str, **changes: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=ROOT, env=os.environ | changes, capture_output=True, text=True, check=False)
 
 
-def test_the_doctor_says_what_is_missing() -> None:
-    result = run_doctor("tensorrt_llm")
-    assert result.returncode == 2 and "TensorRT-LLM: tensorrt_llm is not installed" in result.stdout
-    assert result.stdout.count("not possible here") == 9 and "0 pass, 0 fail, 8 not" in result.stdout
-    help_text = run_doctor("--help").stdout
-    assert "usage" in help_text and "acceptance" not in help_text
-    assert run_doctor("nosuch").returncode == 2
+def test_the_doctor_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.doctor import main
+
+    report = tmp_path / "report.json"
+    with pytest.raises(SystemExit, match="2"):
+        main(["tensorrt_llm", "--report", str(report)])
+    output = capsys.readouterr().out
+    assert "TensorRT-LLM: tensorrt_llm is not installed" in output and f"report: {report}" in output
+    written = json.loads(report.read_text())
+    assert [check["name"] for check in written["checks"]] == list(CHECKS)
+    assert {check["outcome"] for check in written["checks"]} == {"not possible here"}
+    assert f"0 pass, 0 fail, {len(CHECKS)} not possible here" in output
+    assert written["machine"]["version"] is None and written["versions"]["tensorrt_llm"] is None
+    with pytest.raises(ConfigError, match="there is no folder"):
+        main(["tensorrt_llm", "--report", str(tmp_path / "none" / "report.json")])
 
 
-def test_the_doctor_compares_signatures_and_misses_a_gpu() -> None:
-    result = run_doctor("tensorrt_llm", **environment(CUDA_VISIBLE_DEVICES=""))
-    assert "TensorRT-LLM: 1.2.1" in result.stdout and "there is no GPU" in result.stdout
-    assert re.search(r"signatures +pass", result.stdout), result.stdout
-    assert result.returncode == 2
+def test_the_doctor_compares_signatures_and_misses_a_gpu(tmp_path: Path) -> None:
+    write_mpirun(tmp_path, "mpirun (Open MPI) 5.0.7")
+    changes = environment(CUDA_VISIBLE_DEVICES="", PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    result = run_doctor("tensorrt_llm", "--report", str(tmp_path / "report.json"), **changes)
+    assert "TensorRT-LLM: 1.2.1" in result.stdout and "there is no GPU" in result.stdout, result.stderr
+    assert re.search(r"signatures +pass +all \d+ symbols", result.stdout), result.stdout
+    assert re.search(r"Open MPI +fail", result.stdout) and "to do: serve over Ray" in result.stdout
+    assert result.returncode == 1
 
 
 def test_a_difference_of_signatures_is_found() -> None:
     code = """
-from kraken.trtllm.doctor import compare_signatures
+from kraken.trtllm.compare_signatures import differences
 table = {
     "tensorrt_llm.LLM.generate_async": ["inputs", "nosuch"],
     "tensorrt_llm.LLM.nosuch": [],
-    "tensorrt_llm._torch.moved.Attention.forward": ["position_ids"],
     "tensorrt_llm.mapping.Mapping.attributes": ["tp_rank", "nosuch"],
     "tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields": ["model", "nosuch"],
-    "tensorrt_llm.nosuch.Unused": [],
+    "tensorrt_llm.llmapi.KvCacheConfig.__init__": ["max_tokens", "nosuch"],
+    "tensorrt_llm._torch.distributed.AllReduceStrategy": ["NCCL", "NOSUCH"],
+    "tensorrt_llm._torch.models.modeling_utils.DecoderModel.forward": ["attn_metadata", "**kwargs"],
 }
-renames = {"tensorrt_llm._torch.moved.Attention": "tensorrt_llm._torch.modules.attention.Attention"}
-for difference in compare_signatures(table, renames):
-    print(difference.symbol, difference.problem, difference.is_used, sep="|")
+print(*differences(table), sep="\\n")
 """
     assert run_with_fake(code).splitlines() == [
-        "tensorrt_llm.LLM.generate_async|does not know nosuch|True",
-        "tensorrt_llm.LLM.nosuch|is not there|True",
-        "tensorrt_llm.mapping.Mapping.attributes|does not know nosuch|True",
-        "tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields|does not know nosuch|True",
-        "tensorrt_llm.nosuch.Unused|is not there|False",
+        "tensorrt_llm.LLM.generate_async does not know nosuch",
+        "tensorrt_llm.LLM.nosuch is not there",
+        "tensorrt_llm.mapping.Mapping.attributes does not know nosuch",
+        "tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields does not know nosuch",
+        "tensorrt_llm.llmapi.KvCacheConfig.__init__ does not know nosuch",
+        "tensorrt_llm._torch.distributed.AllReduceStrategy does not know NOSUCH",
     ]
+
+
+@pytest.mark.parametrize(
+    ("says", "outcome", "found"),
+    [
+        ("mpirun (Open MPI) 4.1.6", "pass", "Open MPI) 4.1.6"),
+        ("mpirun (Open MPI) 5.0.7", "fail", "Open MPI) 5.0.7"),
+        ("HYDRA build details:", "fail", "HYDRA build details:"),
+        (None, "fail", "FileNotFoundError"),
+    ],
+)
+def test_images_whose_mpi_cannot_spawn_are_told(
+    says: str | None, outcome: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if says is not None:
+        write_mpirun(tmp_path, says)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = check_mpi()
+    assert check.outcome == outcome and found in check.found and "Open MPI 4" in check.expected
+    assert ("MPI_Comm_spawn fails" in check.to_do) == (outcome == "fail")
+
+
+def write_mpirun(folder: Path, says: str) -> None:
+    (folder / "mpirun").write_text(f"#!/bin/sh\necho '{says}'\n")
+    (folder / "mpirun").chmod(0o755)
 
 
 @pytest.mark.slow
 def test_the_doctor_examines_a_model(tmp_path: Path) -> None:
+    write_mpirun(tmp_path, "mpirun (Open MPI) 4.1.6")
     code = f"""
+import dataclasses, json, time
 from pathlib import Path
 from kraken.engine.placement import Machine
-from kraken.trtllm.doctor import Patient, examine
-patient = Patient(num_layers=2, head_size=8, heads_per_way=2, context_length=48, dtype="float32", num_prompt_tokens=24,
+from kraken.trtllm.doctor import CHECKS, Patient, examine, write_report
+patient = Patient(num_layers=2, head_size=32, heads_per_way=2, context_length=48, dtype="float32", num_prompt_tokens=24,
                   num_timed=2)
-for check in examine(Machine(version="1.2.1", num_gpus=2), Path({str(tmp_path)!r}), patient):
-    print(check.outcome, check.name, check.detail, sep="|")
+machine = Machine(version="1.2.1", num_gpus=2)
+checks = list(examine(machine, Path({str(tmp_path / "models")!r}), patient))
+assert {{check.name for check in checks}} == set(CHECKS)
+write_report(Path({str(tmp_path / "report.json")!r}), machine, checks, patient, took_s=1.0)
 """
-    lines = run_with_fake(code).splitlines()
-    assert len(lines) == 7 and all(line.startswith("pass|") for line in lines), lines
+    run_with_fake(code, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {check["outcome"] for check in report["checks"]} == {"pass"}, report["checks"]
+    assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert report["machine"]["mpi"] == "mpirun (Open MPI) 4.1.6"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from trtllm_ranks import RankFailureError, Ranks, RankServer, run_with_fake
 
 from kraken.config import ModelConfig
-from kraken.convert import model_config_json, to_exchange
+from kraken.convert import CODE, copy_code, model_config_json, to_exchange
 from kraken.model import Kraken
 from kraken.model.alignment import pad
 from kraken.model.residual_norm import LAYER_NORM_EPSILON
@@ -83,6 +83,7 @@ def tensors_of(model: Kraken) -> dict[str, torch.Tensor]:
 def config_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["KrakenForCausalLM"],
+        "auto_map": {"AutoConfig": CODE["AutoConfig"]},
         "model_type": "kraken",
         "architecture": config.architecture,
         "hidden_size": config.width,
@@ -97,8 +98,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": "float32",
         "tie_word_embeddings": True,
         "layer_norm_eps": LAYER_NORM_EPSILON,
-        "kraken_width": config.num_ways,
-        "kraken_head_dim": config.head_size,
+        "num_ways": config.num_ways,
         "bias": config.bias,
         "activation": config.activation,
         "positions": config.positions,
@@ -108,6 +108,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 def write(folder: Path, model: Kraken, **changes: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(model.config) | changes))
+    copy_code(folder, config_json(model.config)["auto_map"])
     save_file(tensors_of(model), folder / "model.safetensors")
     return folder
 
@@ -175,7 +176,7 @@ def test_one_all_reduce_a_layer_in_float32(tmp_path: Path, ranks_of: Callable[..
     """None before the first layer, one a layer after it, and the conjunction's; the sum of the ways keeps its bits."""
     config = shape(2)
     model = random_model(config)
-    with ranks_of(write(tmp_path, model), 2, torch_dtype="bfloat16") as ranks:
+    with ranks_of(write(tmp_path, model), 2, dtype="bfloat16") as ranks:
         ids = prompt(config, 0, NUM_PROMPT)
         found = torch.tensor(ranks.step({0: ids}, all_logits=True)[0])
         all_reduces = [(tuple(size), dtype) for size, dtype, _ in ranks.report()["all_reduces"]]
@@ -208,6 +209,7 @@ def test_the_vocabulary_need_not_divide_evenly(tmp_path: Path, ranks_of: Callabl
     with ranks_of(write(tmp_path, model), 5, strategy="NCCL") as ranks:
         ids = prompt(config, 0, NUM_PROMPT)
         found = torch.tensor(ranks.step({0: ids}, all_logits=True)[0])
+        assert ranks.max_seq_len == config.context_length + 1, "a scored prompt of full length draws one token more"
     torch.testing.assert_close(found, model(torch.tensor([ids]))[0], atol=2e-5, rtol=1e-5)
 
 
@@ -223,21 +225,25 @@ def test_the_folder_of_the_converter_fits(tmp_path: Path, ranks_of: Callable[...
     config = trtllm_config(model.config, values, torch.float32)
     assert (config_json(model.config) | {"num_token_ids": 190}).items() <= config.items()
     (tmp_path / "config.json").write_text(json.dumps(config))
+    copy_code(tmp_path, config["auto_map"])
     save_file(converted, tmp_path / "model.safetensors")
     with ranks_of(tmp_path, 2) as ranks:
         require_equal_logits(model, ranks, num_ids=190)
 
 
 def test_more_ranks_than_ways_are_refused(tmp_path: Path, ranks_of: Callable[..., Ranks]) -> None:
-    with pytest.raises(RankFailureError, match="tensor_parallel_size=2, but the model has kraken_width=1 ways"):
+    with pytest.raises(RankFailureError, match="tensor_parallel_size=2, but the model has num_ways=1 and every"):
         ranks_of(write(tmp_path, random_model(shape(1))), 2)
 
 
 ALONE = """
-import json, sys, torch
+import json, os, unittest.mock
 from pathlib import Path
+import torch, torch.distributed as dist
+from safetensors.torch import load_file
 from tensorrt_llm._torch.model_config import QuantConfig
 from tensorrt_llm._torch.model_loader import build, load_config
+from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
 from tensorrt_llm.mapping import Mapping
 import kraken.trtllm.modeling as modeling
 
@@ -247,24 +253,19 @@ def message(action):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "accepted"
-"""
 
-
-def test_what_cannot_be_done_is_refused_before_tensorrt_llm_fails(tmp_path: Path) -> None:
-    """A head size without a kernel would abort the process, so that an answer at all says that it was refused first."""
-    folder = write(tmp_path, random_model(shape(2)))
-    code = f"""{ALONE}
 def refusal(mapping=dict(world_size=2, tp_size=2), attributes=(), **model_kwargs):
-    config = load_config(Path({str(folder)!r}), Mapping(**mapping), **model_kwargs)
+    config = load_config(Path("TWO_WAYS"), Mapping(**mapping), **model_kwargs)
     config._frozen = False
     for name, value in attributes:
         setattr(config, name, value)
     config._frozen = True
     return message(lambda: build(config, torch.device("cpu")))
 
-print(json.dumps({{
+settings = {
     "accepted": refusal(),
     "positions=rope": refusal(positions="rope"),
+    "architecture=kraken_delayed": refusal(architecture="kraken_delayed"),
     "head_dim=113": refusal(head_dim=113),
     "tensor_parallel_size=4": refusal(mapping=dict(world_size=4, tp_size=4)),
     "tensor_parallel_size=3": refusal(mapping=dict(world_size=3, tp_size=3), architecture="standard"),
@@ -276,58 +277,64 @@ print(json.dumps({{
     "spec_config": refusal(attributes=[("spec_config", object())]),
     "quantised": refusal(attributes=[("quant_config", QuantConfig("FP8"))]),
     "Unknown architecture": refusal(architectures=["Other"]),
-}}))
-"""
-    found = json.loads(run_with_fake(code))
-    assert found.pop("accepted") == "accepted"
-    assert found.pop("Unknown architecture").startswith("ValueError: Unknown architecture")
-    for field, text in found.items():
-        assert text.startswith("ConfigError: ") and field in text, (field, text)
+}
 
-
-def test_missing_unknown_and_misshapen_weights_are_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path, random_model(shape(1)))
-    code = f"""{ALONE}
-from safetensors.torch import load_file
-weights = load_file({str(folder / "model.safetensors")!r})
-model = build(load_config(Path({str(folder)!r}), Mapping()), torch.device("cpu"))
-missing = {{name: tensor for name, tensor in weights.items() if name != "ways.0.layers.1.attn.o.bias"}}
-print(json.dumps({{
+weights = load_file("ONE_WAY/model.safetensors")
+model = build(load_config(Path("ONE_WAY"), Mapping()), torch.device("cpu"))
+missing = {name: tensor for name, tensor in weights.items() if name != "ways.0.layers.1.attn.o.bias"}
+tensors = {
     "accepted": message(lambda: model.load_weights(weights)),
     "ways.0.layers.1.attn.o.bias is missing": message(lambda: model.load_weights(missing)),
-    "lm_head.weight is unknown": message(lambda: model.load_weights(weights | {{"lm_head.weight": torch.zeros(1)}})),
+    "lm_head.weight is unknown": message(lambda: model.load_weights(weights | {"lm_head.weight": torch.zeros(1)})),
     "ln_f.weight has shape [1] instead of [24]": message(
-        lambda: model.load_weights(weights | {{"ln_f.weight": torch.zeros(1)}})
+        lambda: model.load_weights(weights | {"ln_f.weight": torch.zeros(1)})
     ),
-}}))
-"""
-    found = json.loads(run_with_fake(code))
-    assert found.pop("accepted") == "accepted"
-    for problem, text in found.items():
-        assert text.startswith("ArtefactError: 1 tensors do not fit") and problem in text, text
-
-
-def test_the_stand_in_drops_row_biases_as_the_real_one_does() -> None:
-    """Else the equalities above would not show that the model survives it."""
-    code = """
-import torch, torch.distributed as dist
-from tensorrt_llm._torch.modules.linear import Linear, TensorParallelMode
-from tensorrt_llm.mapping import Mapping
+}
 
 def bias_seen(mapping):
     linear = Linear(2, 2, mapping=mapping, tensor_parallel_mode=TensorParallelMode.ROW, reduce_output=False)
     linear.load_weights([{"weight": torch.zeros(2, 2), "bias": torch.ones(2)}])
     return bool(linear(torch.zeros(1, linear.in_features)).any())
 
-assert bias_seen(Mapping(world_size=2, tp_size=2, rank=0))
-assert not bias_seen(Mapping(world_size=2, tp_size=2, rank=1))
-assert bias_seen(Mapping())
-import os, unittest.mock
+biases = [bias_seen(Mapping(world_size=2, tp_size=2, rank=rank)) for rank in (0, 1)] + [bias_seen(Mapping())]
 os.environ["TLLM_DISABLE_MPI"] = "1"
 with unittest.mock.patch.multiple(dist, is_initialized=lambda: True, get_rank=lambda: 1):
-    assert not bias_seen(Mapping()), "under Ray the rank is the global one"
+    biases.append(bias_seen(Mapping()))
+print(json.dumps({"settings": settings, "tensors": tensors, "biases": biases}))
 """
-    run_with_fake(code)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process without ranks found."""
+    folders = {
+        "TWO_WAYS": write(tmp_path_factory.mktemp("two"), random_model(shape(2))),
+        "ONE_WAY": write(tmp_path_factory.mktemp("one"), random_model(shape(1))),
+    }
+    code = functools.reduce(lambda text, item: text.replace(item[0], str(item[1])), folders.items(), ALONE)
+    return json.loads(run_with_fake(code))
+
+
+def test_what_cannot_be_done_is_refused_before_tensorrt_llm_fails(alone: dict[str, Any]) -> None:
+    """A head size without a kernel would abort the process, so that an answer at all says that it was refused first."""
+    found = dict(alone["settings"])
+    assert found.pop("accepted") == "accepted"
+    assert found.pop("Unknown architecture").startswith("ValueError: Unknown architecture")
+    for field, text in found.items():
+        assert text.startswith("ConfigError: ") and field in text, (field, text)
+
+
+def test_missing_unknown_and_misshapen_weights_are_refused(alone: dict[str, Any]) -> None:
+    found = dict(alone["tensors"])
+    assert found.pop("accepted") == "accepted"
+    for problem, text in found.items():
+        assert text.startswith("ArtefactError: 1 tensors do not fit") and problem in text, text
+
+
+def test_the_stand_in_drops_row_biases_as_the_real_one_does(alone: dict[str, Any]) -> None:
+    """Else the equalities above would not show that the model survives it: rank 0 of 2, rank 1 of 2, a group of one
+    under MPI and, where the rank is the global one, under Ray."""
+    assert alone["biases"] == [True, False, True, False]
 
 
 @pytest.mark.gpu

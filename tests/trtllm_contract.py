@@ -1,4 +1,4 @@
-"""Reads source and finds every use of a TensorRT-LLM symbol that the fact file does not know.
+"""Reads source and finds every use of a TensorRT-LLM symbol, and those that the table does not know.
 
 A small inference of types, enough for the way in which `kraken/trtllm/` is written: parameters and results annotated
 with a symbol, `self.x = Symbol(...)`, and the names that `kraken.trtllm.compat` gives.
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kraken.trtllm import compat
 
-TABLE: dict[str, list[str]] = compat.facts()["symbols"]
+TABLE = compat.signatures()
+FIELDS = "tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields"
 MEMBERS = {
     ("Attention", "qkv_proj"): "Linear",
     ("Attention", "o_proj"): "Linear",
@@ -24,7 +25,7 @@ OF_ANY_MODULE = ("data", "weight", "bias", "parameters", "named_parameters")
 
 
 def qualified(symbol: str) -> str:
-    return f"{compat.MODULES[symbol][0]}.{symbol}"
+    return f"{compat.MODULES[symbol]}.{symbol}"
 
 
 def inherited(key: str) -> str:
@@ -39,6 +40,8 @@ class Checker:
         self.name, self.tree = name, ast.parse(source)
         self.violations: list[str] = []
         self.used: set[str] = set()
+        self.passed: dict[str, set[str]] = {}
+        self.guarded: set[str] = set()
         self.symbols: dict[str, str] = {}
         self.functions: dict[str, str] = {}
         self.dictionaries: dict[str, set[str]] = {}
@@ -54,12 +57,15 @@ class Checker:
                 self.symbols |= {a.asname or a.name: a.name for a in node.names if a.name in compat.MODULES}
         self.used = set(self.symbols.values())
         for node in ast.walk(self.tree):
+            # passed only where it exists: `"name" in TorchLlmArgs.model_fields`
+            if isinstance(node, ast.Compare) and ast.unparse(node.comparators[0]) == "TorchLlmArgs.model_fields":
+                self.guarded.add(ast.literal_eval(node.left))
             if isinstance(node, ast.FunctionDef):
                 if (symbol := self.annotated(node.returns)) is not None:
                     self.functions[node.name] = symbol
                 for statement in ast.walk(node):
                     if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Dict):
-                        self.dictionaries[node.name] = keys_of(statement.value)
+                        self.dictionaries[node.name] = keys_of(statement.value) | added_keys(node)
             if (
                 isinstance(node, ast.Assign)
                 and isinstance(node.value, ast.Dict)
@@ -85,7 +91,7 @@ class Checker:
             for module in modules:
                 if module.split(".")[0] == "tensorrt_llm":
                     self.report(node, f"imports {module} instead of asking kraken.trtllm.compat")
-        for symbol in self.used:
+        for symbol in sorted(self.used):
             if not any(key == qualified(symbol) or key.startswith(qualified(symbol) + ".") for key in TABLE):
                 self.violations.append(f"{self.name}: {qualified(symbol)} is not in the table")
 
@@ -109,6 +115,8 @@ class Checker:
             self.check_scope(node, inner)
 
     def check_call(self, call: ast.Call, known: dict[str, str]) -> None:
+        if ast.unparse(call.func) == "functools.partial":
+            call = ast.copy_location(ast.Call(call.args[0], call.args[1:], call.keywords), call)
         if isinstance(call.func, ast.Name) and call.func.id in self.symbols:
             symbol = self.symbols[call.func.id]
             key = qualified(symbol) if qualified(symbol) in TABLE else f"{qualified(symbol)}.__init__"
@@ -129,17 +137,20 @@ class Checker:
             self.report(call, f"{key} is not in the table")
             return
         allowed = set(TABLE[key])
-        if key.endswith("LLM.__init__"):
-            allowed |= set(TABLE["tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields"])
-            allowed |= set(TABLE["tensorrt_llm.LLM.__init__"])
-        names: set[str] = set()
+        names = set(TABLE[key][: len(call.args)])
         for keyword in call.keywords:
             if keyword.arg is not None:
                 names.add(keyword.arg)
             elif (keys := self.keys_behind(keyword.value)) is not None:
                 names |= keys
+            elif "**kwargs" in TABLE[key] and ast.unparse(keyword.value) == "kwargs":
+                names.add("**kwargs")  # handed on as they came
             else:
                 self.report(call, f"{key}: **{ast.unparse(keyword.value)} cannot be checked")
+        if key.endswith("LLM.__init__"):  # it hands on what it does not know itself
+            self.note(FIELDS, names - allowed - self.guarded)
+            allowed |= self.guarded | set(TABLE[FIELDS])
+        self.note(key, names & set(TABLE[key]))
         for name in sorted(names - allowed):
             self.report(call, f"{key} has no parameter {name}")
         if len(call.args) > len(TABLE[key]):
@@ -147,6 +158,7 @@ class Checker:
 
     def check_attribute(self, node: ast.Attribute, known: dict[str, str]) -> None:
         if isinstance(node.value, ast.Name) and self.symbols.get(node.value.id) in ENUMS:
+            self.note(qualified(self.symbols[node.value.id]), {node.attr})
             if node.attr not in TABLE[qualified(self.symbols[node.value.id])]:
                 self.report(node, f"{self.symbols[node.value.id]} has no member {node.attr}")
             return
@@ -154,8 +166,10 @@ class Checker:
         if symbol is None or node.attr in OF_ANY_MODULE:
             return
         prefix = qualified(symbol)
-        allowed = {*TABLE.get(f"{prefix}.attributes", []), *TABLE.get(f"{prefix}.__init__", [])}
-        if node.attr not in allowed and inherited(f"{prefix}.{node.attr}") not in TABLE:
+        if inherited(f"{prefix}.{node.attr}") in TABLE:
+            return
+        self.note(f"{prefix}.attributes", {node.attr})
+        if node.attr not in TABLE.get(f"{prefix}.attributes", []):
             self.report(node, f"{prefix} has no attribute {node.attr}")
 
     def check_overrides(self, cls: ast.ClassDef) -> None:
@@ -166,13 +180,15 @@ class Checker:
             prefix = qualified(self.symbols[base.id])
             for function in (n for n in cls.body if isinstance(n, ast.FunctionDef)):
                 theirs = TABLE.get(f"{prefix}.{function.name}")
-                if theirs is not None and function.name not in ("__init__", "load_weights"):
+                if theirs is not None and function.name != "__init__":
                     ours = [a.arg for a in (*function.args.args[1:], *function.args.kwonlyargs)]
-                    if not set(ours) <= set(theirs) or (set(theirs) - set(ours) and function.args.kwarg is None):
+                    ours += ["**kwargs"] if function.args.kwarg is not None else []
+                    self.note(f"{prefix}.{function.name}", set(ours))
+                    if set(ours) != set(theirs):
                         self.report(function, f"{cls.name}.{function.name} does not take what {prefix} is called with")
                 for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
-                    if ast.unparse(call.func) == "super().__init__":
-                        self.check_arguments(call, f"{prefix}.__init__")
+                    if (name := ast.unparse(call.func)).startswith("super()."):
+                        self.check_arguments(call, f"{prefix}.{name.removeprefix('super().')}")
 
     def parameters(self, function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, str]:
         arguments = (*function.args.args, *function.args.kwonlyargs)
@@ -203,12 +219,22 @@ class Checker:
             return self.dictionaries.get(node.func.id)
         return self.dictionaries.get(node.id) if isinstance(node, ast.Name) else None
 
+    def note(self, key: str, names: set[str]) -> None:
+        self.passed.setdefault(key, set()).update(names)
+
     def report(self, node: ast.AST, problem: str) -> None:
         self.violations.append(f"{self.name}:{getattr(node, 'lineno', 0)}: {problem}")
 
 
 def keys_of(node: ast.Dict) -> set[str]:
     return {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+
+
+def added_keys(function: ast.AST) -> set[str]:
+    """Of `name["key"] = value`."""
+    targets = [node.targets[0] for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    slices = [target.slice for target in targets if isinstance(target, ast.Subscript)]
+    return {key.value for key in slices if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
 def assignments(function: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:

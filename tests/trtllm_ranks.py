@@ -23,7 +23,7 @@ STEP_TIMEOUT_S = 120.0
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a process that finds the stand-in and the project."""
     path = os.pathsep.join([str(FAKE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | changes
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
 
 
 class RankFailureError(RuntimeError):
@@ -104,7 +104,7 @@ class Ranks:
         }
         try:
             self._connect(server or self._own_server, options)
-            assert self._read() == "ready"
+            self.max_seq_len: int = self._read()["max_seq_len"]
         except BaseException:
             self.close()
             raise

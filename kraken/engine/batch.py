@@ -9,7 +9,7 @@ Shape letters: B sequences of the step, T tokens of all of them one after the ot
 import hashlib
 import struct
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -39,6 +39,8 @@ class SamplingInput:
     """Number of tokens that this request has generated before."""
     seen_ids: Collection[int] = ()
     """Distinct ids of the prompt and the completion so far; read only where there is a repetition penalty."""
+    counts: Mapping[int, int] = field(default_factory=dict)
+    """How often each id occurs in the completion so far; read only where there is a presence or frequency penalty."""
     uniform: float = field(init=False)
     """The random number that selects the token; 0 for a greedy request, which needs none."""
 

@@ -6,6 +6,7 @@ receives each step's outputs through a callback.
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,6 +131,8 @@ class EngineCore:
         """The batch of a step, with a sampling input for every request whose known tokens it computes to the end."""
         sampling, sampled_rows, row = [], [], -1
         for part in scheduled:
+            if part.state.started_at is None:
+                part.state.started_at = time.monotonic()
             row += part.num_logits
             if _is_sampled(part):
                 sampling.append(part.state.sampling_input)
@@ -216,7 +219,9 @@ class EngineCore:
             logits = np.concatenate(state.prompt_logits) if request.return_logits else None
             logprobs = tuple(state.prompt_logprobs) if request.prompt_logprobs else ()
             state.prompt_logits = []
-            results.outputs.append((state, PromptOutput(logprobs=logprobs, logits_TV=logits)))
+            results.outputs.append(
+                (state, PromptOutput(logprobs=logprobs, logits_TV=logits, admission=state.take_admission()))
+            )
 
     def _sample(
         self,
@@ -250,6 +255,7 @@ class EngineCore:
                 logprobs=logprobs[row],
                 logits_V=rows.logits_RV[row].cpu().numpy() if state.request.return_logits else None,
                 finish_reason=state.append(token_id),
+                admission=state.take_admission(),
             )
             results.outputs.append((state, token))
             if token.finish_reason is not None:

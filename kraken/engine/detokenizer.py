@@ -39,15 +39,23 @@ class Detokenizer:
             several end at that character, before the longest. Neither that string nor the text and the tokens behind
             the cut are released.
         min_tokens: a stop string may not begin in the text of so many first tokens.
+        skipped_ids: ids that have no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        skipped_ids: frozenset[int] = frozenset(),
+    ):
         self.stopped = False
         self.num_released = 0
         """Characters released so far."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._num_stopless = min_tokens
+        self._skipped_ids = skipped_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._starts: deque[int] = deque()
@@ -56,7 +64,8 @@ class Detokenizer:
         """Add the next token; returns the text that has become final. Must not be called once `stopped` is True."""
         assert not self.stopped, "the text has ended at a stop string"
         self._starts.append(self.num_released + len(self._held))
-        self._held += self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if token_id not in self._skipped_ids:
+            self._held += self._decoder.decode(self._tokenizer.token_bytes(token_id))
         return self._release(is_end=False)
 
     def flush(self) -> TextPiece:
@@ -118,6 +127,62 @@ class TextOutput:
     """Set on the last part: `stop` for a stop id or a stop string, otherwise `length`."""
 
 
+class CompletionText:
+    """From the output tokens of one request to the parts of its completion. Knows nothing of engines and waits for
+    nothing: the caller pushes every token, and stops the request once `finish_reason` is set.
+
+    Args:
+        stop, skipped_ids: see `Detokenizer`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        request: Request,
+        stop: Sequence[str] = (),
+        skipped_ids: frozenset[int] = frozenset(),
+    ):
+        self.finish_reason: FinishReason | None = None
+        self.num_tokens = 0
+        """Tokens pushed so far."""
+        self._max_tokens = request.sampling.max_tokens
+        self._detokenizer = Detokenizer(tokenizer, stop, request.sampling.min_tokens, skipped_ids)
+        self._waiting: deque[TokenOutput] = deque()  # tokens whose text has not been released
+
+    def push(self, output: TokenOutput) -> TextOutput | None:
+        """Add the next token; returns what is final with it, if anything is."""
+        detokenizer = self._detokenizer
+        self.num_tokens += 1
+        self._waiting.append(output)
+        is_stop_id = output.finish_reason == "stop"  # reported as a token, but without text
+        piece = TextPiece("", ()) if is_stop_id else detokenizer.push(output.token_id)
+        if output.finish_reason:
+            rest = detokenizer.flush()
+            piece = TextPiece(piece.text + rest.text, piece.starts + rest.starts)
+            if is_stop_id and not detokenizer.stopped:
+                piece = TextPiece(piece.text, (*piece.starts, detokenizer.num_released))
+        self.finish_reason = "stop" if detokenizer.stopped else output.finish_reason
+        if not (piece.text or piece.starts or self.finish_reason):
+            return None
+        return TextOutput(
+            text=piece.text,
+            tokens=tuple(_text_token(self._waiting.popleft(), start) for start in piece.starts),
+            num_tokens=self.num_tokens,
+            finish_reason=self.finish_reason,
+        )
+
+    def end(self) -> TextOutput:
+        """The last part of a request that the engine has ended without a token that says so.
+
+        Raises:
+            EngineError: the request was to generate tokens.
+        """
+        if self._max_tokens:
+            raise EngineError(f"the engine ended the request after {self.num_tokens} tokens without a reason")
+        self.finish_reason = "length"
+        return TextOutput(text="", tokens=(), num_tokens=0, finish_reason="length")
+
+
 async def generate_text(
     engine: Engine, tokenizer: Tokenizer, request: Request, stop: Sequence[str] = ()
 ) -> AsyncGenerator[PromptOutput | TextOutput, None]:
@@ -126,36 +191,15 @@ async def generate_text(
     Raises:
         RequestError, EngineOverloaded, EngineError: as `Engine.generate`.
     """
-    detokenizer = Detokenizer(tokenizer, stop, request.sampling.min_tokens)
-    waiting: deque[TokenOutput] = deque()  # tokens whose text has not been released
-    num_tokens = 0
+    text = CompletionText(tokenizer, request, stop)
     try:
         async for output in engine.generate(request):
-            if isinstance(output, PromptOutput):
-                yield output
-                continue
-            num_tokens += 1
-            waiting.append(output)
-            is_stop_id = output.finish_reason == "stop"  # reported as a token, but without text
-            piece = TextPiece("", ()) if is_stop_id else detokenizer.push(output.token_id)
-            if output.finish_reason:
-                rest = detokenizer.flush()
-                piece = TextPiece(piece.text + rest.text, piece.starts + rest.starts)
-                if is_stop_id and not detokenizer.stopped:
-                    piece = TextPiece(piece.text, (*piece.starts, detokenizer.num_released))
-            finish_reason: FinishReason | None = "stop" if detokenizer.stopped else output.finish_reason
-            if piece.text or piece.starts or finish_reason:
-                yield TextOutput(
-                    text=piece.text,
-                    tokens=tuple(_text_token(waiting.popleft(), start) for start in piece.starts),
-                    num_tokens=num_tokens,
-                    finish_reason=finish_reason,
-                )
-            if finish_reason:
+            part = output if isinstance(output, PromptOutput) else text.push(output)
+            if part is not None:
+                yield part
+            if text.finish_reason:
                 return
-        if request.sampling.max_tokens:
-            raise EngineError(f"the engine ended the request after {num_tokens} tokens without a reason")
-        yield TextOutput(text="", tokens=(), num_tokens=0, finish_reason="length")
+        yield text.end()
     finally:
         engine.abort(request.id)
 

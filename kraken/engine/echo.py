@@ -7,17 +7,21 @@ has probability 2 ** -(r + 1). The completion is not sampled from it.
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 
 import numpy as np
 
 from kraken.config import ConfigError, EngineConfig
+from kraken.engine.inbox import submit_by_generate
 from kraken.engine.protocol import (
+    Admission,
     EngineError,
     EngineInfo,
     EngineOverloaded,
     EngineStats,
+    Item,
     Output,
     PromptOutput,
     Request,
@@ -54,7 +58,7 @@ class EchoEngine:
                 raise ConfigError(
                     f"engine.{spec.name}={value} has no effect with the echo engine, which has no model; leave it out"
                 )
-        self._running: set[str] = set()
+        self._running: dict[str, asyncio.Future[None]] = {}  # by id, with the turn that is its call's own
         self._queued: dict[str, asyncio.Future[None]] = {}  # in order of arrival
         self._num_finished = self._num_aborted = 0
         self._prompt_tokens = self._completion_tokens = 0
@@ -65,19 +69,24 @@ class EchoEngine:
         if request.id in self._running or request.id in self._queued:
             raise RequestError(f"id={request.id!r} is in flight already; give every request its own")
         self._require_open()
+        arrived_at = time.monotonic()
+        turn = self._take_turn(request.id)
         try:
-            await self._wait_for_place(request.id)
-            if self._has_ended(request.id):
+            await turn  # also ends when the request is aborted, which is then in neither collection
+            admission: Admission | None = Admission(queue_s=time.monotonic() - arrived_at)
+            if self._has_ended(request.id, turn):
                 return
             self._prompt_tokens += len(request.prompt_ids)
             if request.prompt_logprobs or request.return_logits:
-                yield self._prompt_output(request)
+                yield dataclasses.replace(self._prompt_output(request), admission=admission)
+                admission = None
             num_tokens = request.sampling.max_tokens
             for step in range(num_tokens):
                 await asyncio.sleep(self.token_delay_s)
-                if self._has_ended(request.id):
+                if self._has_ended(request.id, turn):
                     return
-                output = self._token_output(request, step)
+                output = dataclasses.replace(self._token_output(request, step), admission=admission)
+                admission = None
                 self._completion_tokens += 1
                 if output.finish_reason:  # before the yield: the caller may never ask for more
                     self._finish(request.id)
@@ -87,7 +96,12 @@ class EchoEngine:
             if num_tokens == 0:
                 self._finish(request.id)
         finally:
-            self.abort(request.id)
+            # by turn and not by id, which may belong to a later request by now
+            if turn in (self._running.get(request.id), self._queued.get(request.id)):
+                self.abort(request.id)
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        return submit_by_generate(self, request, receive)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running or request_id in self._queued:
@@ -114,21 +128,24 @@ class EchoEngine:
         if self._closed:
             raise EngineError("the engine is closed")
 
-    def _has_ended(self, request_id: str) -> bool:
+    def _has_ended(self, request_id: str, turn: asyncio.Future[None]) -> bool:
         """Whether the request was aborted. Raises: EngineError: the engine was closed."""
-        if request_id in self._running:
+        if self._running.get(request_id) is turn:
             return False
         self._require_open()
         return True
 
-    async def _wait_for_place(self, request_id: str) -> None:
+    def _take_turn(self, request_id: str) -> asyncio.Future[None]:
+        """A place in the batch or in the queue; the future is done when it is one in the batch."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if len(self._running) < self._config.max_batch_size:
-            self._running.add(request_id)
-            return
+            self._running[request_id] = turn
+            turn.set_result(None)
+            return turn
         if len(self._queued) >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{len(self._queued)} requests are waiting already; try again later")
-        turn = self._queued[request_id] = asyncio.get_running_loop().create_future()
-        await turn  # also ends when the request is aborted, which is then in neither collection
+        self._queued[request_id] = turn
+        return turn
 
     def _finish(self, request_id: str) -> None:
         self._num_finished += 1
@@ -136,12 +153,12 @@ class EchoEngine:
 
     def _leave(self, request_id: str) -> None:
         """Remove a running or queued request, and admit the next one."""
-        self._running.discard(request_id)
+        self._running.pop(request_id, None)
         turns = [self._queued.pop(request_id, None)]
         while self._queued and len(self._running) < self._config.max_batch_size and not self._closed:
             next_id = next(iter(self._queued))
-            self._running.add(next_id)
-            turns.append(self._queued.pop(next_id))
+            self._running[next_id] = self._queued.pop(next_id)
+            turns.append(self._running[next_id])
         for turn in turns:
             if turn is not None and not turn.done():  # already done if the waiting task was cancelled
                 turn.set_result(None)

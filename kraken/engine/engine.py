@@ -24,6 +24,7 @@ from kraken.engine.distributed.distributed_runner import load_distributed
 from kraken.engine.distributed.partition import Part
 from kraken.engine.distributed.rendezvous import Rendezvous
 from kraken.engine.distributed.setup import WeightSource, threads_per_rank
+from kraken.engine.inbox import stream
 from kraken.engine.kernels.choose import choose_kernels
 from kraken.engine.kv_cache import BlockPool
 from kraken.engine.model.network import Network
@@ -34,6 +35,7 @@ from kraken.engine.protocol import (
     EngineInfo,
     EngineOverloaded,
     EngineStats,
+    Item,
     Output,
     PromptOutput,
     Request,
@@ -160,8 +162,12 @@ class TorchEngine:
     def info(self) -> EngineInfo:
         return self._info
 
-    async def generate(self, request: Request) -> AsyncIterator[Output]:
+    def generate(self, request: Request) -> AsyncIterator[Output]:
         """See `Engine.generate`."""
+        return stream(self, request)
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        """See `Engine.submit`."""
         check_request(request, self._info)
         self._require_healthy()
         if request.id in self._states:
@@ -169,33 +175,25 @@ class TorchEngine:
         if request.sampling.max_tokens == 0 and len(request.prompt_ids) == 1:  # nothing precedes the only token
             if request.prompt_logprobs or request.return_logits:
                 logits_TV = np.empty((0, self._info.num_ids), dtype=np.float32) if request.return_logits else None
-                yield PromptOutput(logprobs=(None,) if request.prompt_logprobs else (), logits_TV=logits_TV)
+                receive(PromptOutput(logprobs=(None,) if request.prompt_logprobs else (), logits_TV=logits_TV))
             self._num_finished += 1
-            return
+            receive(None)
+            return lambda: None
         num_queued = sum(not state.was_admitted for state in self._states.values())
         if num_queued >= self._config.max_queued_requests:
             raise EngineOverloaded(f"{num_queued} requests are waiting already; try again later")
-        state = self._register(request)
-        try:
-            while (output := await state.outputs.get()) is not None:
-                if isinstance(output, EngineError):
-                    raise output
-                yield output
-        finally:
-            # by state and not by id, which may belong to a later request by now
-            if not state.is_deregistered:
-                self.abort(request.id)
+        state = self._register(request, receive)
+        return lambda: self._abort(state)  # by state and not by id, which may belong to a later request by then
 
     def abort(self, request_id: str) -> None:
         """See `Engine.abort`. The blocks are free before the next step begins."""
         state = self._states.get(request_id)
         if state is not None:
-            self._deregister(state, None)
-            self._num_aborted += 1
-            self._core.notify(state)
+            self._abort(state)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
+        failure = "it was closed" if self._is_closed else str(self._failure or self._runner.failure or "")
         return EngineStats(
             num_running=len(scheduler.running),
             num_queued=len(scheduler.waiting) + sum(not state.is_deregistered for state in [*self._core.inbox]),
@@ -204,6 +202,7 @@ class TorchEngine:
             prompt_tokens=scheduler.num_prompt_tokens,
             completion_tokens=self._completion_tokens,
             healthy=self._failure is None and not self._runner.failure and not self._is_closed,
+            failure=failure,
             num_preempted=scheduler.num_preempted,
             reused_tokens=scheduler.num_reused_tokens,
             num_blocks=scheduler.pool.num_blocks,
@@ -231,26 +230,33 @@ class TorchEngine:
 
     # -- on the event loop -------------------------------------------------------------------------------------------
 
-    def _register(self, request: Request) -> RequestState:
+    def _register(self, request: Request, receive: Callable[[Item], None]) -> RequestState:
         if self._thread is None:
             self._loop = asyncio.get_running_loop()
             self._thread = threading.Thread(target=self._run_core, name="kraken-engine", daemon=True)
             self._thread.start()
-        state = self._states[request.id] = RequestState(request)
+        state = self._states[request.id] = RequestState(request, receive)
         self._core.notify(state)
         return state
+
+    def _abort(self, state: RequestState) -> None:
+        """No-op for a request that has ended."""
+        if not state.is_deregistered:
+            self._deregister(state, None)
+            self._num_aborted += 1
+            self._core.notify(state)
 
     def _deregister(self, state: RequestState, last: EngineError | None) -> None:
         """End the request's stream, with an error or without. Its tokens may still be part of the step in flight."""
         state.is_deregistered = True
         del self._states[state.request.id]
-        state.outputs.put_nowait(last)
+        state.receive(last)
 
     def _deliver(self, results: StepOutputs) -> None:
         """Pass a step's outputs to the streams of requests that have not been aborted meanwhile."""
         for state, output in results.outputs:
             if not state.is_deregistered:
-                state.outputs.put_nowait(output)
+                state.receive(output)
                 self._completion_tokens += isinstance(output, TokenOutput)
         for state in results.finished:
             if not state.is_deregistered:

@@ -4,7 +4,7 @@ Token ids in, token ids out. `generate` is an async iterator on the caller's eve
 cancellation) aborts the request and frees its memory.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -56,6 +56,10 @@ SMALLEST_FLOAT32 = 2.0**-126
 smaller one may become 0 and give 0/0."""
 MIN_REPETITION_PENALTY = 0.01
 """A logit divided by a much smaller penalty could leave the range of float32."""
+MAX_PENALTY = 2.0
+"""OpenAI's range of `presence_penalty` and `frequency_penalty`."""
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_IDS = 1024
 MORE_THAN_ALL_IDS = 2**30
 """No vocabulary has so many ids."""
 MAX_STOP_STRINGS = 32
@@ -82,6 +86,13 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Positive logits of ids that occurred in prompt or completion are divided by this, negative ones multiplied
     (Keskar et al., CTRL, 2019); 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of ids that the completion has generated before."""
+    frequency_penalty: float = 0.0
+    """Subtracted from an id's logit as often as the completion has generated the id before."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit); each id once. The bias is added first, then the repetition penalty is applied,
+    then the presence and frequency penalties. No reported log-probability contains any of them."""
     seed: int | None = None
     """Equal seeds give equal tokens, independent of the other requests of a batch; None takes a random seed."""
     stop_ids: tuple[int, ...] = ()
@@ -108,6 +119,13 @@ class SamplingParams:
                 "1 switches it off, 1.1 is mild",
                 "repetition_penalty",
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -MAX_PENALTY <= getattr(self, name) <= MAX_PENALTY:
+                raise RequestError(
+                    f"{name}={getattr(self, name)} is outside -{MAX_PENALTY:g}..{MAX_PENALTY:g}; 0 switches it off",
+                    name,
+                )
+        self._check_logit_bias()
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is outside 0..max_tokens={self.max_tokens}; lower it or raise "
@@ -117,6 +135,22 @@ class SamplingParams:
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise RequestError(f"seed={self.seed} does not fit 64 bits; choose a smaller one", "seed")
         self._replace_what_engines_cannot_compute()
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASED_IDS:
+            raise RequestError(
+                f"logit_bias holds {len(self.logit_bias)} ids, at most {MAX_BIASED_IDS} are possible; name fewer",
+                "logit_bias",
+            )
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise RequestError("logit_bias holds an id twice; name each id once", "logit_bias")
+        for token_id, bias in self.logit_bias:
+            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+                raise RequestError(
+                    f"logit_bias holds {bias} for id {token_id}, which is outside "
+                    f"-{MAX_LOGIT_BIAS:g}..{MAX_LOGIT_BIAS:g}; -100 all but forbids an id",
+                    "logit_bias",
+                )
 
     def _replace_what_engines_cannot_compute(self) -> None:
         """Write values that float32 or int64 would distort as values that mean the same and that every engine holds.
@@ -165,6 +199,16 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """How a request left the queue. Comes with its first output, from engines that measure it."""
+
+    queue_s: float
+    """From the arrival at the engine until the first step that computes the request."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens whose keys and values were found in the cache; None if the engine does not know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptOutput:
     """Scores of the prompt. Comes once, before any token, and only if the request asks for it."""
 
@@ -172,6 +216,7 @@ class PromptOutput:
     """One entry per prompt token; None for the first, which has no distribution."""
     logits_TV: np.ndarray | None = None
     """float32 [prompt tokens fed to the model, ids of the tokenizer]; present if `return_logits` is set."""
+    admission: Admission | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,9 +228,14 @@ class TokenOutput:
     logits_V: np.ndarray | None = None
     finish_reason: FinishReason | None = None
     """Set on the last token: `stop` for a stop id, `length` for `max_tokens` or the end of the context."""
+    admission: Admission | None = field(default=None, compare=False)
+    """Set on the first token, unless a `PromptOutput` with it came before."""
 
 
 Output = PromptOutput | TokenOutput
+Item = Output | BaseException | None
+"""What `Engine.submit` passes on: an output; or the end of a request, None for a regular one, otherwise the exception
+that ended the request."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,6 +263,8 @@ class EngineStats:
     prompt_tokens: int
     completion_tokens: int
     healthy: bool
+    failure: str = ""
+    """Why the engine is not healthy, if it knows."""
     num_preempted: int = 0
     """Number of times that a request lost its cache blocks and had to be recomputed."""
     reused_tokens: int = 0
@@ -235,6 +287,22 @@ class Engine(Protocol):
             RequestError: before the first output, for a request that cannot be served.
             EngineOverloaded: before the first output, when the queue is full.
             EngineError: at any time, when the engine fails.
+        """
+        ...
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        """Begin a request whose outputs are passed on instead of iterated over; `kraken.engine.inbox.Inbox` collects
+        them for a reader.
+
+        Args:
+            receive: called on the event loop with every output of the request, and then once with its end. It must not
+                raise.
+        Returns:
+            A function that aborts the request; no-op once the request has ended.
+        Raises:
+            RequestError: the request cannot be served. The model's own limits are checked here, others may also come
+                as the end of the request.
+            EngineOverloaded, EngineError: as `generate`; they may also come as the end of the request.
         """
         ...
 
@@ -267,9 +335,13 @@ def check_request(request: Request, info: EngineInfo) -> None:
     num_logprobs, stop_ids = request.num_logprobs, request.sampling.stop_ids
     if num_logprobs is not None and not 0 <= num_logprobs <= info.num_ids:
         raise RequestError(f"num_logprobs={num_logprobs} is outside 0..{info.num_ids}", "num_logprobs")
-    bad = next((i for i in stop_ids if not 0 <= i < info.num_ids), None)
-    if bad is not None:
-        raise RequestError(f"stop_ids holds token id {bad}; this model's ids are 0..{info.num_ids - 1}", "stop_ids")
+    named = (("stop_ids", stop_ids), ("logit_bias", [token_id for token_id, _ in request.sampling.logit_bias]))
+    for field_name, ids in named:
+        bad = next((i for i in ids if not 0 <= i < info.num_ids), None)
+        if bad is not None:
+            raise RequestError(
+                f"{field_name} holds token id {bad}; this model's ids are 0..{info.num_ids - 1}", field_name
+            )
     if request.sampling.min_tokens and len(set(stop_ids)) == info.num_ids:
         raise RequestError(
             f"stop_ids holds every id, which leaves none for min_tokens={request.sampling.min_tokens}; name fewer",

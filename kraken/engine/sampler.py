@@ -6,7 +6,7 @@ that neither the other requests of the batch nor a preemption changes a token.
 Shape letters: B rows, T tokens, V the tokenizer's ids (the padding ids of the vocabulary are cut off before).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,19 +36,77 @@ class Sampler:
 
 
 def constrain(logits_BV: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
-    """Apply the repetition penalty, and forbid stop ids before `min_tokens`. Copies the logits if it changes any."""
-    penalised = [index for index, row in enumerate(inputs) if row.params.repetition_penalty != 1.0 and row.seen_ids]
-    forbidding = [index for index, row in enumerate(inputs) if row.token_index < row.params.min_tokens]
-    if not penalised and not forbidding:
+    """Apply logit biases and penalties, and forbid stop ids before `min_tokens`. Copies the logits if it changes any.
+
+    The order is that of vLLM: bias, repetition penalty, frequency and presence penalty.
+    """
+    if not any(map(_is_constrained, inputs)):
         return logits_BV
+    biases = _Entries()
+    repetitions = _Entries()
+    subtracted = _Entries()
+    forbidden = _Entries()
+    for index, row in enumerate(inputs):
+        params = row.params
+        biases.add(index, params.logit_bias)
+        if params.repetition_penalty != 1.0:
+            repetitions.add(index, ((token_id, params.repetition_penalty) for token_id in row.seen_ids))
+        if params.presence_penalty or params.frequency_penalty:
+            subtracted.add(
+                index,
+                (
+                    (token_id, params.frequency_penalty * count + params.presence_penalty)
+                    for token_id, count in row.counts.items()
+                ),
+            )
+        if row.token_index < params.min_tokens:
+            forbidden.add(index, ((token_id, -torch.inf) for token_id in params.stop_ids))
     logits_BV = logits_BV.clone()
-    for index in penalised:
-        ids = torch.tensor(list(inputs[index].seen_ids), device=logits_BV.device)
-        penalty, values = inputs[index].params.repetition_penalty, logits_BV[index, ids]
-        logits_BV[index, ids] = torch.where(values > 0, values / penalty, values * penalty)
-    for index in forbidding:
-        logits_BV[index, list(inputs[index].params.stop_ids)] = -torch.inf
+    if biases.rows:
+        at, bias = biases.to(logits_BV)
+        logits_BV[at] += bias
+    if repetitions.rows:
+        at, penalty = repetitions.to(logits_BV)
+        values = logits_BV[at]
+        logits_BV[at] = torch.where(values > 0, values / penalty, values * penalty)
+    if subtracted.rows:
+        at, penalty = subtracted.to(logits_BV)
+        logits_BV[at] -= penalty
+    if forbidden.rows:
+        at, value = forbidden.to(logits_BV)
+        logits_BV[at] = value
     return logits_BV
+
+
+def _is_constrained(row: SamplingInput) -> bool:
+    params = row.params
+    return bool(
+        params.logit_bias
+        or (params.repetition_penalty != 1.0 and row.seen_ids)
+        or ((params.presence_penalty or params.frequency_penalty) and row.counts)
+        or row.token_index < params.min_tokens
+    )
+
+
+class _Entries:
+    """Single logits of a batch, each at most once, with a value for each."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self._ids: list[int] = []
+        self._values: list[float] = []
+
+    def add(self, row: int, pairs: Iterable[tuple[int, float]]) -> None:
+        """Add (id, value) pairs of one row."""
+        for token_id, value in pairs:
+            self.rows.append(row)
+            self._ids.append(token_id)
+            self._values.append(value)
+
+    def to(self, logits_BV: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """The index of the logits, and the values in their type, on their device."""
+        at = torch.tensor([self.rows, self._ids], device=logits_BV.device)
+        return (at[0], at[1]), torch.tensor(self._values, dtype=logits_BV.dtype, device=logits_BV.device)
 
 
 def token_logprobs(logits_TV: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprobs]:

@@ -138,5 +138,6 @@ class Scheduler:
         self.num_reused_tokens += state.num_computed
         if not state.was_admitted:
             state.was_admitted = True
+            state.num_cached = state.num_computed
             self.num_prompt_tokens += len(state.request.prompt_ids)
         return state

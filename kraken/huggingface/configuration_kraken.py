@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 CHOICES = {
-    "architecture": ("kraken", "standard", "parallel"),
+    "architecture": ("kraken", "kraken_delayed", "standard", "parallel"),
     "activation": ("gelu", "swiglu"),
     "positions": ("learned", "rope"),
 }
@@ -19,8 +19,9 @@ class KrakenConfig(PretrainedConfig):
     """Shape of a model.
 
     Args:
-        architecture: `kraken`, or one of the two baselines, which have one way: `standard` (GPT-2's block), `parallel`
-            (GPT-J's block: attention and FFN side by side after one LayerNorm).
+        architecture: `kraken`; `kraken_delayed`, whose attention and FFN, side by side after one LayerNorm, read the
+            other ways a layer later; or one of the two baselines, which have one way: `standard` (GPT-2's block),
+            `parallel` (GPT-J's block: attention and FFN side by side after one LayerNorm).
         hidden_size: width of one way.
         num_attention_heads: heads over all ways together.
         ffn_multiple: hidden size of a way's FFN over its width; `swiglu` has two thirds of it, rounded up to 8.

@@ -81,7 +81,8 @@ class KrakenSubLayer(nn.Module):
         size, eps, bias = config.hidden_size, config.layer_norm_eps, config.bias
         self.ln_1 = KrakenNorm(size, eps=eps, bias=bias)
         self.attn = KrakenAttention(config)
-        self.ln_2 = None if config.architecture == "parallel" else KrakenNorm(size, eps=eps, bias=bias)
+        has_one_norm = config.architecture in ("kraken_delayed", "parallel")
+        self.ln_2 = None if has_one_norm else KrakenNorm(size, eps=eps, bias=bias)
         self.mlp = KrakenMLP(config)
 
 
@@ -97,7 +98,7 @@ class KrakenTransformer(nn.Module):
             nn.ModuleList(KrakenSubLayer(config) for _ in range(config.num_hidden_layers))
             for _ in range(config.num_ways)
         )
-        joins = config.architecture == "kraken"
+        joins = config.architecture in ("kraken", "kraken_delayed")
         self.conjunction = nn.Linear(config.num_ways * size, size, bias=config.bias) if joins else None
         self.ln_f = KrakenNorm(size, eps=config.layer_norm_eps, bias=config.bias)
 
@@ -205,9 +206,9 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
                     "tokens; shorten the prompt or lower max_new_tokens"
                 )
             x_BTD = x_BTD + transformer.wpe(position_ids)
-        ways = [x_BTD] * config.num_ways
+        ways = earlier = [x_BTD] * config.num_ways
         for index in range(config.num_hidden_layers):
-            ways = self._layer(index, ways, rotation, attention_mask, cache, places_T)
+            earlier, ways = ways, self._layer(index, ways, earlier, rotation, attention_mask, cache, places_T)
         if transformer.conjunction is None:
             return transformer.ln_f(ways[0])
         return transformer.ln_f(transformer.conjunction(torch.cat(ways, dim=-1)))
@@ -216,13 +217,19 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         index: int,
         ways: list[Tensor],
+        earlier: list[Tensor],
         rotation: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         cache: Cache | None,
         places_T: Tensor,
     ) -> list[Tensor]:
+        """Inputs of the ways -> inputs of the next layer. `earlier` are those of the layer before."""
         parts = [way[index] for way in self.transformer.h]
-        normed = [part.ln_1(x) for part, x in zip(parts, ways, strict=True)]
+        seen = ways
+        if self.config.architecture == "kraken_delayed" and index > 0:
+            total = torch.stack(earlier).sum(dim=0, dtype=exact_dtype(earlier[0].dtype))
+            seen = [(x + (total - y)).to(x.dtype) for x, y in zip(ways, earlier, strict=True)]
+        normed = [part.ln_1(x) for part, x in zip(parts, seen, strict=True)]
         # [B, T, 3*D] of every way -> three of [B, T, W*N, H]; q, k, v in that order
         qkv = [
             part.attn.c_attn(x).unflatten(-1, (3, -1, self._head_size)) for part, x in zip(parts, normed, strict=True)
@@ -237,7 +244,7 @@ class KrakenForCausalLM(PreTrainedModel, GenerationMixin):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         heads = out.transpose(1, 2).flatten(2).chunk(len(parts), dim=-1)
         after = [x + part.attn.c_proj(y) for part, x, y in zip(parts, ways, heads, strict=True)]
-        if self.config.architecture == "parallel":
+        if parts[0].ln_2 is None:
             return [a + part.mlp(x) for part, a, x in zip(parts, after, normed, strict=True)]
         seen = after
         if self.config.architecture == "kraken" and index > 0:

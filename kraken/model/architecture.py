@@ -11,6 +11,15 @@ concatenated, brought back to width D by one linear (the conjunction), normalise
 Source: Prabhakar, Zhang, Wentzlaff, "Kraken", NeurIPS 2024 (arXiv 2408.07802). A way is the paper's sub-layer and the
 published code's split (`num_splits`, `n_heads_in_split`).
 
+`kraken_delayed` lets a way read the others' states one layer later, everywhere, with attention and FFN side by side:
+
+    n_i  = LN_i(x_i + S - y_i)                          y_i: the way's input of the layer BEFORE; S = sum_j y_j
+    x_i' = x_i + Attn_i(n_i) + FFN_i(n_i)
+
+An all-reduce starts with a layer and is read by the next one, so that it may run during all of the layer. The first
+layer reads no other way. The second reads the sum of W equal embeddings, and nothing reads the sum of the last layer's
+inputs: L - 2 all-reduces.
+
 The baselines have one way and no conjunction. `standard` is the pre-LayerNorm Transformer of GPT-2, with two
 all-reduces a layer under tensor parallelism, both waited for; `parallel` is the block of GPT-J and PaLM, which waits
 for one:
@@ -194,7 +203,7 @@ class Layer(nn.Module):
         self.reads_others = config.architecture == "kraken" and layer_index > 0
         self.ln_1 = WayNorm(num_ways, config.width, config.bias)
         self.attn = Attention(config, num_ways)
-        self.ln_2 = None if config.architecture == "parallel" else WayNorm(num_ways, config.width, config.bias)
+        self.ln_2 = None if config.has_one_norm else WayNorm(num_ways, config.width, config.bias)
         self.mlp = MLP(config, num_ways)
 
     def forward(self, x_WBTD: Tensor, addend_WBTD: Tensor | None, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
@@ -211,8 +220,49 @@ class Layer(nn.Module):
         if total_1BTD is None:
             a_WBTD, normed_WBTD, _ = add_norm(x_WBTD, attended_WBTD, padded_width, sum_dtype=None)
         else:
-            a_WBTD, normed_WBTD = add_reduced_norm(x_WBTD, attended_WBTD, self.ways.wait_sum(total_1BTD))
+            total_1BTD = self.ways.wait_sum(total_1BTD)
+            a_WBTD, normed_WBTD, _ = add_reduced_norm(x_WBTD, attended_WBTD, total_1BTD)
         return a_WBTD, self.mlp(normed_WBTD, self.ln_2)
+
+
+class DelayedLayer(nn.Module):
+    """One layer of `kraken_delayed`, of the ways held here; see the module's docstring for the equations."""
+
+    def __init__(self, config: ModelConfig, layer_index: int, ways: WayGroup):
+        super().__init__()
+        num_ways = len(ways.part(config.num_ways))
+        self.ways = ways
+        self.starts_sum = 0 < layer_index < config.num_layers - 1
+        self.recomputes = False
+        self.ln_1 = WayNorm(num_ways, config.width, config.bias)
+        self.attn = Attention(config, num_ways)
+        self.mlp = MLP(config, num_ways)
+
+    def forward(
+        self, x_WBTD: Tensor, addend_WBTD: Tensor | None, total_1BTD: Tensor | None, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of the input of the layer before and what that layer adds: the input of this layer, what this layer adds, and
+        the sum over the ways of the input in flight, for `WayGroup.wait_sum` before the next layer.
+
+        Args:
+            total_1BTD: the sum over the ways of the input of the layer before; None in the first layer.
+        """
+        padded_width = self.attn.alignment.padded_width(x_WBTD.shape[-1])
+        sum_dtype = self.ways.sum_dtype(x_WBTD) if self.starts_sum else None
+        if addend_WBTD is None or total_1BTD is None:
+            x_WBTD, normed_WBTD, sum_1BTD = add_norm(x_WBTD, addend_WBTD, padded_width, sum_dtype)
+        else:
+            x_WBTD, normed_WBTD, sum_1BTD = add_reduced_norm(x_WBTD, addend_WBTD, total_1BTD, sum_dtype)
+        if sum_1BTD is not None:
+            sum_1BTD = self.ways.start_sum(sum_1BTD)
+        if self.recomputes and torch.is_grad_enabled():  # without the sum, which runs once
+            addend_WBTD = checkpoint(self._attention_and_mlp, normed_WBTD, rotation, use_reentrant=False)
+        else:
+            addend_WBTD = self._attention_and_mlp(normed_WBTD, rotation)
+        return x_WBTD, addend_WBTD, sum_1BTD
+
+    def _attention_and_mlp(self, normed_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
+        return self.attn(normed_WBTD, self.ln_1, rotation) + self.mlp(normed_WBTD, self.ln_1)
 
 
 class Kraken(nn.Module):
@@ -236,10 +286,12 @@ class Kraken(nn.Module):
         learned = config.positions == "learned"
         self.wte = skip_init(nn.Embedding, len(ways.part(config.vocab_size)), D, device=device)
         self.wpe = skip_init(nn.Embedding, config.context_length, D, device=device) if learned else None
-        self.h = nn.ModuleList(Layer(config, index, ways) for index in range(config.num_layers))
-        joins = config.architecture == "kraken"
+        layer = DelayedLayer if config.architecture == "kraken_delayed" else Layer
+        self.h = nn.ModuleList(layer(config, index, ways) for index in range(config.num_layers))
         num_joined = len(ways.part(config.num_ways)) * D
-        self.conjunction = skip_init(nn.Linear, num_joined, D, bias=config.bias, device=device) if joins else None
+        self.conjunction = (
+            skip_init(nn.Linear, num_joined, D, bias=config.bias, device=device) if config.is_kraken else None
+        )
         self.ln_f = nn.LayerNorm(D, eps=LAYER_NORM_EPSILON, bias=config.bias)
 
     def align(self, alignment: Alignment) -> None:
@@ -251,6 +303,9 @@ class Kraken(nn.Module):
     def recompute_activations(self) -> None:
         """Keep only the layers' inputs for the backward pass from now on."""
         self.recomputes = True
+        for layer in self.h:
+            if isinstance(layer, DelayedLayer):
+                layer.recomputes = True
 
     def compile_parts(self) -> None:
         """`torch.compile` each layer, of which those of one kind share one compilation, however many there are; and the
@@ -300,6 +355,10 @@ class Kraken(nn.Module):
         if x_BTD.is_cuda and num_ways > 1:
             # a token's ways side by side in memory, [B, T, W, D]: the sum over them then reads each of them once
             x_WBTD = x_WBTD.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+        through = self._through_delayed_layers if self.config.architecture == "kraken_delayed" else self._through_layers
+        return self.ln_f(self._join(through(x_WBTD, rotation)))
+
+    def _through_layers(self, x_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
         addend_WBTD = None
         for layer in self.h:
             if self.recomputes and torch.is_grad_enabled():
@@ -307,7 +366,17 @@ class Kraken(nn.Module):
                 x_WBTD, addend_WBTD = checkpoint(layer, whole_WBTD, None, rotation, use_reentrant=False)
             else:
                 x_WBTD, addend_WBTD = layer(x_WBTD, addend_WBTD, rotation)
-        return self.ln_f(self._join(_added(x_WBTD, addend_WBTD)))
+        return _added(x_WBTD, addend_WBTD)
+
+    def _through_delayed_layers(self, x_WBTD: Tensor, rotation: Rotation | None) -> Tensor:
+        addend_WBTD = total_1BTD = in_flight_1BTD = None
+        for index, layer in enumerate(self.h):
+            if in_flight_1BTD is not None:
+                total_1BTD = self.ways.wait_sum(in_flight_1BTD)
+            elif index == 1:  # all ways start from one embedding
+                total_1BTD = self.config.num_ways * x_WBTD[:1].to(self.ways.sum_dtype(x_WBTD))
+            x_WBTD, addend_WBTD, in_flight_1BTD = layer(x_WBTD, addend_WBTD, total_1BTD, rotation)
+        return _added(x_WBTD, addend_WBTD)
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings [B, T, D], of whose rows each process holds some."""

@@ -1,7 +1,7 @@
 """What stands between the products of a layer: residual addition, the sum over the ways, LayerNorm without its gains.
 
     add_norm           a = x + addend,    n = norm(a),            S = the sum over the ways of a    from layer to layer
-    add_reduced_norm   a = x + addend,    n = norm(a + S - x)                                       where S is read
+    add_reduced_norm   a = x + addend,    n = norm(a + S - x),    S' = the sum over the ways of a   where S is read
 
     norm(y) = (y - mean(y)) / sqrt(var(y) + epsilon)
 
@@ -49,21 +49,25 @@ def add_norm(
     return a_WBTD, pad(F.layer_norm(a_WBTD, (width,), eps=LAYER_NORM_EPSILON), padded_width), total_1BTD
 
 
-def add_reduced_norm(x_WBTD: Tensor, addend_WBTP: Tensor, total_1BTD: Tensor) -> tuple[Tensor, Tensor]:
-    """a [W, B, T, D] and n [W, B, T, P].
+def add_reduced_norm(
+    x_WBTD: Tensor, addend_WBTP: Tensor, total_1BTD: Tensor, sum_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """a [W, B, T, D], n [W, B, T, P] with zeros behind the width, and if asked for S' [1, B, T, D].
 
     Args:
         addend_WBTP: what is behind the width is ignored.
         total_1BTD: S, over all ways, those that are not held here included.
+        sum_dtype: type of S', which is computed in at least float32; None computes none.
     """
     padded_width = addend_WBTP.shape[-1]
     if _has_kernel(x_WBTD):
-        a, n, _, _ = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, total_1BTD, padded_width, None)
-        return a, n
+        a, n, _, total = torch.ops.kraken.residual_norm(x_WBTD, addend_WBTP, total_1BTD, padded_width, sum_dtype)
+        return a, n, None if sum_dtype is None else total
     width = x_WBTD.shape[-1]
     a_WBTD = x_WBTD + addend_WBTP[..., :width]
-    h_WBTD = a_WBTD + (total_1BTD - x_WBTD)
-    return a_WBTD, pad(F.layer_norm(h_WBTD, (width,), eps=LAYER_NORM_EPSILON), padded_width)
+    h_WBTD = (a_WBTD + (total_1BTD - x_WBTD)).to(a_WBTD.dtype)
+    sum_1BTD = None if sum_dtype is None else sum_across_ways(a_WBTD).to(sum_dtype)
+    return a_WBTD, pad(F.layer_norm(h_WBTD, (width,), eps=LAYER_NORM_EPSILON), padded_width), sum_1BTD
 
 
 def _has_kernel(x: Tensor) -> bool:
@@ -163,7 +167,8 @@ def _differentiate(ctx: Any, grad_a: Tensor, grad_n: Tensor, _: Any, grad_sum: T
         ctx.total_dtype,
     )
     if ctx.total_dtype is not None:  # of h = x + addend + (S - x) only S and the addend are left, and x is in a
-        return grad_a, grad_addend, grad_total, None, None
+        grad_x = grad_a + grad_sum.to(grad_a.dtype) if ctx.is_summed else grad_a
+        return grad_x, grad_addend, grad_total, None, None
     return grad_x, grad_addend if ctx.adds else None, None, None, None
 
 

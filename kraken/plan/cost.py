@@ -22,6 +22,7 @@ WIDTH_MULTIPLE = 64
 """Widths in steps of this fill the tiles of matrix kernels; steps of 8 only meet their 16-byte alignment."""
 ALIGNED_HEAD_SIZES = (64, 128, 96)
 """Head sizes of aligned shapes, the most widely tuned first."""
+WAY_ARCHITECTURES = ("kraken", "kraken_delayed")
 FFN_MULTIPLES = range(1, 7)
 """FFN multiples that `reshaped` tries."""
 
@@ -35,14 +36,14 @@ capability 9 its prefill kernel has been reported to abort."""
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the model, with the tied head counted once."""
     c = config
-    gains = (c.num_layers * c.num_ways * (1 if c.architecture == "parallel" else 2) + 1) * c.width  # ln_f is the one
+    gains = (c.num_layers * c.num_ways * (1 if c.has_one_norm else 2) + 1) * c.width  # ln_f is the one
     positions = c.context_length * c.width if c.positions == "learned" else 0
     return matrix_weights(c) + positions + gains + (_bias_parameters(c) if c.bias else 0)
 
 
 def matrix_weights(config: ModelConfig) -> int:
     """Weights that every token is multiplied with: the layers, the conjunction and the head."""
-    conjunction = config.num_ways * config.width**2 if config.architecture == "kraken" else 0
+    conjunction = config.num_ways * config.width**2 if config.is_kraken else 0
     return layer_weights(config) + conjunction + config.vocab_size * config.width
 
 
@@ -68,8 +69,8 @@ def _bias_parameters(config: ModelConfig) -> int:
     """Biases of every linear (c_attn, c_proj; c_fc, c_proj; the conjunction) and of every LayerNorm."""
     c = config
     linears = 4 * c.width + (num_ffn_matrices(c) - 1) * c.ffn_size + c.width
-    norms = (1 if c.architecture == "parallel" else 2) * c.width
-    conjunction = c.width if c.architecture == "kraken" else 0
+    norms = (1 if c.has_one_norm else 2) * c.width
+    conjunction = c.width if c.is_kraken else 0
     return c.num_layers * c.num_ways * (linears + norms) + conjunction + c.width
 
 
@@ -138,11 +139,11 @@ def _multiply_adds(config: ModelConfig, *, width: int, ffn_size: int, attention_
     projections = 4 * width * attention_width
     attention = 2 * c.context_length * attention_width
     ffn = num_ffn_matrices(c) * width * ffn_size
-    conjunction = c.num_ways * width**2 if c.architecture == "kraken" else 0
+    conjunction = c.num_ways * width**2 if c.is_kraken else 0
     return c.num_layers * c.num_ways * (projections + attention + ffn) + conjunction + c.vocab_size * width
 
 
-Architecture = Literal["kraken", "standard", "parallel"]
+Architecture = Literal["kraken", "kraken_delayed", "standard", "parallel"]
 Kind = Literal["preset", "exact", "aligned", "reshaped"]
 
 
@@ -286,7 +287,7 @@ def matched(config: ModelConfig, architecture: Architecture, num_ways: int = 1) 
         architecture=architecture,
         num_ways=num_ways,
         num_heads=num_ways,
-        ffn_multiple=2 if architecture == "kraken" else 4,
+        ffn_multiple=2 if architecture in WAY_ARCHITECTURES else 4,
     )
     for width in _widths_near(shape, num_parameters(config), 8):
         head_sizes = [head_size for head_size in range(48, 97, 8) if width % head_size == 0]

@@ -13,7 +13,7 @@ from kraken.config import ConfigError, ModelConfig
 from kraken.plan import cost as plan
 from kraken.plan.cost import Architecture
 
-ARCHITECTURES: tuple[Architecture, ...] = ("standard", "parallel", "kraken")
+ARCHITECTURES: tuple[Architecture, ...] = ("standard", "parallel", "kraken", "kraken_delayed")
 MASTER_BYTES = 4
 """Size of a master weight, of its gradient and of each of Adam's two moments."""
 
@@ -106,7 +106,7 @@ class Prediction:
     ttft_waited_ms: float
     """Time to first token when every all-reduce is waited for."""
     ttft_overlapped_ms: float
-    """Time to first token with the overlap that the architecture allows; only Kraken allows any."""
+    """Time to first token with the overlap that the architecture allows; only the two Krakens allow any."""
     data_parallel: TrainingCost
     """Training with the whole model on every device."""
     model_parallel: TrainingCost
@@ -114,7 +114,7 @@ class Prediction:
 
 
 def compare(config: ModelConfig, devices: Devices, workload: Workload) -> list[Prediction]:
-    """The three architectures at equal parameters: `config` and its partners (`plan.matched`).
+    """All architectures at equal parameters: `config` and its partners (`plan.matched`).
 
     Raises:
         ConfigError: ways that the devices do not divide, or a prompt longer than the context.
@@ -126,7 +126,7 @@ def compare(config: ModelConfig, devices: Devices, workload: Workload) -> list[P
 
 
 def _partner_ways(architecture: Architecture, devices: Devices) -> int:
-    return devices.num_devices if architecture == "kraken" else 1
+    return devices.num_devices if architecture in plan.WAY_ARCHITECTURES else 1
 
 
 def predict(config: ModelConfig, devices: Devices, workload: Workload) -> Prediction:
@@ -141,7 +141,8 @@ def predict(config: ModelConfig, devices: Devices, workload: Workload) -> Predic
     ffn_s = seconds(share.ffn_kernels(), devices)
     all_reduce_s = ring_seconds(share.payload_bytes, devices)
     readout_s = seconds(share.readout_kernels(), devices) + share.readout_link_seconds(devices)
-    exposed_s = max(0.0, all_reduce_s - attention_s) if config.architecture == "kraken" else all_reduce_s
+    hidden_s = {"kraken": attention_s, "kraken_delayed": attention_s + ffn_s}.get(config.architecture, 0.0)
+    exposed_s = max(0.0, all_reduce_s - hidden_s)
     computing_s = config.num_layers * (attention_s + ffn_s) + readout_s
     return Prediction(
         config=config,
@@ -164,7 +165,7 @@ def predict(config: ModelConfig, devices: Devices, workload: Workload) -> Predic
 
 def _check(config: ModelConfig, devices: Devices, workload: Workload) -> None:
     n = devices.num_devices
-    if config.architecture == "kraken" and config.num_ways % n:
+    if config.is_kraken and config.num_ways % n:
         choices = [count for count in range(1, config.num_ways + 1) if config.num_ways % count == 0]
         raise ConfigError(
             f"num_devices={n} does not divide the {config.num_ways} ways; choose from {choices}, or {n} ways"
@@ -190,7 +191,7 @@ def model_parallel_training(share: "Share") -> TrainingCost:
     """The layers are divided; their all-reduces come once more in the backward pass."""
     tokens = share.workload.sequences_per_step * share.config.context_length
     # every layer's forward and backward; forward of the conjunction; backward of the head, whose rows are divided
-    num_sums = 2 * share.num_all_reduces + (2 if share.is_kraken else 1)
+    num_sums = 2 * share.num_all_reduces + (2 if share.config.is_kraken else 1)
     activations = num_sums * tokens * share.config.width * share.workload.bytes_per_value
     gradients = MASTER_BYTES * share.replicated_parameters
     return TrainingCost(
@@ -234,18 +235,14 @@ class Share:
     workload: Workload
 
     @property
-    def is_kraken(self) -> bool:
-        return self.config.architecture == "kraken"
-
-    @property
     def ways(self) -> float:
         """Ways on this device; the baselines' one way is on every device in part."""
-        return self.config.num_ways / self.num_devices if self.is_kraken else 1
+        return self.config.num_ways / self.num_devices if self.config.is_kraken else 1
 
     @property
     def split(self) -> int:
         """Devices that share the matrices of one way."""
-        return 1 if self.is_kraken else self.num_devices
+        return 1 if self.config.is_kraken else self.num_devices
 
     @property
     def num_tokens(self) -> int:
@@ -259,9 +256,14 @@ class Share:
 
     @property
     def num_all_reduces(self) -> int:
-        """All-reduces of all layers; Kraken's first layer needs none."""
+        """All-reduces of all layers; the first layers of the two Krakens need none, nor does the last delayed one."""
         layers = self.config.num_layers
-        return {"kraken": layers - 1, "standard": 2 * layers, "parallel": layers}[self.config.architecture]
+        return {
+            "kraken": layers - 1,
+            "kraken_delayed": max(0, layers - 2),
+            "standard": 2 * layers,
+            "parallel": layers,
+        }[self.config.architecture]
 
     @property
     def replicated_parameters(self) -> int:
@@ -285,11 +287,11 @@ class Share:
     def activation_bytes(self) -> float:
         """Activations of one micro-batch that the backward pass reads.
 
-        Per token, layer and way: input and output of both norms, 4D (the parallel block has one, 2D); q, k, v and the
+        Per token, layer and way: input and output of both norms, 4D (2D with one norm); q, k, v and the
         attention's output, 4D; in the FFN 2F, before and after the activation, or 4F when gated.
         """
         c = self.config
-        norms = (2 if c.architecture == "parallel" else 4) * c.width
+        norms = (2 if c.has_one_norm else 4) * c.width
         inner = 4 * c.width + (4 if c.activation == "swiglu" else 2) * c.ffn_size
         tokens = self.workload.sequences_per_microbatch * c.context_length
         per_token = c.num_layers * self.ways * (norms + inner / self.split)
@@ -310,7 +312,7 @@ class Share:
             products,
             self._linear(tokens, width / self.split, width),
         ]
-        if self.config.architecture != "parallel":  # that block adds everything at its end
+        if not self.config.has_one_norm:  # with one norm everything is added at the end
             kernels.append(self._moves(3 * self.ways * tokens * width))
         return kernels
 
@@ -318,10 +320,12 @@ class Share:
         """The rest of one layer: what is added and normalised, and the FFN."""
         tokens, width, hidden = self.num_tokens, self.config.width, self.config.ffn_size / self.split
         matrices = plan.num_ffn_matrices(self.config)
-        # vectors moved: S, x and a in, their sum out | ln_2 | residual; the parallel block adds three vectors
-        vectors = {"kraken": 4 + 2 + 3, "standard": 2 + 3, "parallel": 4}[self.config.architecture]
+        # vectors moved: S, x and a in, their sum out | ln_2 | residual; with one norm three vectors are added, to which
+        # the delayed Kraken adds S and the input of the layer before
+        vectors = {"kraken": 4 + 2 + 3, "kraken_delayed": 4 + 2, "standard": 2 + 3, "parallel": 4}
+
         return [
-            self._moves(vectors * self.ways * tokens * width),
+            self._moves(vectors[self.config.architecture] * self.ways * tokens * width),
             self._linear(tokens, width, (matrices - 1) * hidden),
             self._moves(matrices * self.ways * tokens * hidden),  # the activation
             self._linear(tokens, hidden, width),
@@ -336,18 +340,18 @@ class Share:
             self._moves(3 * self.num_tokens * width),
             Kernel(2 * prompts * width * rows, values * self.workload.bytes_per_value),
         ]
-        return [*kernels, self._linear(prompts, width, width)] if self.is_kraken else kernels
+        return [*kernels, self._linear(prompts, width, width)] if self.config.is_kraken else kernels
 
     def readout_link_seconds(self, devices: Devices) -> float:
         """The conjunction's all-reduce, and the all-gather of the logits, both waited for."""
         n = self.num_devices
         gather = self._gather_bytes / (devices.link_gb_per_s * 1e9) + (n - 1) * devices.link_latency_us * 1e-6
-        return gather + (ring_seconds(self._conjunction_bytes, devices) if self.is_kraken else 0.0)
+        return gather + (ring_seconds(self._conjunction_bytes, devices) if self.config.is_kraken else 0.0)
 
     @property
     def prefill_sent_bytes(self) -> float:
         """Bytes that this device sends in a prefill, the readout's included."""
-        sums = self.num_all_reduces * self.payload_bytes + (self._conjunction_bytes if self.is_kraken else 0)
+        sums = self.num_all_reduces * self.payload_bytes + (self._conjunction_bytes if self.config.is_kraken else 0)
         return ring_bytes(sums, self.num_devices) + self._gather_bytes
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from kraken.engine.placement import Placement
 from kraken.engine.protocol import EngineError, RequestError
 from kraken.trtllm import frames
 from kraken.trtllm.session import Job, Launch, Session, Step, clean_environment, make_async_llm, prepare
-from kraken.trtllm.tree import MARK, end_marked
+from kraken.trtllm.tree import MARK, end_marked, environments
 
 SHUTDOWN_TIMEOUT_S = 30.0
 HOST = Path(__file__).with_name("host.py")
@@ -100,13 +101,15 @@ class ProcessBackend:
 
     def __init__(self, launch: Launch):
         self._launch = launch
-        self._mark = uuid.uuid4().hex
+        self.mark = uuid.uuid4().hex
+        """Every process of the tree carries it; see `kraken/trtllm/tree.py`."""
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._listening: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._jobs: dict[str, asyncio.Queue[Step | Exception | None]] = {}
+        self._numbers = itertools.count()
         self._is_cut = False  # the connection ends a moment before the process can be seen to have ended
 
     async def start(self, timeout_s: float) -> None:
@@ -117,7 +120,7 @@ class ProcessBackend:
             self._process = subprocess.Popen(
                 # -P: the script's own folder must not shadow anything
                 [sys.executable, "-P", str(HOST), str(theirs.fileno())],
-                env=os.environ | {MARK: self._mark, "PYTHONPATH": path},
+                env=os.environ | {MARK: self.mark, "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
@@ -141,6 +144,8 @@ class ProcessBackend:
     async def steps(self, job: Job) -> AsyncGenerator[Step, None]:
         if not self.alive:
             raise EngineError(f"TensorRT-LLM's process has ended: {self._last_words()}")
+        # A name of its own: answers to an aborted job may still arrive when its id is used again.
+        job = dataclasses.replace(job, id=f"{job.id}/{next(self._numbers)}")
         arrived = self._jobs[job.id] = asyncio.Queue()
         is_over = False
         try:
@@ -163,6 +168,10 @@ class ProcessBackend:
         is_running = self._process is not None and self._process.poll() is None
         return is_running and self._writer is not None and not self._is_cut
 
+    def environments(self) -> list[dict[str, str]]:
+        """Environment variables of every process of the tree."""
+        return list(environments(self.mark).values())
+
     async def close(self) -> None:
         process, self._process = self._process, None
         if process is None:
@@ -172,7 +181,7 @@ class ProcessBackend:
             self._send({"type": "close"})
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(process.wait, SHUTDOWN_TIMEOUT_S)
-        left = await asyncio.to_thread(end_marked, self._mark)
+        left = await asyncio.to_thread(end_marked, self.mark)
         await asyncio.to_thread(process.wait)
         if self._listening is not None:
             self._listening.cancel()

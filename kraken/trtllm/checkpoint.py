@@ -35,7 +35,7 @@ from kraken.tokenizer import Tokenizer
 from kraken.trtllm.parts import Part, ReadRows, padded_head_size, padded_vocab_size, plan_parts, require_convertible
 from kraken.trtllm.proof import proof_metrics, proof_shape, prove_padding
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the folder's format changes."""
 KIND = "trtllm"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -144,8 +144,6 @@ def trtllm_config(config: ModelConfig, values: Mapping[str, Any], dtype: torch.d
         "intermediate_size": config.ffn_size,
         "vocab_size": padded_vocab_size(config),
         "layer_norm_eps": LAYER_NORM_EPSILON,
-        "kraken_width": config.num_ways,
-        "kraken_head_dim": config.head_size,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }

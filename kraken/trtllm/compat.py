@@ -17,37 +17,39 @@ from kraken.manifest import ArtefactError
 
 DISTRIBUTION = "tensorrt_llm"
 OLDEST = (1, 2, 1)
-NEWEST_SERIES = (1, 4)
-SUPPORTED = "1.2.1 and newer within 1.2, 1.3 and 1.4"
+SUPPORTED = "1.2.1 and newer within 1.2, whose sources this code was written against"
 WAY_OUT = "use the image of docker/tensorrt_llm.Dockerfile, or engine.kind=torch"
+ONESHOT_RANKS = (2, 4, 8, 16)
+"""Numbers of ranks for which TensorRT-LLM's own all-reduce kernels exist; any other needs NCCL."""
 
-MODULES: dict[str, tuple[str, ...]] = {
-    "AllReduce": ("tensorrt_llm._torch.distributed",),
-    "AllReduceParams": ("tensorrt_llm._torch.distributed",),
-    "AllReduceStrategy": ("tensorrt_llm._torch.distributed",),
-    "AsyncLLM": ("tensorrt_llm",),
-    "Attention": ("tensorrt_llm._torch.modules.attention", "tensorrt_llm._torch.attention.attention"),
-    "CudaGraphConfig": ("tensorrt_llm.llmapi",),
-    "DecoderLayer": ("tensorrt_llm._torch.modules.decoder_layer",),
-    "DecoderModel": ("tensorrt_llm._torch.models.modeling_utils",),
-    "DecoderModelForCausalLM": ("tensorrt_llm._torch.models.modeling_utils",),
-    "Embedding": ("tensorrt_llm._torch.modules.embedding",),
-    "KvCacheConfig": ("tensorrt_llm.llmapi",),
-    "LLM": ("tensorrt_llm",),
-    "LayerNorm": ("tensorrt_llm._torch.modules.layer_norm",),
-    "Linear": ("tensorrt_llm._torch.modules.linear",),
-    "Mapping": ("tensorrt_llm.mapping",),
-    "ModelConfig": ("tensorrt_llm._torch.model_config",),
-    "SamplingParams": ("tensorrt_llm",),
-    "TensorParallelMode": ("tensorrt_llm._torch.modules.linear",),
-    "register_auto_model": ("tensorrt_llm._torch.models.modeling_utils",),
+MODULES = {
+    "AllReduce": "tensorrt_llm._torch.distributed",
+    "AllReduceParams": "tensorrt_llm._torch.distributed",
+    "AllReduceStrategy": "tensorrt_llm._torch.distributed",
+    "AsyncLLM": "tensorrt_llm",
+    "Attention": "tensorrt_llm._torch.modules.attention",
+    "CudaGraphConfig": "tensorrt_llm.llmapi",
+    "DecoderLayer": "tensorrt_llm._torch.modules.decoder_layer",
+    "DecoderModel": "tensorrt_llm._torch.models.modeling_utils",
+    "DecoderModelForCausalLM": "tensorrt_llm._torch.models.modeling_utils",
+    "Embedding": "tensorrt_llm._torch.modules.embedding",
+    "KvCacheConfig": "tensorrt_llm.llmapi",
+    "LLM": "tensorrt_llm",
+    "LayerNorm": "tensorrt_llm._torch.modules.layer_norm",
+    "Linear": "tensorrt_llm._torch.modules.linear",
+    "Mapping": "tensorrt_llm.mapping",
+    "ModelConfig": "tensorrt_llm._torch.model_config",
+    "SamplingParams": "tensorrt_llm",
+    "TensorParallelMode": "tensorrt_llm._torch.modules.linear",
+    "TorchLlmArgs": "tensorrt_llm.llmapi.llm_args",
+    "register_auto_model": "tensorrt_llm._torch.models.modeling_utils",
 }
-"""Name -> the modules that may hold it, the one of 1.2.1 first."""
+"""Name -> the module that holds it."""
 
 
 @functools.cache
-def facts() -> dict[str, Any]:
-    """The fact file: parameter names of every symbol as read in TensorRT-LLM's sources, its constants, its quirks."""
+def signatures() -> dict[str, list[str]]:
+    """What this folder uses of TensorRT-LLM: symbol -> the parameters, attributes or members of it, and no others."""
     return json.loads(files(__package__).joinpath("signatures.json").read_text())
 
 
@@ -73,18 +75,18 @@ def require_supported_version(version: str | None) -> str:
     if numbers is not None:
         release = (int(numbers[1]), int(numbers[2]), int(numbers[3]))
         before_oldest = release < OLDEST or (release == OLDEST and numbers[4] is not None)
-        if not before_oldest and release[:2] <= NEWEST_SERIES:
+        if not before_oldest and release[:2] == OLDEST[:2]:
             return version
     raise ConfigError(f"TensorRT-LLM {version} is installed, but supported is {SUPPORTED}; {WAY_OUT}")
 
 
 @functools.cache
 def resolve(name: str) -> Any:
-    """One of the names in `MODULES`, from the first module that has it.
+    """One of the names in `MODULES`.
 
     Raises:
         ConfigError: TensorRT-LLM is missing or of another version.
-        ArtefactError: it is installed and cannot be imported, or keeps the name somewhere else.
+        ArtefactError: it is installed and cannot be imported, or has no such name.
     """
     version = require_supported_version(installed_version())
     try:
@@ -93,13 +95,13 @@ def resolve(name: str) -> Any:
         raise ArtefactError(
             f"TensorRT-LLM {version} is installed but cannot be imported ({error}); {WAY_OUT}"
         ) from error
-    for module_name in MODULES[name]:
-        try:
-            return getattr(importlib.import_module(module_name), name)
-        except (ModuleNotFoundError, AttributeError):
-            continue
-    places = " or ".join(MODULES[name])
-    raise ArtefactError(f"TensorRT-LLM {version} has no {name} in {places}; run jobs.doctor and extend compat.MODULES")
+    try:
+        return getattr(importlib.import_module(MODULES[name]), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ArtefactError(
+            f"TensorRT-LLM {version} has no {name} in {MODULES[name]}; run jobs.doctor tensorrt_llm and correct "
+            "compat.MODULES"
+        ) from error
 
 
 def __getattr__(name: str) -> Any:

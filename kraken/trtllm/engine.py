@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from kraken.config import ConfigError, EngineConfig
+from kraken.engine.inbox import submit_by_generate
 from kraken.engine.placement import TENSORRT_LLM_FOLDER, Placement
 from kraken.engine.protocol import (
     EngineError,
@@ -29,6 +30,7 @@ from kraken.engine.protocol import (
     EngineOverloaded,
     EngineStats,
     FinishReason,
+    Item,
     Output,
     PromptOutput,
     Request,
@@ -42,12 +44,16 @@ from kraken.engine.sampler import token_logprobs
 from kraken.manifest import ArtefactError, Manifest
 from kraken.tokenizer import Tokenizer, require_same_tokenizer
 from kraken.trtllm.backend import Backend, ProcessBackend, RayBackend
+from kraken.trtllm.checkpoint import FORMAT
 from kraken.trtllm.proof import require_proven
-from kraken.trtllm.session import Job, Launch, Step, make_job
+from kraken.trtllm.session import Job, Launch, Step, make_jobs
 
 PROBE_TIMEOUT_S = 60.0
 STALL_LIMIT_S = 120.0
 """Requests in flight and not one token for this long: a rank hangs, and the engine says that it is unhealthy."""
+ANSWER_LIMIT_S = 60.0
+"""The oldest request in flight waits for no other one, so that without a token for this long nobody works at it: Ray
+workers do not say that they have rejected a request."""
 NUM_TIMINGS = 1000
 """Newest requests over which the reported medians are taken."""
 NUM_PROBE_TOKENS = 8
@@ -95,6 +101,8 @@ class _Flight:
     arrived_at: float
     outputs: asyncio.Queue[Output | Exception | None] = field(default_factory=asyncio.Queue)
     has_token: bool = False
+    waits_since: float = field(default_factory=time.monotonic)
+    """Its last step, or the moment since when no older request is in flight."""
     task: asyncio.Task[None] | None = None
 
 
@@ -111,12 +119,13 @@ class TensorRTEngine:
         self._backend = backend
         self._info = info
         self._config = config
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, _Flight] = {}  # in the order in which TensorRT-LLM was given their jobs
         self._starting = asyncio.Lock()
         self._capabilities: Capabilities | None = None
         self._failure: Exception | None = None
         self._closed = False
         self._check: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._last_step_at = time.monotonic()
         self._num_finished = self._num_aborted = self._prompt_tokens = self._completion_tokens = 0
         self._ttfts_s: deque[float] = deque(maxlen=NUM_TIMINGS)
@@ -149,13 +158,11 @@ class TensorRTEngine:
         placement: Placement | None = None,
         *,
         num_ranks: int | None = None,
-        overlap: bool = True,
     ) -> "TensorRTEngine":
         """An engine for a TensorRT-LLM folder.
 
         Args:
             num_ranks: GPUs of a baseline, whose layers any number can share; a Kraken has one per way.
-            overlap: whether all-reduces run beside the attention; False to measure what that is worth.
 
         Raises:
             ArtefactError: the folder is unfinished or damaged, or its padded heads change the logits.
@@ -164,6 +171,8 @@ class TensorRTEngine:
         if config.refused_by_tensorrt_llm:
             raise ConfigError(f"{config.refused_by_tensorrt_llm} with TensorRT-LLM; leave it out")
         manifest, tokenizer = Manifest.read(folder), Tokenizer.load(folder)
+        if manifest.config.get("format") != FORMAT:
+            raise ArtefactError(f"{folder} was written by another version of this project; delete it and convert again")
         require_proven(manifest)
         if recorded := manifest.details.get("tokenizer_fingerprint"):
             require_same_tokenizer(tokenizer.fingerprint, recorded, f"the tokenizer in {folder}", "the model")
@@ -175,20 +184,17 @@ class TensorRTEngine:
             eot_id=values["eos_token_id"],
             tokenizer_fingerprint=tokenizer.fingerprint,
         )
+        if config.kv_cache_tokens and config.kv_cache_tokens < info.context_length:
+            raise ConfigError(
+                f"engine.kv_cache_tokens={config.kv_cache_tokens} does not hold one context of {info.context_length} "
+                "tokens, so that a request would wait for ever; raise it, or leave it out"
+            )
         launch = Launch(
             folder=str(folder),
-            num_ranks=num_ranks or values["kraken_width"],
+            num_ranks=num_ranks or values["num_ways"],
             context_length=info.context_length,
-            eot_id=info.eot_id,
-            dtype="bfloat16" if config.dtype == "auto" else config.dtype,
-            max_batch_size=config.max_batch_size,
             exchange_fingerprint=next(iter(manifest.parents.values()), manifest.fingerprint),
-            overlap=overlap and config.overlap == "overlapped",
-            prefix_reuse=config.prefix_reuse,
-            tokens_per_block=config.tokens_per_block,
-            kv_cache_tokens=_cache_tokens(config, info.context_length),
-            cuda_graphs=config.cuda_graphs,
-            cuda_graph_sizes=config.cuda_graph_sizes,
+            config=config,
         )
         backend = ProcessBackend(launch) if placement is None else RayBackend(launch, placement)
         return cls(backend, info, config)
@@ -196,6 +202,10 @@ class TensorRTEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def backend(self) -> Backend:
+        return self._backend
 
     @property
     def capabilities(self) -> Capabilities | None:
@@ -216,12 +226,9 @@ class TensorRTEngine:
                 await self._backend.start(self._config.startup_timeout_s)
                 self._capabilities = await asyncio.wait_for(self._try_out(), self._config.startup_timeout_s)
             except BaseException as error:
-                reason = (
-                    f"its first requests took longer than engine.startup_timeout_s={self._config.startup_timeout_s:g}"
-                )
-                known = (
-                    error if isinstance(error, EngineError) else EngineError(f"TensorRT-LLM failed: {error or reason}")
-                )
+                limit_s = self._config.startup_timeout_s
+                reason = str(error) or f"its first requests took longer than engine.startup_timeout_s={limit_s:g}"
+                known = error if isinstance(error, EngineError) else EngineError(f"TensorRT-LLM failed: {reason}")
                 self._failure = known
                 with contextlib.suppress(EngineError):
                     await self._backend.close()
@@ -232,7 +239,7 @@ class TensorRTEngine:
     async def generate(self, request: Request) -> AsyncIterator[Output]:
         """See `Engine.generate`."""
         check_request(request, self._info)
-        job = make_job(request, self._info.eot_id)
+        jobs = make_jobs(request, self._info.eot_id)
         self._require_healthy()
         arrived_at = time.monotonic()
         if self._capabilities is None:
@@ -240,21 +247,29 @@ class TensorRTEngine:
         assert self._capabilities is not None
         self._capabilities.require(request)
         if request.id in self._flights:
-            raise EngineError(f"request id {request.id} is already in flight; give every request its own")
+            raise RequestError(f"id={request.id!r} is in flight already; give every request its own")
         if len(self._flights) >= self._config.max_batch_size + self._config.max_queued_requests:
             raise EngineOverloaded(f"{self._config.max_queued_requests} requests are waiting already; try again later")
         if not self._flights:
             self._last_step_at = time.monotonic()
         flight = self._flights[request.id] = _Flight(request, arrived_at)
         self._prompt_tokens += len(request.prompt_ids)
-        flight.task = asyncio.create_task(self._run(flight, job))
+        flight.task = asyncio.create_task(self._run(flight, *jobs))
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.create_task(self._watch_oldest())
         try:
             while (output := await flight.outputs.get()) is not None:
                 if isinstance(output, Exception):
                     raise output
                 yield output
         finally:
-            self.abort(request.id)
+            # by flight and not by id, which may belong to a later request by now
+            if self._flights.get(request.id) is flight:
+                self.abort(request.id)
+
+    def submit(self, request: Request, receive: Callable[[Item], None]) -> Callable[[], None]:
+        """See `Engine.submit`."""
+        return submit_by_generate(self, request, receive)
 
     def abort(self, request_id: str) -> None:
         """See `Engine.abort`."""
@@ -288,8 +303,7 @@ class TensorRTEngine:
             return
         self._closed = True
         tasks = [flight.task for flight in self._flights.values() if flight.task is not None]
-        if self._check is not None:
-            tasks.append(self._check)
+        tasks += [task for task in (self._check, self._watch) if task is not None]
         for flight in self._flights.values():
             flight.outputs.put_nowait(EngineError("the engine was closed"))
         self._flights.clear()
@@ -306,11 +320,11 @@ class TensorRTEngine:
 
     # -- one request -------------------------------------------------------------------------------------------------
 
-    async def _run(self, flight: _Flight, job: Job) -> None:
+    async def _run(self, flight: _Flight, scoring: Job | None, generation: Job | None) -> None:
         """Move one request's outputs to whoever waits for them."""
         end: Exception | None = None
         try:
-            async with aclosing(self._outputs(flight, job)) as outputs:
+            async with aclosing(self._outputs(flight, scoring, generation)) as outputs:
                 async for output in outputs:
                     flight.outputs.put_nowait(output)
             self._num_finished += 1
@@ -319,51 +333,69 @@ class TensorRTEngine:
         except Exception as error:
             end = error if isinstance(error, EngineError) else EngineError(f"TensorRT-LLM failed: {error}")
             self._check_health()
-        self._flights.pop(flight.request.id, None)
+        self._end(flight, end)
+
+    def _end(self, flight: _Flight, end: Exception | None) -> None:
+        if self._flights.get(flight.request.id) is flight:
+            del self._flights[flight.request.id]
         flight.outputs.put_nowait(end)
 
-    async def _outputs(self, flight: _Flight, job: Job) -> AsyncGenerator[Output, None]:
+    async def _outputs(
+        self, flight: _Flight, scoring: Job | None, generation: Job | None
+    ) -> AsyncGenerator[Output, None]:
         request = flight.request
-        awaits_prompt = request.prompt_logprobs or request.return_logits
-        scores_only = request.sampling.max_tokens == 0
-        if not job.prompt_ids or (scores_only and not awaits_prompt):  # nothing to compute
-            if awaits_prompt:
-                yield self._prompt_output(request, np.empty((0, self._info.num_ids), np.float32))
+        if request.prompt_logprobs or request.return_logits:
+            logits_TV = np.empty((0, self._info.num_ids), np.float32)  # nothing precedes an only token
+            if scoring is not None:
+                steps = [step async for step in self._steps(flight, scoring)]
+                found = [step.context_logits_TV for step in steps if step.context_logits_TV is not None]
+                if not found:
+                    raise EngineError("TensorRT-LLM returned no logits of the prompt; leave prompt_logprobs out")
+                logits_TV = found[0]
+                # its second job waits behind those of the requests that have come meanwhile
+                self._flights[request.id] = self._flights.pop(request.id)
+            yield self._prompt_output(request, logits_TV)
+        if generation is None:
             return
-        held: list[TokenOutput] = []  # tokens that came before the logits of the prompt
-        num_tokens, is_over = 0, False
-        async with aclosing(self._backend.steps(job)) as steps:
-            async for step in steps:
+        num_tokens = 0
+        async with aclosing(self._steps(flight, generation)) as running:
+            async for step in running:
                 self._note(flight, step)
-                if awaits_prompt and step.context_logits_TV is not None:
-                    yield self._prompt_output(request, step.context_logits_TV)
-                    awaits_prompt = False
-                if scores_only:
-                    continue
                 for output in self._token_outputs(request, step, num_tokens):
                     num_tokens += 1
                     self._completion_tokens += 1
-                    is_over = output.finish_reason is not None
-                    held.append(output)
-                    if is_over:
-                        break
-                if not awaits_prompt:
-                    for output in held:
-                        yield output
-                    held.clear()
-                    if is_over:
+                    yield output
+                    if output.finish_reason is not None:
                         return
-        if awaits_prompt:
-            raise EngineError("TensorRT-LLM returned no logits of the prompt; leave prompt log-probabilities out")
-        if not scores_only:
-            raise EngineError(f"TensorRT-LLM ended the request after {num_tokens} tokens without a reason")
+        raise EngineError(f"TensorRT-LLM ended the request after {num_tokens} tokens without a reason")
+
+    async def _steps(self, flight: _Flight, job: Job) -> AsyncGenerator[Step, None]:
+        async with aclosing(self._backend.steps(job)) as steps:
+            async for step in steps:
+                self._last_step_at = flight.waits_since = time.monotonic()
+                yield step
+
+    async def _watch_oldest(self) -> None:
+        """End a request that nobody works at, while there are any."""
+        oldest: _Flight | None = None
+        while self._flights:
+            first = next(iter(self._flights.values()))
+            if first is not oldest:
+                oldest = first
+                oldest.waits_since = max(oldest.waits_since, time.monotonic())
+            elif time.monotonic() - oldest.waits_since > ANSWER_LIMIT_S:
+                assert oldest.task is not None
+                oldest.task.cancel()
+                problem = f"TensorRT-LLM has not answered request {oldest.request.id!r} for {ANSWER_LIMIT_S:g} s"
+                self._end(oldest, EngineError(f"{problem}; it may have rejected it, see the logs of its workers"))
+                self._check_health()
+            await asyncio.sleep(ANSWER_LIMIT_S / 20)
 
     def _note(self, flight: _Flight, step: Step) -> None:
         """Measure."""
-        now = self._last_step_at = time.monotonic()
         if step.token_ids and not flight.has_token:
             flight.has_token = True
-            self._ttfts_s.append(now - flight.arrived_at)
+            self._ttfts_s.append(time.monotonic() - flight.arrived_at)
         if "ttft" in step.timings_s:
             self._reported_ttfts_s.append(step.timings_s["ttft"])
         if "request_queue_time" in step.timings_s:
@@ -382,6 +414,8 @@ class TensorRTEngine:
         if token_ids and (request.num_logprobs is not None or request.return_logits):
             if logits_TV is None or len(logits_TV) != len(token_ids):
                 raise EngineError("TensorRT-LLM returned tokens without their logits")
+            if _takes_the_largest(sampling) and not are_of(logits_TV, token_ids):
+                raise EngineError("TensorRT-LLM returned logits of other tokens than its own; leave num_logprobs out")
             if request.num_logprobs is not None:
                 scored = token_logprobs(torch.from_numpy(logits_TV.copy()), list(token_ids), request.num_logprobs)
         for index, token_id in enumerate(token_ids):
@@ -417,27 +451,34 @@ class TensorRTEngine:
     # -- finding out -------------------------------------------------------------------------------------------------
 
     async def _try_out(self) -> Capabilities:
-        """Run a few small requests and look at what comes back."""
+        """Run a few small requests together, and look at what comes back.
+
+        One token would not do: the logits of older versions are overwritten by those of the next token.
+        """
         num_tokens = min(NUM_PROBE_TOKENS, self._info.context_length - 2)
-        asked = Request(id="try-logits", prompt_ids=(self._info.eot_id,) * 2, sampling=GREEDY, return_logits=True)
-        steps = await self._collect(make_job(asked, self._info.eot_id))
-        num_rows = max((len(s.context_logits_TV) for s in steps if s.context_logits_TV is not None), default=0)
-        drawn = [await self._draw(seed, num_tokens) for seed in (1, 1, 2)]
+        greedy = SamplingParams(max_tokens=num_tokens, temperature=0.0)
+        # At the highest temperature every id is about as likely, so that only the seed decides.
+        drawn = [SamplingParams(max_tokens=num_tokens, temperature=100.0, seed=seed) for seed in (1, 1, 2)]
+        requests = [
+            Request(id=f"try-{i}", prompt_ids=(self._info.eot_id,) * 2, sampling=sampling, return_logits=i == 0)
+            for i, sampling in enumerate([greedy, *drawn])
+        ]
+        jobs = [make_jobs(request, self._info.eot_id) for request in requests]
+        scoring, steps, *seeded = await asyncio.gather(
+            *(self._collect(job) for pair in jobs for job in pair if job is not None)
+        )
+        num_rows = max((len(s.context_logits_TV) for s in scoring if s.context_logits_TV is not None), default=0)
+        tokens = [tuple(token_id for step in each for token_id in step.token_ids) for each in seeded]
         return Capabilities(
-            prompt_logits=num_rows == len(asked.prompt_ids),
-            token_logits=all(s.logits_TV is not None for s in steps if s.token_ids),
-            seeds=drawn[0] == drawn[1] != drawn[2],
+            prompt_logits=num_rows == len(requests[0].prompt_ids),
+            token_logits=all(
+                s.logits_TV is not None and are_of(s.logits_TV, s.token_ids) for s in steps if s.token_ids
+            ),
+            seeds=tokens[0] == tokens[1] != tokens[2],
         )
 
-    async def _draw(self, seed: int, num_tokens: int) -> list[int]:
-        """Tokens at the highest temperature, where every id is about as likely, so that only the seed decides."""
-        sampling = SamplingParams(max_tokens=num_tokens, temperature=100.0, seed=seed)
-        request = Request(id=f"try-seed-{seed}", prompt_ids=(self._info.eot_id,), sampling=sampling)
-        steps = await self._collect(make_job(request, self._info.eot_id))
-        return [token_id for step in steps for token_id in step.token_ids]
-
-    async def _collect(self, job: Job) -> list[Step]:
-        return [step async for step in self._backend.steps(job)]
+    async def _collect(self, job: Job | None) -> list[Step]:
+        return [] if job is None else [step async for step in self._backend.steps(job)]
 
     def _check_health(self) -> None:
         """After a failure: is it the request, or the engine? A small request tells."""
@@ -447,28 +488,21 @@ class TensorRTEngine:
     async def _probe(self) -> None:
         request = Request(id=f"probe-{time.monotonic_ns()}", prompt_ids=(self._info.eot_id,), sampling=GREEDY)
         try:
-            await asyncio.wait_for(self._collect(make_job(request, self._info.eot_id)), PROBE_TIMEOUT_S)
+            _, job = make_jobs(request, self._info.eot_id)
+            await asyncio.wait_for(self._collect(job), PROBE_TIMEOUT_S)
         except Exception as error:
             self._failure = error if str(error) else EngineError("TensorRT-LLM does not answer")
 
 
-def _cache_tokens(config: EngineConfig, context_length: int) -> int:
-    """`kv_cache_tokens` in whole blocks.
-
-    Raises:
-        ConfigError: it does not hold one context, so that a request would wait for ever.
-    """
-    if config.kv_cache_tokens and config.kv_cache_tokens < context_length:
-        raise ConfigError(
-            f"engine.kv_cache_tokens={config.kv_cache_tokens} does not hold one context of {context_length} tokens; "
-            "raise it, or leave it out"
-        )
-    return -(-config.kv_cache_tokens // config.tokens_per_block) * config.tokens_per_block
+def are_of(logits_TV: np.ndarray, token_ids: Sequence[int]) -> bool:
+    """Whether each token has the largest of its logits, as greedily chosen tokens do; two bytes may hold ties."""
+    if len(logits_TV) != len(token_ids):
+        return False
+    return all(row[token_id] == row.max() for row, token_id in zip(logits_TV, token_ids, strict=True))
 
 
-def _reason(error: BaseException) -> str:
-    """Many errors of a time limit say nothing by themselves."""
-    return f"TensorRT-LLM failed: {type(error).__name__}{f': {error}' if str(error) else ''}"
+def _takes_the_largest(sampling: SamplingParams) -> bool:
+    return (sampling.temperature == 0 or sampling.top_k == 1) and sampling.repetition_penalty == 1
 
 
 def _median_ms(values_s: deque[float]) -> float | None:

@@ -1,4 +1,5 @@
-"""The process that owns an `LLM` over MPI; `kraken/trtllm/process.py` starts it and talks to it over a socket.
+"""The process that owns an `LLM` over MPI; `ProcessBackend` in
+`kraken/trtllm/backend.py` starts it and talks to it over a socket.
 
     python host.py FILE_DESCRIPTOR
 
@@ -53,7 +54,7 @@ async def serve(channel: socket.socket) -> None:
         }
 
     first, _ = await frames.read(reader)
-    launch = Launch(**first["launch"])
+    launch = Launch.from_json(first["launch"])
     try:
         # Blocks the loop on purpose: TensorRT-LLM wants the main thread, and there is nothing else to do yet.
         prepare(launch)

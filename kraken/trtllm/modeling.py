@@ -31,7 +31,9 @@ from torch import Tensor, nn
 
 from kraken.config import ConfigError
 from kraken.manifest import ArtefactError
+from kraken.plan.cost import TENSORRT_LLM_HEAD_SIZES
 from kraken.trtllm.compat import (
+    ONESHOT_RANKS,
     AllReduce,
     AllReduceParams,
     AllReduceStrategy,
@@ -44,7 +46,6 @@ from kraken.trtllm.compat import (
     Linear,
     ModelConfig,
     TensorParallelMode,
-    facts,
     register_auto_model,
 )
 from kraken.trtllm.compat import Mapping as RankMapping
@@ -66,14 +67,18 @@ def require_supported(model_config: ModelConfig) -> None:
             "num_token_ids is missing in config.json, so that nobody knows which ids only pad the vocabulary and must "
             "have no probability; convert again"
         )
+    if shape.architecture == "kraken_delayed":
+        raise ConfigError(
+            "architecture=kraken_delayed is not supported with TensorRT-LLM; serve this model with engine.kind=torch"
+        )
     if shape.positions != "learned":
         raise ConfigError(
             f"positions={shape.positions} is not supported with TensorRT-LLM; serve this model with engine.kind=torch"
         )
-    if shape.architecture == "kraken" and mapping.tp_size != shape.kraken_width:
+    if shape.architecture == "kraken" and mapping.tp_size != shape.num_ways:
         raise ConfigError(
-            f"tensor_parallel_size={mapping.tp_size}, but the model has kraken_width={shape.kraken_width} ways and "
-            f"every rank holds one; choose tensor_parallel_size={shape.kraken_width}"
+            f"tensor_parallel_size={mapping.tp_size}, but the model has num_ways={shape.num_ways} and every "
+            f"rank holds one way; choose tensor_parallel_size={shape.num_ways}"
         )
     is_split = shape.architecture != "kraken"
     if is_split and (shape.num_attention_heads % mapping.tp_size or shape.intermediate_size % mapping.tp_size):
@@ -96,11 +101,10 @@ def require_supported(model_config: ModelConfig) -> None:
             raise ConfigError(f"{name} is set, but neither LoRA nor speculative decoding is supported; leave it out")
     if getattr(model_config.get_quant_config(), "quant_algo", None) is not None:
         raise ConfigError("a quantised checkpoint is not supported; convert to bfloat16 or float16")
-    sizes = facts()["constants"]["mmha_supported_head_sizes"]
-    if shape.head_dim not in sizes:
+    if shape.head_dim not in TENSORRT_LLM_HEAD_SIZES:
         raise ConfigError(
-            f"head_dim={shape.head_dim} has no attention kernel (there are {sizes}), and TensorRT-LLM would abort; "
-            "convert again with padded heads"
+            f"head_dim={shape.head_dim} has no attention kernel (there are {TENSORRT_LLM_HEAD_SIZES}), and "
+            "TensorRT-LLM would abort; convert again with padded heads"
         )
 
 
@@ -121,14 +125,14 @@ def varied(model_config: ModelConfig, **changes: Any) -> ModelConfig:
 def strategy_for(model_config: ModelConfig) -> AllReduceStrategy:
     """How to reduce: as configured, but NCCL where the one-shot kernels have no answer."""
     num_ranks, width = model_config.mapping.tp_size, model_config.pretrained_config.hidden_size
-    if num_ranks in facts()["constants"]["allreduce_oneshot_ranks"] and width % ALIGNED_WIDTH == 0:
+    if num_ranks in ONESHOT_RANKS and width % ALIGNED_WIDTH == 0:
         return model_config.allreduce_strategy
     return AllReduceStrategy.NCCL
 
 
 def weight_shapes(shape: Any) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a TensorRT-LLM folder, all ways; `shape` has the keys of its config.json."""
-    W, D = shape.kraken_width, shape.hidden_size
+    W, D = shape.num_ways, shape.hidden_size
     inner = shape.num_attention_heads // W * shape.head_dim
     hidden = shape.intermediate_size * (2 if shape.activation == "swiglu" else 1)
     linears = {f"attn.{name}": (inner, D) for name in "qkv"}
@@ -216,7 +220,7 @@ class WayAttention(nn.Module):
     def __init__(self, model_config: ModelConfig, layer_index: int):
         super().__init__()
         shape = model_config.pretrained_config
-        num_heads = shape.num_attention_heads // shape.kraken_width
+        num_heads = shape.num_attention_heads // shape.num_ways
         # the scale of padded heads is folded into the weights of the queries
         self.inner = attention(varied(model_config, mapping=RankMapping()), layer_index, num_heads, out_bias=False)
         self.out_bias = None
@@ -258,7 +262,8 @@ def attend(inner: Attention, x_TD: Tensor, attn_metadata: Any, reduce: bool) -> 
         position_ids=None,
         hidden_states=x_TD,
         attn_metadata=attn_metadata,
-        all_reduce_params=AllReduceParams(enable_allreduce=reduce),
+        # None sums, and is the only way to ask for it that a group of one rank accepts
+        all_reduce_params=None if reduce else AllReduceParams(enable_allreduce=False),
     )
 
 
@@ -296,10 +301,9 @@ class FFN(nn.Module):
 
 
 def norm(model_config: ModelConfig) -> LayerNorm:
+    """In float32: it makes its input float32, and without torch.compile refuses parameters of another type then."""
     shape = model_config.pretrained_config
-    return LayerNorm(
-        hidden_size=shape.hidden_size, eps=shape.layer_norm_eps, dtype=model_config.torch_dtype, has_bias=shape.bias
-    )
+    return LayerNorm(hidden_size=shape.hidden_size, eps=shape.layer_norm_eps, dtype=torch.float32, has_bias=shape.bias)
 
 
 class KrakenLayer(DecoderLayer):
@@ -372,7 +376,7 @@ class KrakenModel(DecoderModel):
     def __init__(self, model_config: ModelConfig):
         super().__init__(model_config)
         shape, mapping, dtype = model_config.pretrained_config, model_config.mapping, model_config.torch_dtype
-        W, D = shape.kraken_width, shape.hidden_size
+        W, D = shape.num_ways, shape.hidden_size
         # The base class ties this one to the head, split over the vocabulary. Reading it would take an all-reduce with
         # nothing beside it, so that tokens are looked up in a whole table.
         self.embed_tokens = Embedding(
@@ -423,8 +427,10 @@ class KrakenModel(DecoderModel):
     def load(self, weights: Tensors) -> None:
         tokens_VD = weights["embed_tokens.weight"]
         num_rows = -(-tokens_VD.shape[0] // self.num_ranks)
-        start = self.rank * num_rows
-        fill(self.embed_tokens, {"weight": tokens_VD[start : start + num_rows]})
+        own_VD = tokens_VD[self.rank * num_rows :][:num_rows]
+        # Every rank has num_rows of them; those past the vocabulary are cut off the logits, but must not be NaN.
+        self.embed_tokens.weight.data.zero_()
+        self.embed_tokens.weight.data[: len(own_VD)].copy_(own_VD)
         fill(self.token_table, {"weight": tokens_VD})
         fill(self.position_table, below(weights, "embed_positions"))
         for index, layer in enumerate(self.layers):
@@ -470,6 +476,11 @@ class KrakenForCausalLM(DecoderModelForCausalLM):
         )
         logits_TV[..., self.shape.num_token_ids :] = torch.finfo(logits_TV.dtype).min
         return logits_TV
+
+    def infer_max_seq_len(self) -> int:
+        """Longest sequence, to which TensorRT-LLM cuts `max_seq_len`: a context and the token after it, which a scored
+        prompt of full length draws and which is never fed."""
+        return self.shape.max_position_embeddings + 1
 
     def load_weights(self, weights: Tensors) -> None:
         """Take this rank's part of a TensorRT-LLM folder.

@@ -121,6 +121,11 @@ def require_convertible(config: ModelConfig) -> None:
     """Raises:
     ConfigError: the model inside TensorRT-LLM cannot compute this shape.
     """
+    if config.architecture == "kraken_delayed":
+        raise ConfigError(
+            "model.architecture=kraken_delayed is not supported with TensorRT-LLM; choose model.architecture=kraken, "
+            "or serve this model with engine.kind=torch"
+        )
     if config.positions != "learned":
         raise ConfigError(
             f"model.positions={config.positions} is not supported with TensorRT-LLM; choose model.positions=learned, "

@@ -1,12 +1,13 @@
 """One TensorRT-LLM engine in the process that owns it: how it is built, and how a request runs through it.
 
 Both ways of running one use this: `LLM` over MPI in a process of its own (`kraken/trtllm/host.py`), and `AsyncLLM` over
-Ray inside a Serve replica (`kraken/trtllm/engine.py`). Everything that crosses a process border here is plain JSON and
-numpy arrays.
+Ray inside a Serve replica (`RayBackend` in `kraken/trtllm/backend.py`). Everything that crosses a process border here
+is plain JSON and numpy arrays.
 """
 
 import asyncio
 import dataclasses
+import functools
 import importlib
 import secrets
 from collections.abc import AsyncGenerator, MutableMapping
@@ -16,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from kraken.config import EngineConfig, from_dict
 from kraken.engine.placement import REPLICA_ENVIRONMENT, Placement
 from kraken.engine.protocol import EngineError, Request, RequestError, SamplingParams
 from kraken.trtllm.fingerprint import require_same_machine
 
-ONESHOT_RANKS = (2, 4, 8, 16)
-"""Numbers of ranks for which TensorRT-LLM's own all-reduce kernels exist; any other needs NCCL."""
 WORKER_EXTENSION = "kraken.trtllm.ray_ext.KrakenWorkerExtension"
+STEP_TOKENS = 8192
+"""Tokens of a step, TensorRT-LLM's default. A prompt that does not fit beside the tokens of the running requests waits,
+and every request behind it waits too."""
 LAUNCHERS = ("PMI", "PMIX", "MPI", "OMPI", "SLURM")
 """Prefixes of variables by which a launcher tells a process its rank; workers of another launcher must not see them."""
 PLAIN_FIELDS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "seed", "stop_ids"})
@@ -40,24 +43,25 @@ class Launch:
     num_ranks: int
     """GPUs: one per way, or any number for a baseline."""
     context_length: int
-    eot_id: int
-    dtype: str
-    """Type of weights and cache in TensorRT-LLM's spelling."""
-    max_batch_size: int
     exchange_fingerprint: str
     """Of the exchange folder it was converted from."""
-    overlap: bool = True
-    """Whether the all-reduces run beside the attention; False is the baseline that this is measured against."""
-    prefix_reuse: bool = True
-    """Whether requests share what is cached of prompts that begin alike."""
-    tokens_per_block: int = 16
-    """Tokens of the cache that are handed out and reused together."""
-    kv_cache_tokens: int = 0
-    """Tokens that the cache has room for at most; 0 takes what TensorRT-LLM's share of the free memory holds."""
-    cuda_graphs: bool = True
-    """Whether decoding is recorded as CUDA graphs."""
-    cuda_graph_sizes: tuple[int, ...] = ()
-    """Batch sizes to record; empty leaves the choice to TensorRT-LLM."""
+    config: EngineConfig
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Launch":
+        """Of `dataclasses.asdict`, which may have been through JSON."""
+        return cls(**values | {"config": from_dict(EngineConfig, values["config"])})
+
+    @property
+    def dtype(self) -> str:
+        """Type of weights and cache in TensorRT-LLM's spelling."""
+        return "bfloat16" if self.config.dtype == "auto" else self.config.dtype
+
+    @property
+    def cache_tokens(self) -> int:
+        """`engine.kv_cache_tokens` in whole blocks."""
+        size = self.config.tokens_per_block
+        return -(-self.config.kv_cache_tokens // size) * size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,37 +91,47 @@ class Step:
     """TensorRT-LLM's own measurements, by their names there; on the last step."""
 
 
-def make_job(request: Request, eot_id: int) -> Job:
-    """Translate a request.
+def make_jobs(request: Request, eot_id: int) -> tuple[Job | None, Job | None]:
+    """Translate a request into a job that scores the prompt and a job that generates; None where there is no such work.
+
+    They are two because TensorRT-LLM sends the logits of a prompt again with every token that a job generates.
 
     Raises:
         RequestError: it asks for what TensorRT-LLM cannot do.
     """
-    sampling, scores_only = request.sampling, request.sampling.max_tokens == 0
-    wants_prompt = request.prompt_logprobs or request.return_logits
-    arguments: dict[str, Any] = {
-        "max_tokens": max(1, sampling.max_tokens),
+    sampling = request.sampling
+    common: dict[str, Any] = {
         # The tokenizer stays out of the engine: ends are given as stop ids, and the id itself is reported.
         "end_id": -1,
         "pad_id": eot_id,
-        "stop_token_ids": list(sampling.stop_ids) or None,
         "include_stop_str_in_output": True,
         "detokenize": False,
         "add_special_tokens": False,
         "return_perf_metrics": True,
-        "return_context_logits": wants_prompt,
-        "return_generation_logits": not scores_only and (request.num_logprobs is not None or request.return_logits),
-        # Left out, every request would draw from the same seed.
-        "seed": secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63,
     }
-    arguments |= _drawing(sampling)
-    return Job(
-        id=request.id,
-        prompt_ids=request.prompt_ids[:-1] if scores_only else request.prompt_ids,
-        sampling=arguments,
-        # Positions taken from the cache have no logits, so a prompt that is scored shares none.
-        cache_salt=secrets.token_hex(8) if wants_prompt else None,
-    )
+    # Of a prompt that is only scored the last token is never fed.
+    scored_ids = request.prompt_ids if sampling.max_tokens else request.prompt_ids[:-1]
+    scoring = generation = None
+    if scored_ids and (request.prompt_logprobs or request.return_logits):
+        arguments = common | {"max_tokens": 1, "top_k": 1, "return_context_logits": True}
+        # Positions that are found in the cache have no logits, hence a salt of its own.
+        scoring = Job(id=request.id, prompt_ids=scored_ids, sampling=arguments, cache_salt=secrets.token_hex(8))
+    if sampling.max_tokens:
+        arguments = common | {
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_ids) or None,
+            "return_generation_logits": request.num_logprobs is not None or request.return_logits,
+            # Left out, every request would draw from the same seed.
+            "seed": secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63,
+        }
+        generation = Job(
+            id=request.id,
+            prompt_ids=request.prompt_ids,
+            sampling=arguments | _drawing(sampling),
+            # What is found in the cache was rounded otherwise, so that the same seed could give other tokens.
+            cache_salt=None if sampling.seed is None else secrets.token_hex(8),
+        )
+    return scoring, generation
 
 
 def _drawing(sampling: SamplingParams) -> dict[str, Any]:
@@ -138,41 +152,47 @@ def _drawing(sampling: SamplingParams) -> dict[str, Any]:
 
 def llm_arguments(launch: Launch) -> dict[str, Any]:
     """Keywords that `LLM` and `AsyncLLM` are both made with."""
-    from kraken.trtllm.compat import CudaGraphConfig, KvCacheConfig
+    from kraken.trtllm.compat import CudaGraphConfig, KvCacheConfig, TorchLlmArgs
 
+    config = launch.config
     graphs = None  # which switches them off
-    if launch.cuda_graphs and launch.cuda_graph_sizes:
-        graphs = CudaGraphConfig(batch_sizes=sorted(set(launch.cuda_graph_sizes)), enable_padding=True)
-    elif launch.cuda_graphs:
-        graphs = CudaGraphConfig(max_batch_size=launch.max_batch_size, enable_padding=True)
+    if config.cuda_graphs and config.cuda_graph_sizes:
+        graphs = CudaGraphConfig(batch_sizes=sorted(set(config.cuda_graph_sizes)), enable_padding=True)
+    elif config.cuda_graphs:
+        graphs = CudaGraphConfig(max_batch_size=config.max_batch_size, enable_padding=True)
+    optional: dict[str, Any] = {}
+    if config.overlap == "blocking":
+        optional["model_kwargs"] = {"overlap_all_reduce": False}
+    if launch.num_ranks > 1:  # with one rank it would put the worker into the process that streams
+        optional["gather_generation_logits"] = True
+    if "sampler_type" in TorchLlmArgs.model_fields:
+        # The other sampler draws every request from one generator, whatever its seed.
+        optional["sampler_type"] = "TRTLLMSampler"
     return {
-        **({} if launch.overlap else {"model_kwargs": {"overlap_all_reduce": False}}),
+        **optional,
         "model": launch.folder,
         "skip_tokenizer_init": True,
         "trust_remote_code": True,  # the configuration class of our own folder; workers do so in any case
         "tensor_parallel_size": launch.num_ranks,
         "dtype": launch.dtype,
-        "max_batch_size": launch.max_batch_size,
+        "max_batch_size": config.max_batch_size,
         "max_input_len": launch.context_length,  # 1024 unless given
         "max_seq_len": launch.context_length + 1,  # a scored prompt of full length draws one token, never fed
-        # Start-up runs a request of this many tokens, and learned positions end with the context.
-        "max_num_tokens": max(launch.context_length + 1, launch.max_batch_size),
+        "max_num_tokens": max(STEP_TOKENS, launch.context_length + config.max_batch_size),
         "max_beam_width": 1,
         "cuda_graph_config": graphs,
         "kv_cache_config": KvCacheConfig(
-            enable_block_reuse=launch.prefix_reuse,
-            tokens_per_block=launch.tokens_per_block,
-            max_tokens=launch.kv_cache_tokens or None,
+            enable_block_reuse=config.prefix_reuse,
+            tokens_per_block=config.tokens_per_block,
+            max_tokens=launch.cache_tokens or None,
         ),
-        "gather_generation_logits": True,
         "return_perf_metrics": True,
-        "sampler_type": "TRTLLMSampler",  # the other one draws every request from one generator, whatever its seed
     }
 
 
 def make_llm(launch: Launch) -> Any:
     """`LLM` over MPI; blocks until the ranks are up. For a process that runs nothing else."""
-    from kraken.trtllm.compat import LLM
+    from kraken.trtllm.compat import LLM, ONESHOT_RANKS
 
     strategy = "AUTO" if launch.num_ranks in ONESHOT_RANKS else "NCCL"
     return LLM(allreduce_strategy=strategy, **llm_arguments(launch))
@@ -182,7 +202,10 @@ async def make_async_llm(launch: Launch, placement: Placement) -> Any:
     """`AsyncLLM` over Ray workers in given bundles; call it on the event loop that will use the engine."""
     from kraken.trtllm.compat import AsyncLLM
 
-    llm = AsyncLLM(
+    # In a thread: it imports, validates and connects for seconds, during which the loop must answer health checks and
+    # notice the time limit. It starts no worker yet.
+    make = functools.partial(
+        AsyncLLM,
         placement_groups=[placement.group],  # given, so that nobody but its owner removes it
         placement_bundle_indices=[list(placement.bundle_indices)],
         per_worker_gpu_share=1.0,
@@ -191,6 +214,7 @@ async def make_async_llm(launch: Launch, placement: Placement) -> Any:
         num_postprocess_workers=0,
         **llm_arguments(launch),
     )
+    llm = await asyncio.to_thread(make)
     try:
         # The ordinary start cannot run where an event loop does.
         await llm.setup_async()

@@ -14,17 +14,23 @@ MARK = "KRAKEN_TRTLLM_TREE"
 """Variable that every process of one engine carries, with a value of its own."""
 
 
-def marked(value: str) -> list[int]:
-    """Ids of the living processes that carry the mark, this one left out."""
-    wanted = f"{MARK}={value}".encode()
-    found = []
+def environments(value: str) -> dict[int, dict[str, str]]:
+    """Process id -> environment of every living process that carries the mark, this one left out."""
+    found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
+            lines = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            variables = dict(line.partition("=")[::2] for line in lines if line)
+            if variables.get(MARK) == value:
+                found[int(folder.name)] = variables
     return found
+
+
+def marked(value: str) -> list[int]:
+    """Ids of the living processes that carry the mark, this one left out."""
+    return list(environments(value))
 
 
 def end_marked(value: str, timeout_s: float = 10.0) -> list[int]:

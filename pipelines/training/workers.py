@@ -134,9 +134,10 @@ def fit(work: Work) -> dict[str, Metric]:
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     stop = work.stop or StopSwitch.make()
+    pipeline = work.pipeline.metrics_ref if work.pipeline else None
     with Lease(f"{storage_id(work.config.storage)}/{work.fingerprint}") as lease:
         while True:
-            log_missing(work.run, work.folder)
+            log_missing(work.run, work.folder, pipeline)
             pause = StopSwitch.make()
             attempt = Attempt(
                 config=work.config,
@@ -150,7 +151,7 @@ def fit(work: Work) -> dict[str, Metric]:
                 result: Any = _trainer(work, attempt).fit()
             except TrainingFailedError as error:
                 raise as_ours(error) from error
-            log_missing(work.run, work.folder)
+            log_missing(work.run, work.folder, pipeline)
             if "stopped_at" not in result.return_value:
                 return {name: Metric(value, unit) for name, (value, unit) in result.return_value.items()}
             step = result.return_value["stopped_at"]
@@ -166,6 +167,7 @@ def fit(work: Work) -> dict[str, Metric]:
 
 def _trainer(work: Work, attempt: Attempt) -> Trainer:
     """Ray Train's trainer for one attempt."""
+    pipeline = work.pipeline.metrics_ref if work.pipeline else None
     cluster = work.config.cluster
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -186,7 +188,7 @@ def _trainer(work: Work, attempt: Attempt) -> Trainer:
                 max_failures=cluster.max_failures,
                 controller_failure_limit=CONTROLLER_FAILURES,  # type: ignore[call-arg]  # of Train v2
             ),
-            callbacks=[MetricsToTracker(work.run.metrics_ref)],  # type: ignore[list-item]  # of Train v2
+            callbacks=[MetricsToTracker(work.run.metrics_ref, pipeline)],  # type: ignore[list-item]  # of Train v2
         ),
         placement=Placement(scaling, work.config, attempt.pause),  # type: ignore[arg-type]  # of Train v2
     )

@@ -110,7 +110,7 @@ def run_ranks(options: dict[str, Any]) -> int:
                 connection.connect(options["socket"])
                 answers = connection.makefile("w")
                 worker = Rank(options, rank)
-                print(json.dumps("ready"), file=answers, flush=True)
+                print(json.dumps({"max_seq_len": worker.model.infer_max_seq_len()}), file=answers, flush=True)
                 worker.serve(connection.makefile("r"), answers)
                 for child in children:
                     os.waitpid(child, 0)

@@ -36,7 +36,7 @@ class Part:
 
     def __post_init__(self) -> None:
         c = self.config
-        if c.architecture == "kraken":
+        if c.is_kraken:
             divided = {"ways": c.num_ways}
         else:
             divided = {"heads": c.num_heads, "FFN columns": c.ffn_size}
@@ -51,7 +51,7 @@ class Part:
     @property
     def is_tensor_parallel(self) -> bool:
         """Whether the outputs of attention and FFN are partial sums."""
-        return self.size > 1 and self.config.architecture != "kraken"
+        return self.size > 1 and not self.config.is_kraken
 
     @property
     def ways(self) -> range:

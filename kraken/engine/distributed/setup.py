@@ -85,7 +85,7 @@ class RankSetup:
             device,
             self.timeout_s,
             is_blocking=self.is_blocking,
-            leaves_room=self.model.architecture == "kraken" and not self.is_blocking,
+            leaves_room=self.model.is_kraken and not self.is_blocking,
             message_bytes=self.max_step_tokens * self.model.width * self.torch_dtype.itemsize,
             group_type=group_type,
         )
@@ -99,7 +99,7 @@ class RankSetup:
             max_tokens=self.max_step_tokens,
             num_columns=len(part.head_rows(self.num_ids)),
             dtype=network.dtype,
-            is_kraken=part.config.architecture == "kraken",
+            is_kraken=part.config.is_kraken,
         )
         choose_backend(
             network.group, store, network.device, shapes, network.first_layers,

@@ -47,11 +47,14 @@ class Network:
         self._wpe_TD = weights.pop("wpe.weight", None)
         self.device, self.dtype = self._wte_VD.device, self._wte_VD.dtype
         self.kernels = group.kernels
-        self._layers = [_Layer(part, weights, index, group, quantization) for index in range(self.config.num_layers)]
+        layer_type = _DelayedLayer if self.config.architecture == "kraken_delayed" else _Layer
+        self._layers = [
+            layer_type(part, weights, index, group, quantization) for index in range(self.config.num_layers)
+        ]
         for layer, following in pairwise(self._layers):
             layer.next_norm = following.ln_1
         self._conjunction = self._conjunction_bias_D = None
-        if self.config.architecture == "kraken":
+        if self.config.is_kraken:
             self._conjunction = self.kernels.linear(weights.pop("conjunction.weight")[None], None)
             self._conjunction_bias_D = weights.pop("conjunction.bias", None)
         bias_D = weights.pop("ln_f.bias", None)
@@ -82,11 +85,9 @@ class Network:
 
         state = _LayerInput(x_WTD, self._layers[0].ln_1(x_WTD))
         for layer in self._layers[:num_layers]:
-            state = layer(state, heads, starts_all_reduce=self.config.architecture == "kraken")
+            state = layer(state, heads, starts_all_reduce=self.config.is_kraken)
         if state.handle is not None:  # every all-reduce must be consumed
-            norm = self._layers[0].ln_2
-            assert norm is not None
-            state.handle.add_norm(state.x_WTD, state.x_WTD, norm)
+            state.handle.add_norm(state.x_WTD, state.x_WTD, self._layers[0].ln_2 or self._layers[0].ln_1)
 
     def _hidden(self, ids_T: Tensor, positions_T: Tensor, attend: PagedAttend, rows_R: Tensor | None) -> Tensor:
         """The states [W, R, D] after the last layer, of this rank's ways and the tokens whose logits are computed."""
@@ -106,9 +107,7 @@ class Network:
                 q, k, v = (_side_by_side(x_WTNH) for x_WTNH in (q_WTNH, k_WTNH, v_WTNH))
                 return _apart(attend(index, q, k, v), num_ways)
 
-            # with `rows_R` the last layer starts its own all-reduce, over those rows only, so the layer before does not
-            following = self._layers[index + 1 : -1 if rows_R is not None else None][:1]
-            starts_all_reduce = any(layer.reads_others for layer in following)
+            starts_all_reduce = layer.starts_all_reduce(rows_R is not None)
             state = layer(state, heads, starts_all_reduce, rows_R if layer is self._layers[-1] else None)
         return state.x_WTD
 
@@ -134,7 +133,7 @@ class _LayerInput:
     normed: Normed | None
     """The layer's `ln_1` of x; None after the last layer."""
     handle: Handle | None = None
-    """The all-reduce of x in flight, if the layer reads the other ways."""
+    """The all-reduce of x in flight, if this layer or, in `kraken_delayed`, the next one reads the other ways."""
 
 
 class _Layer:
@@ -152,7 +151,8 @@ class _Layer:
         self.num_heads, self.head_size = part.heads_per_way, config.head_size
         self.gated = config.activation == "swiglu"
         self._group, self._kernels = group, group.kernels
-        self._is_tensor_parallel = part.is_tensor_parallel
+        self._is_tensor_parallel, self._is_kraken = part.is_tensor_parallel, config.is_kraken
+        self._num_ways = config.num_ways
 
         def take(name: str) -> tuple[Tensor, Tensor | None]:
             return weights.pop(f"h.{index}.{name}.weight"), weights.pop(f"h.{index}.{name}.bias", None)
@@ -170,13 +170,24 @@ class _Layer:
         self.ln_1 = Norm(*take("ln_1"), is_quantized)
         self.next_norm: Norm | None = None
         """`ln_1` of the next layer, computed in one kernel with this layer's last residual addition."""
+        self.index, self.num_layers = index, config.num_layers
         self.reads_others = config.architecture == "kraken" and index > 0
         """The layer reads the sum over all ways. The first layer does not, since all ways start from one embedding."""
-        self.ln_2 = None if config.architecture == "parallel" else Norm(*take("ln_2"), is_quantized)
+        self.ln_2 = None if config.has_one_norm else Norm(*take("ln_2"), is_quantized)
         self.c_attn, self.attn_proj = linear("attn.c_attn"), linear("attn.c_proj")
         # GELU is in the kernel of `c_fc`, or in the one that quantizes the inputs of `mlp_proj`
         self.c_fc = linear("mlp.c_fc", "none" if self.gated else "gelu")
         self.mlp_proj = linear("mlp.c_proj", gelu_before=not self.gated)
+
+    def starts_all_reduce(self, selects_rows: bool) -> bool:
+        """Whether the layer starts the all-reduce of its output, which the next layer reads.
+
+        Args:
+            selects_rows: the last layer starts its own all-reduce, over the rows whose logits are computed, so the
+                layer before it does not.
+        """
+        last = self.num_layers - 1
+        return self._is_kraken and self.index < (last - 1 if selects_rows else last)
 
     def __call__(
         self,
@@ -232,6 +243,41 @@ class _Layer:
             gate, y_WTF = y_WTF.chunk(2, dim=-1)
             return self.mlp_proj(F.silu(gate) * y_WTF)
         return self.mlp_proj(y_WTF)
+
+
+class _DelayedLayer(_Layer):
+    """A layer of `kraken_delayed`: its input's all-reduce is in flight while all of the layer computes."""
+
+    def starts_all_reduce(self, selects_rows: bool) -> bool:
+        """The sum over the first layer's equal inputs is known, and no layer reads the sum over the last one's."""
+        return self.index < self.num_layers - 2
+
+    def __call__(
+        self,
+        state: _LayerInput,
+        heads: Callable[[Tensor, Tensor, Tensor], Tensor],
+        starts_all_reduce: bool,
+        rows_R: Tensor | None = None,
+    ) -> _LayerInput:
+        """See `_Layer.__call__`. `state.normed` includes the other ways' inputs of the layer before."""
+        x_WTD, normed = state.x_WTD, state.normed
+        assert normed is not None
+        attended_WTD = self._attention(normed, heads, rows_R)
+        if rows_R is not None:
+            x_WTD, normed = x_WTD.index_select(1, rows_R), select(normed, rows_R)
+            if not len(rows_R):
+                return _LayerInput(x_WTD, None)
+        addend_WTD = attended_WTD + self._mlp(normed)
+        if self.next_norm is None:
+            return _LayerInput(*self._kernels.add_norm(x_WTD, addend_WTD, None))
+        if state.handle is None:  # in the first layer all ways are equal
+            total_1TD = self._num_ways * x_WTD[:1]
+            out = self._kernels.add_reduced_norm(x_WTD, addend_WTD, self.next_norm, total_1TD, is_total=True)
+        else:
+            out = state.handle.add_norm(x_WTD, addend_WTD, self.next_norm)
+        out_WTD, out_normed = out
+        all_reduce = self._group.all_reduce_for(out_WTD.shape[1])
+        return _LayerInput(out_WTD, out_normed, all_reduce.start(out_WTD) if starts_all_reduce else None)
 
 
 def _side_by_side(x_WTNH: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def require_quantizable(model: ModelConfig, num_devices: int, device: torch.devi
     """
     if dtype != torch.bfloat16:
         raise ConfigError(f"engine.quantization=fp8 computes in bfloat16, and the model is in {dtype}; leave it out")
-    is_divided = model.architecture != "kraken" and num_devices > 1
+    is_divided = not model.is_kraken and num_devices > 1
     sizes = {
         "width": model.width,
         "FFN columns": model.ffn_size // (num_devices if is_divided else 1),

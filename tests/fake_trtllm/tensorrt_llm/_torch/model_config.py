@@ -47,7 +47,7 @@ class ModelConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return self.pretrained_config.torch_dtype
+        return self.pretrained_config.dtype  # torch_dtype in the versions of transformers that 1.2.1 is used with
 
     def get_quant_config(self, name: str | None = None) -> QuantConfig:
         return self.quant_config

@@ -2,14 +2,13 @@
 
 import copy
 import inspect
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from tensorrt_llm._torch.distributed import AllReduceStrategy
 from tensorrt_llm._torch.model_config import ModelConfig
@@ -19,12 +18,12 @@ from tensorrt_llm.mapping import Mapping
 
 
 def load_config(folder: Path, mapping: Mapping, strategy: str = "AUTO", **model_kwargs: Any) -> ModelConfig:
-    """`model_kwargs` override keys of config.json."""
-    values = json.loads((folder / "config.json").read_text()) | model_kwargs
-    values["torch_dtype"] = getattr(torch, values["torch_dtype"])
-    config = ModelConfig(
-        pretrained_config=SimpleNamespace(**values), mapping=mapping, allreduce_strategy=AllReduceStrategy[strategy]
-    )
+    """By the folder's own configuration class; `model_kwargs` override its attributes."""
+    shape = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    shape.update(model_kwargs)
+    if isinstance(shape.dtype, str):
+        shape.dtype = getattr(torch, shape.dtype)
+    config = ModelConfig(pretrained_config=shape, mapping=mapping, allreduce_strategy=AllReduceStrategy[strategy])
     config._frozen = True
     return config
 

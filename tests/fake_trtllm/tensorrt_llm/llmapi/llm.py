@@ -8,10 +8,12 @@ import sys
 import time
 from typing import Any
 
-from tensorrt_llm.llmapi.executor import Executor
-from tensorrt_llm.llmapi.llm_args import has, require_known
+from tensorrt_llm.llmapi.executor import Executor, Limits
+from tensorrt_llm.llmapi.llm_args import KvCacheConfig, has, require_known
 from tensorrt_llm.llmapi.result import RequestOutput
 from tensorrt_llm.llmapi.sampling_params import SamplingParams
+
+LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len")
 
 
 def _is_on_event_loop() -> bool:
@@ -64,9 +66,14 @@ class LLM:
             self._num_ranks,
             strategy=self._arguments.get("allreduce_strategy", "AUTO"),
             orchestrator=orchestrator,
-            max_batch_size=self._arguments.get("max_batch_size", 2048),
+            limits=self._limits(),
             **(self._arguments.get("model_kwargs") or {}),
         )
+
+    def _limits(self) -> Limits:
+        given = {name: self._arguments[name] for name in LIMITS if name in self._arguments}
+        cache = self._arguments.get("kv_cache_config") or KvCacheConfig()
+        return Limits(**given, enable_block_reuse=cache.enable_block_reuse, tokens_per_block=cache.tokens_per_block)
 
     def generate_async(
         self,
@@ -90,7 +97,7 @@ class LLM:
             raise ValueError(f"The prompt length {len(inputs)} should not exceed max_num_tokens")
         if len(inputs) > self._arguments.get("max_input_len", 1024):
             raise ValueError(f"The prompt length {len(inputs)} should not exceed max_input_len")
-        return self._executor.submit(list(inputs), sampling, self._abort)
+        return self._executor.submit(list(inputs), sampling, self._abort, cache_salt)
 
     def generate(
         self,
@@ -134,6 +141,8 @@ class AsyncLLM(LLM):
             assert os.environ.get(name) == "1", name
         assert os.environ.get("CUDA_VISIBLE_DEVICES") != "", "the workers would inherit that there are no GPUs"
         assert not [name for name in os.environ if name.startswith(("PMI", "OMPI", "SLURM"))]
+        if has("slow-constructor"):
+            time.sleep(600)
         self._groups, self._indices = placement_groups, placement_bundle_indices
         extension = kwargs.get("ray_worker_extension_cls", "tensorrt_llm.llmapi.rlhf_utils.WorkerExtension")
         super().__init__(*args, orchestrator_type="ray", **(kwargs | {"ray_worker_extension_cls": extension}))

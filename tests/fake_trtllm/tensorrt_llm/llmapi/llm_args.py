@@ -1,23 +1,22 @@
 """Arguments of the LLM API; unknown ones are refused with ValueError, as pydantic does in the real package."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
-import kraken.trtllm
-
-FIELDS = frozenset(
-    json.loads(
-        open(os.path.join(os.path.dirname(kraken.trtllm.__file__), "signatures.json")).read()  # noqa: SIM115
-    )["symbols"]["tensorrt_llm.llmapi.llm_args.TorchLlmArgs.fields"]
-)
+FIELDS = """
+model tokenizer skip_tokenizer_init trust_remote_code tensor_parallel_size dtype model_kwargs kv_cache_config
+cuda_graph_config enable_chunked_prefill max_batch_size max_input_len max_seq_len max_num_tokens max_beam_width
+gather_generation_logits num_postprocess_workers scheduler_config return_perf_metrics orchestrator_type
+attn_backend sampler_type disable_overlap_scheduler enable_autotuner load_format stream_interval
+allreduce_strategy ray_worker_extension_cls ray_placement_config
+"""
 
 
 class TorchLlmArgs:
-    """Only its field names, as pydantic shows them."""
+    """Only names of its fields, as pydantic shows them."""
 
-    model_fields = dict.fromkeys(FIELDS)
+    model_fields = dict.fromkeys(FIELDS.split())
 
 
 def has(word: str) -> bool:
@@ -30,7 +29,7 @@ def step_delay_s() -> float:
 
 
 def require_known(arguments: dict[str, Any]) -> None:
-    unknown = sorted(arguments.keys() - FIELDS)
+    unknown = sorted(arguments.keys() - TorchLlmArgs.model_fields.keys())
     if unknown:
         raise ValueError(f"TorchLlmArgs got invalid argument(s): {unknown}")
 

@@ -1,4 +1,6 @@
-"""The head, and the embedding that may share its weight; both split over the vocabulary, rounded up."""
+"""The head, and the embedding that may share its weight; both split over the vocabulary.
+
+Every rank has as many rows, those past the vocabulary included, and the head cuts off what they give."""
 
 import math
 
@@ -29,15 +31,13 @@ class LMHead(nn.Module):
         if tensor_parallel_mode == TensorParallelMode.COLUMN:
             self.slice_size = math.ceil(num_embeddings / self.tp_size)
         self.start = self.tp_rank * self.slice_size if tensor_parallel_mode is not None else 0
-        num_rows = min(self.slice_size, num_embeddings - self.start)
-        self.weight = nn.Parameter(torch.empty(num_rows, embedding_dim, dtype=dtype), False)
+        self.weight = nn.Parameter(torch.empty(self.slice_size, embedding_dim, dtype=dtype), False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = F.linear(hidden, self.weight)
         if self.tp_mode is None or not self.gather_output:
             return output
-        padded = F.pad(output, (0, self.slice_size - output.shape[-1]))
-        return allgather(padded, self.mapping)[..., : self.num_embeddings]
+        return allgather(output, self.mapping)[..., : self.num_embeddings]
 
 
 class Embedding(LMHead):

@@ -1,4 +1,5 @@
-"""LayerNorm, computed in float32."""
+"""LayerNorm. It makes its input float32 and leaves its parameters as they are: without torch.compile, PyTorch then
+refuses parameters of 2 bytes."""
 
 from typing import Any
 
@@ -30,7 +31,5 @@ class LayerNorm(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Any = ...) -> Tensor:
         assert residual is ...
         width = hidden_states.shape[-1:]
-        normed = F.layer_norm(
-            hidden_states.float(), width, self.weight.float(), self.bias.float(), self.variance_epsilon
-        )
+        normed = F.layer_norm(hidden_states.float(), width, self.weight, self.bias, self.variance_epsilon)
         return normed.to(hidden_states.dtype)

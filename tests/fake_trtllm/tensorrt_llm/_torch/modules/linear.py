@@ -28,7 +28,8 @@ class WeightsLoadingConfig:
 
 
 class Linear(nn.Module):
-    """In ROW mode only rank 0 adds the bias, whether the outputs are summed or not."""
+    """In ROW mode only rank 0 adds the bias, whether the outputs are summed or not. With one rank nothing is summed,
+    and parameters of a sum that is not switched off are refused."""
 
     def __init__(
         self,
@@ -85,7 +86,11 @@ class Linear(nn.Module):
     ) -> Tensor:
         if self.tp_mode == TensorParallelMode.ROW:
             output = F.linear(input, self.weight, None if self.tp_rank > 0 else self.bias)
-            return self.all_reduce(output, all_reduce_params=all_reduce_params) if self.all_reduce else output
+            if self.all_reduce is None:
+                return output
+            is_off = all_reduce_params is None or not all_reduce_params.enable_allreduce
+            assert self.tp_size > 1 or is_off, "no all-reduce is called when tp_size is 1"
+            return self.all_reduce(output, all_reduce_params=all_reduce_params)
         output = F.linear(input, self.weight, self.bias)
         if self.tp_mode == TensorParallelMode.COLUMN and self.gather_output:
             output = allgather(output, self.mapping)
