@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from survival import ROOT, Driver, Nodes, Server, wait_until
+from test_clean import artefact
 
 from kraken.storage import Storage
 from pipelines import clean, local_head
@@ -85,6 +86,29 @@ def finished(storage: Storage) -> set[str]:
                     storage.read_manifest(place)
                     found.add(place.relative_to(storage.root).as_posix())
     return found
+
+
+def test_a_bucket_is_cleaned_as_a_folder_is(bucket: str, tmp_path: Path) -> None:
+    writer, reader = (Storage(bucket, cache=tmp_path / name) for name in ("writer", "reader"))
+    for digit in "12":
+        for kind, parents in (("prepare", ()), ("pretrain", ("prepare",)), ("convert", ("prepare", "pretrain"))):
+            writer.publish(artefact(writer.root, kind, digit, **dict.fromkeys(parents, digit)))
+    damaged = writer.root / "pretrain" / ("1" * 16) / "step_000000004.damaged" / "rest"
+    damaged.parent.mkdir()
+    damaged.write_bytes(bytes(10))
+    writer.publish_files([damaged])
+    survey = clean.survey(reader, [f"convert/{'1' * 16}"])
+    assert {(item.what, item.name.partition("/")[2]) for item in survey.items} == {
+        ("unreferenced", "2" * 16),
+        ("damaged", f"{'1' * 16}/step_000000004.damaged"),
+    }
+    assert all(item.age_s < 600 for item in survey.items)
+    assert reader.find("convert", "2" * 64) is not None
+    clean.remove(reader, survey.items, lambda item: None)
+    assert not clean.survey(reader, [f"convert/{'1' * 16}"]).items
+    assert reader.find("convert", "2" * 64) is None and not (reader.root / "convert" / ("2" * 16)).exists()
+    another = Storage(bucket, cache=tmp_path / "another")
+    assert another.find("convert", "1" * 64) is not None and another.find("convert", "2" * 64) is None
 
 
 def test_the_whole_pipeline_on_s3(bucket: str, nodes: Nodes, tmp_path: Path, free_port: Callable[[], int]) -> None:
