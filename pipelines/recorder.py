@@ -14,7 +14,7 @@ from pipelines import description
 from pipelines.curves import log_curves
 from pipelines.datasets import datasets_of
 from pipelines.outbox import one_line, without_password
-from pipelines.report.facts import Facts, StageFacts, read_training_history
+from pipelines.report.facts import Facts, StageFacts, read_gates, read_training_history
 from pipelines.tracking import NAME_TAG, PipelineRun, end_status
 from pipelines.tracking_server import KIND_TAG
 
@@ -83,7 +83,9 @@ class Recorder:
         try:
             pretrain = self._stages.get("pretrain")
             history = read_training_history(self._storage, pretrain.fingerprint) if pretrain else []
-            facts = dataclasses.replace(self._facts(), history=history)
+            deploy = self._stages.get("deploy")
+            gates = read_gates(self._storage, deploy) if deploy else ()
+            facts = dataclasses.replace(self._facts(), history=history, gates=gates)
             for path in write(facts, self._storage, name):
                 self._run.log_artifact(path)
         except Exception as error:

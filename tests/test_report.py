@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import json
 import re
 import time
 from pathlib import Path
@@ -13,11 +14,11 @@ import tiny
 from kraken.config import RunConfig, to_dict
 from kraken.manifest import FileRecord, Manifest, Metric
 from kraken.storage import Storage
-from pipelines import description
+from pipelines import description, gates
 from pipelines.curves import MOST_POINTS, curve, thinned
 from pipelines.report.content import build, number, size
 from pipelines.report.document import escaped, to_html, to_markdown
-from pipelines.report.facts import Facts, StageFacts, read_training_history
+from pipelines.report.facts import Facts, StageFacts, read_gates, read_training_history
 from pipelines.report.write import FOLDER, report_location, report_name, write
 from pipelines.variation import arguments
 
@@ -169,6 +170,28 @@ def test_a_failed_run_says_where_and_why() -> None:
     assert "not run" in page.words and "163.7" not in page.words
     described = description.of_pipeline(failed)
     assert "evaluate failed" in described and "| deploy | not run |" in described
+
+
+def test_the_gates_are_shown_of_a_deployment_and_of_a_refusal(tmp_path: Path) -> None:
+    result = gates.Result(
+        gate="perplexity", state="failed", reason="3 % <worse>", value=103.5, champion=100.0, limit=101
+    )
+    results = [dataclasses.asdict(result)]
+    storage = Storage(str(tmp_path))
+    refused = dataclasses.replace(facts(until="evaluate", error="x").stages[-1], state="failed")
+    assert read_gates(storage, refused) == ()
+    (storage.folder("deploy", refused.fingerprint) / gates.NAME).write_text(json.dumps(results))
+    assert read_gates(storage, refused) == results
+    assert read_gates(storage, dataclasses.replace(refused, state="not run")) == ()
+    made = facts().stages[-1]
+    assert made.manifest is not None
+    details = {"gates": results, "version": "models:/kraken/7"}
+    made = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, details=details))
+    assert read_gates(storage, made) == results
+    shown = dataclasses.replace(facts(), stages=(*facts().stages[:-1], made), gates=results)
+    markdown = to_markdown(build(shown, {}))
+    assert "| perplexity | failed | 103.5 | 100 | 101 |  | 3 % \\<worse\\> |" in markdown
+    assert "Registered as models:/kraken/7." in markdown
 
 
 def test_a_run_that_has_made_nothing_has_a_report(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def build(facts: Facts, figures: Mapping[str, Picture]) -> Document:
     """
     sections = [
         Section("Result", [*_quality(facts), *_pictures(figures, "loss")]),
+        Section("Gates", _gates(facts)),
         Section("Stages", [_stages(facts), *_pictures(figures, "graph", "timeline")]),
         Section("Cost", _cost(facts)),
         Section("Data", _data(facts)),
@@ -109,6 +110,29 @@ def _quality(facts: Facts) -> list[Block]:
     if rows and facts.manifest("evaluate"):
         rows.append(("parity: tolerance", number(facts.config.evaluate.parity_tolerance), "nats"))
     return [Table(("", "value", "unit"), rows, frozenset({1}))] if rows else []
+
+
+def _gates(facts: Facts) -> list[Block]:
+    """What the model had to pass before it was deployed, and the version that it became."""
+    if not facts.gates:
+        return []
+    rows = [
+        (
+            str(result["gate"]),
+            str(result["state"]),
+            *("" if (value := result.get(name)) is None else number(value) for name in ("value", "champion", "limit")),
+            str(result.get("unit", "")),
+            str(result["reason"]),
+        )
+        for result in facts.gates
+    ]
+    blocks: list[Block] = [
+        Table(("gate", "state", "value", "champion's", "limit", "unit", "why"), rows, frozenset({2, 3, 4}))
+    ]
+    deployed = facts.manifest("deploy")
+    if deployed and "version" in deployed.details:
+        blocks.append(Text(f"Registered as {deployed.details['version']}."))
+    return blocks
 
 
 def _pictures(figures: Mapping[str, Picture], *names: str) -> list[Block]:

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kraken.checkpoint.folders import is_checkpoint
 from kraken.checkpoint.history import HISTORY_NAME, History
 from kraken.config import RunConfig
 from kraken.manifest import Manifest, Metric
 from kraken.storage import Storage
+from pipelines import gates
 from pipelines.variation import run_name
 
 StageState = Literal["made", "reused", "failed", "stopped", "not run"]
@@ -53,6 +54,8 @@ class Facts:
     """In the order in which data flows."""
     history: History = dataclasses.field(default_factory=list)
     """Reports of the training; empty where there is none yet."""
+    gates: Sequence[Mapping[str, Any]] = ()
+    """Results of the gates before deployment, as `gates.json` holds them."""
     page: str = ""
     """Address of the run in the MLflow UI."""
     written_at: str = dataclasses.field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -99,3 +102,18 @@ def read_training_history(storage: Storage, fingerprint: str) -> History:
             except ValueError:
                 continue
     return []
+
+
+def read_gates(storage: Storage, stage: StageFacts) -> Sequence[Mapping[str, Any]]:
+    """Results of the gates of a deploy stage: of its manifest, or of the attempt that failed on this machine."""
+    if stage.manifest is not None:
+        found: Sequence[Mapping[str, Any]] = stage.manifest.details.get("gates", [])
+        return found
+    text = storage.read_text(storage.root / stage.kind / stage.fingerprint[:16] / gates.NAME)
+    if stage.state != "failed" or text is None:
+        return ()
+    try:
+        results: Sequence[Mapping[str, Any]] = json.loads(text)
+        return results
+    except ValueError:
+        return ()
