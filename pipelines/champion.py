@@ -66,7 +66,7 @@ def figures(
         return Figures()
     theirs = champion.lineage
     is_known = (own.prepare, own.scored_tokens) == (theirs.prepare, theirs.scored_tokens)
-    known = {"perplexity": evaluation.value("validation_perplexity")} if is_known else {}
+    known: dict[str, Any] = {"perplexity": evaluation.value("validation_perplexity")} if is_known else {}
     question = Question(
         exchange=own.location,
         champion_exchange=theirs.location,
@@ -79,7 +79,7 @@ def figures(
     if not (question.wants_perplexity or question.wants_latency):
         return Figures(**known)
     try:
-        return Figures(**known, **call(measure, question))
+        return Figures(**(known | call(measure, question)))
     except ArtefactError as error:
         return Figures(**known, obstacle=str(error).partition(";")[0])
 

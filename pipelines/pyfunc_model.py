@@ -17,6 +17,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.pyfunc.model import PythonModel
 
 from kraken.config import EngineConfig
 from kraken.engine.engine import TorchEngine
@@ -30,7 +31,7 @@ NO_SEED = -1
 """MLflow's parameters have no None."""
 
 
-class KrakenModel(mlflow.pyfunc.PythonModel):
+class KrakenModel(PythonModel):
     """A converted model behind MLflow's interface; calls from several threads share one engine and its batches."""
 
     def load_context(self, context: Any) -> None:
@@ -60,7 +61,9 @@ class KrakenModel(mlflow.pyfunc.PythonModel):
         engine = EngineConfig(kind="torch", dtype=config["dtype"], quantization=config["quantization"])
         self._engine: TorchEngine = self._submit(_open(exchange, engine)).result()
 
-    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+    def predict(  # type: ignore[override]  # MLflow leaves out a context that nobody takes
+        self, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[str]:
         """Complete prompts, all of them at once.
 
         Args:
