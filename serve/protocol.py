@@ -307,7 +307,9 @@ class GenerationRequest(RequestBody):
     max_completion_tokens: Annotated[int, _range(0)] | None = None
     """`max_tokens` by the name that chat completions have for it."""
     temperature: Annotated[float, _range(0, 100)] = 1.0
+    """0 takes the most likely token, 1 samples as trained; 0 to 100."""
     top_p: Annotated[float, _range(0, 1)] = 1.0
+    """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: Annotated[int, _range(-1)] = 0
     """Not OpenAI's: sample from this many most likely tokens; 0 or -1 from all."""
     min_p: Annotated[float, _range(0, 1)] = 0.0
@@ -333,10 +335,13 @@ class GenerationRequest(RequestBody):
     stop_token_ids: Annotated[Ids, Field(max_length=MAX_STOP_TOKEN_IDS)] = []
     """Not OpenAI's: ids that end the completion; they are no part of its text."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES_PER_PROMPT)] = 1
+    """Choices for each prompt."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - MAX_CHOICES_PER_PROMPT)] | None = None
     """Choice k of a prompt draws with seed + k."""
     stop: Stop = []
+    """Up to 32 strings that end the text; they are no part of it."""
     stream: bool = False
+    """Send the text in parts, as server-sent events."""
     stream_options: StreamOptions | None = None
     user: str | None = None
     """The client's own label of its end user, which has no effect; OpenAI defines it so."""

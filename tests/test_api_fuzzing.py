@@ -1,13 +1,15 @@
 """Requests made from the endpoint's own description, right ones and wrong ones, against a real engine: the description
 holds, nothing hangs, no server error, and no block of the KV cache stays behind."""
 
+import dataclasses
 import os
 import time
 
 import pytest
-from test_api import listening, torch_model
+from test_api import TEMPLATE, listening, torch_model
 
 from kraken.tokenizer import Tokenizer
+from serve.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,8 @@ def test_the_description_holds_for_right_and_wrong_requests() -> None:
             "unsupported_method",
         )
     ]
-    model = torch_model(Tokenizer.train(["the cat sat on the mat and so forth, quickly " * 20], 280))
+    base = torch_model(Tokenizer.train(["the cat sat on the mat and so forth, quickly " * 20], 280))
+    model = dataclasses.replace(base, chat_template=ChatTemplate(TEMPLATE))
     num_sent, statuses = 0, dict[int, int]()
     with listening(model) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
