@@ -182,7 +182,7 @@ class TestCommandLine:
         assert is_dry_run and [model.name for model in config.models] == list(command_line.MODELS)
         assert {(model.train.steps, model.storage) for model in config.models} == {(80, "/shared")}
         assert config.baseline_name == "standard_10m"
-        assert config.num_trainings == 4 * (2 + 1)
+        assert config.num_trainings == 5 * (2 + 1)
         compare.require_equal_parameters(config)
 
     def test_it_answers_without_loading_torch(self) -> None:
@@ -193,9 +193,9 @@ class TestCommandLine:
     def test_a_dry_run_lists_the_trainings(self, tmp_path: Path) -> None:
         config, _ = command_line.parse(["--storage", str(tmp_path / "storage"), "--seeds", "2"])
         lines = compare.describe(config).splitlines()
-        assert len(lines) == 1 + 8 and all(line.endswith("run") for line in lines[1:])
+        assert len(lines) == 1 + 10 and all(line.endswith("run") for line in lines[1:])
         tuned = dataclasses.replace(config, learning_rates=(1e-3, 2e-3))
-        assert compare.describe(tuned).endswith("then each model's other seeds at its best rate: 4 trainings")
+        assert compare.describe(tuned).endswith("then each model's other seeds at its best rate: 5 trainings")
         assert not (tmp_path / "storage").exists()
 
 
