@@ -535,8 +535,8 @@ class GatesConfig:
     does not compare. With another tokenizer, nats of the same text per token of the champion's."""
     max_latency_increase: float | None = None
     """Largest increase of the median time of a completion over the champion's, as a fraction of it, both models
-    measured in turn in one process. None does not compare, which is the default because on shared CPU cores the medians
-    of one model against itself differ by several percent."""
+    measured in turn in one process. None, the default, does not compare: on shared cores a time depends on what else
+    runs."""
     same_tokenizer: bool = True
     """Whether the tokenizer must be the champion's: clients that send or keep token ids depend on it."""
     force: tuple[str, ...] = ()
