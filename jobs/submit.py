@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import command
 from jobs.command import INTERRUPTED, LineParser
@@ -28,8 +28,14 @@ from pipelines.errors import ClusterError
 from pipelines.outbox import without_password
 from pipelines.registry import Reference, is_reference
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 JOBS = ("end_to_end", "prepare", "pretrain", "convert", "evaluate", "deploy")
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+AGENT_LIMIT_S = 60.0
+"""How long a cluster may take to have an agent that starts jobs."""
+AGENT_POLL_S = 1.0
 
 
 def main(argv: list[str]) -> int:
@@ -86,7 +92,8 @@ def submit(entrypoint: list[str], *, name: str, working_dir: Path = CHECKOUT, wa
     runtime_env = {"working_dir": str(working_dir), "excludes": excludes(working_dir), "env_vars": variables}
     try:
         client = JobSubmissionClient()
-        client.submit_job(entrypoint=shlex.join(entrypoint), submission_id=submission, runtime_env=runtime_env)
+        job = {"entrypoint": shlex.join(entrypoint), "submission_id": submission, "runtime_env": runtime_env}
+        _submit_when_an_agent_is_there(client, job)
     except (OSError, RuntimeError, ValueError) as error:
         address = next(value for name in ADDRESS_VARIABLES if (value := os.environ.get(name)))
         raise ClusterError(
@@ -109,6 +116,24 @@ def submit(entrypoint: list[str], *, name: str, working_dir: Path = CHECKOUT, wa
     return exit_status(
         {"status": str(info.status.value), "driver_exit_code": info.driver_exit_code, "message": info.message}
     )
+
+
+def _submit_when_an_agent_is_there(client: "JobSubmissionClient", job: dict[str, Any]) -> None:
+    """Submit a job. The agent that starts jobs on the head comes seconds after the dashboard that takes them, so that a
+    cluster that was just started refuses jobs for a while.
+
+    Raises:
+        RuntimeError: another reason, or no agent within `AGENT_LIMIT_S`.
+    """
+    ends_at = time.monotonic() + AGENT_LIMIT_S
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > ends_at:
+                raise
+        time.sleep(AGENT_POLL_S)
 
 
 async def _follow(client: Any, submission: str) -> None:

@@ -93,3 +93,29 @@ def test_the_documented_ray_command_gives_valid_json() -> None:
     assert ".git" in runtime_env["excludes"]
     assert runtime_env["env_vars"]["KRAKEN_GIT_REVISION"] == git_revision()
     assert runtime_env["env_vars"]["KRAKEN_USER"]
+
+
+def test_a_cluster_that_has_no_agent_yet_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        """A dashboard whose agent comes after two refusals; then it refuses for another reason."""
+
+        def __init__(self) -> None:
+            self.refusals = ["No available agent to submit job, please try again later."] * 2
+            self.accepted: list[dict[str, str]] = []
+
+        def submit_job(self, **job: str) -> None:
+            if self.refusals:
+                raise RuntimeError(f"Request failed with status code 500: {self.refusals.pop()}")
+            self.accepted.append(job)
+
+    monkeypatch.setattr(submit, "AGENT_POLL_S", 0.0)
+    client = Client()
+    submit._submit_when_an_agent_is_there(client, {"entrypoint": "true"})  # type: ignore[arg-type]
+    assert client.accepted == [{"entrypoint": "true"}]
+    client.refusals.append("the runtime environment is broken")
+    with pytest.raises(RuntimeError, match="runtime environment is broken"):
+        submit._submit_when_an_agent_is_there(client, {})  # type: ignore[arg-type]
+    client.refusals.append("No available agent to submit job")
+    monkeypatch.setattr(submit, "AGENT_LIMIT_S", -1.0)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        submit._submit_when_an_agent_is_there(client, {})  # type: ignore[arg-type]
