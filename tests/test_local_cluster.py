@@ -273,6 +273,7 @@ with cluster.connect(PRESETS["quickstart"]()):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ctrl_c_lets_the_job_record_its_end(storages: list[str], head: Head) -> None:
     command = [sys.executable, "-c", SUBMIT, storages[0], "python", "-c", STOPPED_JOB]

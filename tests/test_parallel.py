@@ -115,7 +115,7 @@ MESHES = {
 }
 
 
-QUICK = ("way2", "shard2")
+QUICK = ("way2",)
 
 
 @pytest.mark.parametrize(

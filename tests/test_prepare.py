@@ -291,7 +291,9 @@ def run_config(data: DataConfig, storage: Path | str) -> RunConfig:
 
 @pytest.mark.ray
 class TestOnRay:
-    @pytest.mark.parametrize("max_workers", [1, 2, None])
+    @pytest.mark.parametrize(
+        "max_workers", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(None, marks=pytest.mark.slow)]
+    )
     def test_the_number_of_workers_changes_nothing(
         self, ray_cluster: str, source: Path, tmp_path: Path, undisturbed: Files, max_workers: int | None
     ) -> None:
@@ -337,6 +339,7 @@ class TestOnRay:
         assert set(rewritten) <= {"ranks.tiktoken", "tokenizer_meta.json", "000001.json", "validation_000001.bin"}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """The largest resident size of a process that prepares 2 MB of JSONL and 8 MB of text, and four times as much."""
     code = """

@@ -172,6 +172,7 @@ def test_an_engine_is_near_the_one_in_full_precision(variant: str) -> None:
     assert one_by_one.mean() < 0.05 and one_by_one.max() < 0.5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one() -> None:
     """Each way is quantised by itself, wherever it is; what is left is bfloat16's rounding, magnified by float8's."""
     model, made = make_model("kraken_2way"), requests(14, max_tokens=1)

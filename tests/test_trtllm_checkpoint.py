@@ -324,6 +324,7 @@ class TestSize:
         ways = [part.way for part in parts]
         assert ways == sorted(ways[:-4]) + [None] * 4  # a way's tensors lie together
 
+    @pytest.mark.slow
     def test_memory_stays_below_the_largest_file_and_a_half(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         limit = 8 * 2**20
         c = shape(2, num_layers=4, width=510, num_heads=12, vocab_size=8192)  # heads of 85; an embedding of 16 MiB
