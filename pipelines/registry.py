@@ -311,7 +311,7 @@ class Registry:
                     if other.number != version.number and other.tags.get(MARK_TAG) == mark:
                         self._client.delete_model_version(name, str(other.number))
         self.set_tags(version, lineage.tags)
-        self._client.set_registered_model_alias(name, CANDIDATE, str(version.number))
+        self._set_alias(name, CANDIDATE, version.number)
         return self.resolve(version.uri)
 
     def _make(self, name: str, lineage: Lineage, settings: Mapping[str, str], run_id: str, mark: str) -> None:
@@ -372,7 +372,7 @@ class Registry:
             where=without_password(where),
         )
         key, text = f"{HISTORY_TAG}{event.at}.{uuid.uuid4().hex[:8]}", json.dumps(asdict(event), sort_keys=True)
-        self._call(lambda: self._client.set_registered_model_alias(name, CHAMPION, str(version.number)))
+        self._call(lambda: self._set_alias(name, CHAMPION, version.number))
         self._call(lambda: self._client.set_registered_model_tag(name, key, text))
         return event
 
@@ -396,6 +396,16 @@ class Registry:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
+
+    def _set_alias(self, name: str, alias: str, number: int) -> None:
+        """Two writers that set an alias for the first time collide in MLflow's database, where both insert it. The one
+        whose insertion is refused sets it again, which then is a change."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_registered_model_alias(name, alias, str(number))
+        except MlflowException:
+            self._client.set_registered_model_alias(name, alias, str(number))
 
     def _call(self, call: Callable[[], T]) -> T:
         return self._server.retry(call)

@@ -210,6 +210,8 @@ def test_mlflow_loads_a_version_and_answers_as_the_engine_does(
 
 
 def test_two_writers_make_one_version_and_lose_no_event(good: Pipeline, storage: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
     found = version(storage, 1)
     first, second = (dataclasses.replace(found.lineage, exchange=digit * 64) for digit in "12")
 
@@ -226,6 +228,20 @@ def test_two_writers_make_one_version_and_lose_no_event(good: Pipeline, storage:
     assert {(event.version, event.why) for event in registry.history("twice")} == {(1, "a race"), (2, "a race")}
     current = registry.champion("twice")
     assert current is not None and registry.resolve("models:/twice@champion") == current
+    # chance decides whether the two collide at the alias: what the second is told then
+    client, refusals = registry._client, [False, True]
+    set_alias = client.set_registered_model_alias
+
+    def refused_once(*args: str) -> None:
+        if refusals.pop():
+            raise MlflowException("UNIQUE constraint failed: registered_model_aliases.alias")
+        set_alias(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "set_registered_model_alias", refused_once)
+        registry.promote(versions[0], "after a refusal")
+    champion = registry.champion("twice")
+    assert champion is not None and champion.number == 1
     with pytest.raises(ArtefactError, match=f"models:/twice/1 is the model {'1' * 16}, and .* holds"):
         versions[0].folder()
 
