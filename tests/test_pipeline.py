@@ -33,7 +33,7 @@ from pipelines.tracking_server import KIND_TAG
 from pipelines.variation import arguments
 from serve.api_key import ApiKey
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first test waits for a whole pipeline
 
 TESTS = Path(__file__).parent
 
