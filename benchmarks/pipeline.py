@@ -2,10 +2,10 @@
 
     python -m benchmarks.pipeline --steps 100
 
-It runs `python -m jobs.local run quickstart` (what `make run` calls) three times in a storage of its own: on a cluster
-that it has to start (cold), again without a change, and with another seed and another split of the data, so that every
-stage runs, on the cluster that is there now (warm). Then it trains in this process and logs ten metrics a step. Needs
-two idle cores and some minutes. The last line is JSON:
+The benchmark runs `python -m jobs.local run quickstart`, which is what `make run` calls, three times in a temporary
+storage. The first run starts the cluster (cold). The second changes nothing. The third changes the seed and the split
+of the data, so that every stage runs again on the running cluster (warm). Then the benchmark trains in its own process
+and logs ten metrics a step. It needs two idle cores and some minutes. The last line is JSON:
 
 * `overhead_cold_s`, `overhead_warm_s`: wall time minus the stages' own work. That is the manifest's `seconds` of a
   stage, and of pretrain its `training_seconds`: starting and ending Ray Train's workers counts as overhead.
@@ -78,7 +78,7 @@ class Pipeline:
 
 
 def stages_made(before: dict[Path, Manifest], after: dict[Path, Manifest]) -> dict[str, float]:
-    """Stage -> seconds of its own work, of the stages that were made in between."""
+    """Stage -> seconds of its own work, for the stages that were computed between two times."""
     made = {folder: manifest for folder, manifest in after.items() if folder not in before}
     return {m.kind: m.value("training_seconds") if m.kind == "pretrain" else m.seconds for m in made.values()}
 

@@ -562,7 +562,7 @@ class GatesConfig:
 
     @property
     def forced(self) -> dict[str, str]:
-        """Gate -> why its failure does not stop the deployment."""
+        """The gates whose failure does not stop the deployment, each with the reason that was given."""
         return {gate: reason.strip() for gate, _, reason in (text.partition("=") for text in self.force)}
 
 

@@ -26,7 +26,8 @@ LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 """Distinguishable without colour vision (Okabe and Ito, 2008)."""
 LINE_STYLES = ("-", "--", "-.", ":")
 HIDDEN_START = 0.25
-"""Share of the tokens whose losses may leave the figure at the top: the first fall dwarfs what models differ by."""
+"""Losses of the first tokens, this share of all, may lie outside the figure: the loss falls so far there that
+differences between models would not be visible."""
 SMALLEST_SPAN = 0.02
 """The axis of losses spans at least this share of the loss, so that noise does not look like a difference."""
 

@@ -398,8 +398,9 @@ class Registry:
             raise
 
     def _set_alias(self, name: str, alias: str, number: int) -> None:
-        """Two writers that set an alias for the first time collide in MLflow's database, where both insert it. The one
-        whose insertion is refused sets it again, which then is a change."""
+        """Set an alias, a second time if MLflow refuses. When two processes create an alias at the same time, both
+        insert its row, and the database refuses the second insert. By then the alias exists, and setting it again
+        changes it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -425,8 +426,9 @@ def _version(entity: "ModelVersion", aliases: Mapping[str, str]) -> Version:
 def save(folder: Path, lineage: Lineage, settings: Mapping[str, str], model_id: str, run_id: str) -> None:
     """Write what MLflow loads: this project's code, and where the weights lie.
 
-    The weights are gigabytes and in the storage already. MLflow's `artifacts=` would copy them into the model, and
-    again onto every machine that loads it; a version whose weights were removed says so when it is loaded.
+    The weights, which may be gigabytes, are referenced and not copied: they are in the storage already. With
+    `artifacts=` MLflow would copy them into the logged model and again to every machine that loads it. Loading a
+    version whose weights were removed raises an error that says so.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
@@ -494,5 +496,5 @@ def model_folder(text: str, storage: str) -> Path:
     """
     if not is_reference(text):
         return local_artefact(text)
-    Reference.parse(text)  # what is misspelt is said before anything is asked for
+    Reference.parse(text)  # refuse a malformed reference before the tracking server is contacted
     return Registry(storage).resolve(text).folder()

@@ -67,7 +67,7 @@ class ServedModel:
     created: int
     """Unix time at which it was loaded."""
     chat_template: ChatTemplate | None = None
-    """None for a base model, which knows no conversation."""
+    """Turns a conversation into a prompt; None if the model's folder has no template, as with base models."""
     stream_interval_s: float = 0.0
     """Tokens of a stream that come within so much time of a write share the next one."""
 

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLIENT_CLOSED = "client_closed"
-"""Reason of a request whose client left before the end."""
+"""`reason` of a request whose client disconnected before the response was complete."""
 MAX_ID_LENGTH = 128
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
 """W3C Trace Context: version, trace id, id of the client's span, flags."""

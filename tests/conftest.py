@@ -24,7 +24,7 @@ RAY_ENVIRONMENT = {
     # Serve kills a proxy that is not ready after five seconds, which a busy machine needs for its imports alone.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # By default Ray gives its workers the lowest priority but four: beside other tests they would hardly run.
+    # Ray starts its workers with niceness 15, with which they hardly run while another test worker is busy.
     "RAY_worker_niceness": "0",
     "HF_HUB_OFFLINE": "1",
 }

@@ -140,7 +140,7 @@ def test_tokens_that_come_within_the_interval_share_a_write(model: ServedModel, 
             if choice.logprobs:
                 for name, values in choice.logprobs.model_dump().items():
                     assert [value for part in parts for value in part["logprobs"][name]] == values
-            # with the long interval: the first token, then nothing before the last one
+            # with a long interval the first token is sent at once, and all others together with the last
             assert len(parts) == 2 if interval_s else len(parts) > 2
         num_tokens = {frame["choices"][0]["index"]: frame["usage"]["completion_tokens"] for frame in frames}
         assert whole.usage and sum(num_tokens.values()) == whole.usage.completion_tokens

@@ -1,6 +1,6 @@
 """One suite for every engine: PyTorch, echo, TensorRT-LLM over processes and over Ray (both on the stand-in).
 
-That each honours or refuses every setting is in `test_engine_settings.py`.
+`test_engine_settings.py` checks that every engine honours or refuses each setting.
 """
 
 import asyncio
@@ -167,7 +167,8 @@ CASES = {
         EngineActor.a_constructor_that_blocks_does_not_stop_the_clock.__name__,
     ],
 }
-"""Engine -> what is checked, in this order: an engine starts once. The one over Ray takes three processes to start."""
+"""Engine -> its checks, in the order in which one instance of the engine runs them; the engine over Ray starts three
+processes, so it is started once."""
 
 
 @pytest.mark.parametrize(

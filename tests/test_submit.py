@@ -39,7 +39,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow  # the agent of a cluster that has served other tests for minutes has sometimes gone
+@pytest.mark.slow  # the shared cluster sometimes has no job agent left after other tests
 @pytest.mark.ray
 def test_a_job_knows_its_commit_its_user_and_its_own_name(
     ray_cluster: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -300,8 +300,8 @@ class Engine(Protocol):
         Returns:
             A function that aborts the request; no-op once the request has ended.
         Raises:
-            RequestError: the request cannot be served. The model's own limits are checked here, others may also come
-                as the end of the request.
+            RequestError: the request cannot be served. `check_request` runs before this returns; an engine may find
+                other reasons later, and then passes the error to `receive` as the end of the request.
             EngineOverloaded, EngineError: as `generate`; they may also come as the end of the request.
         """
         ...

@@ -42,7 +42,8 @@ STYLES = {
 }
 """Colour in the PNG -> name of the style sheet's colour that replaces it in the SVG."""
 HIDDEN_START = 0.02
-"""Share of the tokens whose losses may leave the figure at the top: the first fall dwarfs everything after it."""
+"""Losses of the first tokens, this share of all, may lie outside the figure: the loss falls so far there that later
+differences would not be visible."""
 
 
 def loss_curve(facts: Facts) -> "Figure | None":

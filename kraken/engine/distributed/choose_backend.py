@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """A file that differs between hosts of one name."""
 MIN_COPIED_BYTES = 128 * 1024
-"""Smallest message that is tried with copy engines. For smaller ones stores by a kernel are as fast, and without the
-copies a graph has two nodes fewer. That saves launch time, which the timings in this file do not include."""
+"""Smallest message for which copy engines are timed. Below this size a kernel's stores are as fast, and a graph without
+copies has two nodes fewer to launch; the timings in this file do not include launches."""
 NUM_TIMINGS = 7
 """Timings of each backend, of which the shortest counts."""
 POLL_S = 0.0005

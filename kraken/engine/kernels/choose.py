@@ -1,4 +1,4 @@
-"""Which kernels an engine computes with: decided when a model is loaded, for the model's type and for the float32 of
+"""Chooses an engine's kernels once, when a model is loaded, from the device, the model's data type and the float32 of
 its logits.
 """
 
