@@ -23,7 +23,7 @@ API_KEY_VARIABLE = "KRAKEN_API_KEY"
 DEFAULT_NAME = "default"
 """Name of the key from the environment."""
 CHECK_INTERVAL_S = 1.0
-"""The file is looked at so often at most."""
+"""Shortest time between two checks whether the file has changed."""
 
 logger = logging.getLogger("ray.serve")
 

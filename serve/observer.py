@@ -1,4 +1,4 @@
-"""What happens in one completion, as the record of its request and the metrics want to know it."""
+"""Passes the events of one completion to the record of its request and to the metrics."""
 
 import time
 

@@ -1,5 +1,5 @@
-"""The way of a request's outputs from an engine to the coroutine that reads them: one inbox, and one reader, which is
-woken when something is due. Serving reads all choices of a call from one inbox; `stream` reads one request.
+"""Passes the outputs of requests from an engine to one coroutine: the engine puts them into an inbox, and the coroutine
+is woken when an output is due. Serving reads all choices of a call from one inbox; `stream` reads one request.
 """
 
 import asyncio
